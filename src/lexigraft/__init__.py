@@ -1,0 +1,48 @@
+"""Teach a pretrained language model your field's words.
+
+Every verb of the command line is a function here with the same name and options. Each is
+imported when it is first used, so that `import lexigraft` stays fast and free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lexigraft.errors import LexigraftError
+
+__version__ = "0.1.0"
+
+_VERBS = {
+    "learn": "lexigraft.steps.learn",
+    "graft": "lexigraft.steps.graft",
+    "train": "lexigraft.steps.train",
+    "merge": "lexigraft.steps.merge",
+    "check": "lexigraft.steps.check",
+    "evaluate": "lexigraft.steps.evaluate",
+    "report": "lexigraft.report",
+    "run": "lexigraft.pipeline",
+    "demo": "lexigraft.pipeline",
+}
+
+__all__ = ["LexigraftError", "__version__", *_VERBS]
+
+if TYPE_CHECKING:
+    from lexigraft.pipeline import demo, run
+    from lexigraft.report import report
+    from lexigraft.steps.check import check
+    from lexigraft.steps.evaluate import evaluate
+    from lexigraft.steps.graft import graft
+    from lexigraft.steps.learn import learn
+    from lexigraft.steps.merge import merge
+    from lexigraft.steps.train import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(importlib.import_module(_VERBS[name]), name)
+    raise AttributeError(f"module 'lexigraft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

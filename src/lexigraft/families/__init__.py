@@ -1,0 +1,79 @@
+"""Tokenizers, one module per family behind one small protocol: load, encode, extend, write.
+
+`load` finds the family of a folder and refuses by name what no module supports.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lexigraft.families.tokenmap import TOKENIZER_FILES, TokenMap, first_difference
+
+__all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load"]
+
+
+class Family(Protocol):
+    """A loaded tokenizer.
+
+    Attributes:
+        name: the family, for example `byte-level BPE`.
+        folder: where it was loaded from.
+        map: its token map.
+    """
+
+    name: str
+    folder: Path
+    map: TokenMap
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without the tokens that a template adds (bos, eos)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel where the engine can."""
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`."""
+
+    def start_ids(self) -> list[int]:
+        """What the tokenizer's own template puts before a text: usually [bos] or []."""
+
+    def pieces(self, token: str, *, added: bool = False) -> list[int]:
+        """Ids that spell `token` (as written in the files) in this tokenizer.
+
+        No normalizer and no pre-tokenizer is applied, so that the pieces join to exactly the
+        token. `added` marks an added token, whose text is plain instead of byte-mapped.
+        """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that an id stands for; `▁` counts as a space."""
+
+
+def load(folder: Path) -> Family:
+    """The tokenizer in `folder`.
+
+    Raises:
+        RefusalError: a family or file that lexigraft does not support, with the reason.
+        LexigraftError: no tokenizer there, or a damaged one.
+    """
+    from lexigraft.families.detect import load_family
+
+    return load_family(folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy every tokenizer file of `source` into `target`; returns their names.
+
+    Tokenizer files that `target` holds and `source` does not are deleted: a stale copy beside
+    a new one is read first by some loaders.
+    """
+    copied = []
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+            copied.append(name)
+        else:
+            (target / name).unlink(missing_ok=True)
+    return copied

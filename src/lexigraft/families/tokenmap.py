@@ -1,0 +1,263 @@
+"""The token map: what each id means, read from the files alone, without any tokenizer engine.
+
+Every other module addresses rows by the ids of this map. It reads `tokenizer.json`,
+SentencePiece `tokenizer.model`, tiktoken ranks, `vocab.json`, `vocab.txt`, `added_tokens.json`
+and the `added_tokens_decoder` of `tokenizer_config.json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lexigraft.errors import LexigraftError
+from lexigraft.files import read_json, sha256_json
+
+# Every file name under which a tokenizer, or what belongs to it, is stored in a model folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The ordered map id -> token of everything a tokenizer can emit, added tokens included.
+
+    Attributes:
+        texts: id -> token, spelled as in the files (`Ġthe`, `▁the`, `<|im_end|>`).
+        added: ids of added tokens (matched literally, outside the model).
+        special: those added tokens, or control pieces, that decoding skips.
+    """
+
+    texts: Mapping[int, str]
+    added: frozenset[int] = field(default_factory=frozenset)
+    special: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def tokens(self) -> int:
+        """Max id + 1: the number of rows that this tokenizer needs. Never `vocab_size`."""
+        return max(self.texts, default=-1) + 1
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex SHA-256 of the sorted pairs (id, token)."""
+        return prefix_hash(self, self.tokens)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Token -> id; where two ids share a text, the lower one."""
+        return {text: token_id for token_id, text in sorted(self.texts.items(), reverse=True)}
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenMap:
+        """The token map of the tokenizer in `folder`.
+
+        Where several files hold the vocabulary, `tokenizer.json` is what loaders read first.
+
+        Raises:
+            LexigraftError: there is no tokenizer, or a file cannot be read.
+        """
+        maps = read_token_maps(folder)
+        for name in ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
+            if name in maps:
+                return _with_added(maps[name], maps)
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
+        raise LexigraftError(
+            f"no tokenizer in {folder}" + (f" (it holds {found})" if found else ""),
+            needed="tokenizer.json, tokenizer.model or vocab.json",
+            fix="copy the tokenizer files of this model into the folder",
+        )
+
+
+def prefix_hash(token_map: TokenMap, tokens: int) -> str:
+    """Hash of the part of a token map below id `tokens`: equal to the base's if none moved."""
+    return sha256_json([[i, t] for i, t in sorted(token_map.texts.items()) if i < tokens])
+
+
+def first_difference(old: TokenMap, new: TokenMap) -> int | None:
+    """The lowest id of `old` that means another text, or nothing, in `new`; None if all agree."""
+    return next((i for i, t in sorted(old.texts.items()) if new.texts.get(i) != t), None)
+
+
+def read_token_maps(folder: Path) -> dict[str, TokenMap]:
+    """Each file's own token map, by file name: what `check` compares.
+
+    Raises:
+        LexigraftError: a file is damaged.
+    """
+    readers = {
+        "tokenizer.json": _read_tokenizer_json,
+        **dict.fromkeys(SENTENCEPIECE_FILES, _read_model_file),
+        "vocab.json": _read_vocab_json,
+        "vocab.txt": _read_vocab_txt,
+        "added_tokens.json": _read_added_tokens,
+        "tokenizer_config.json": _read_tokenizer_config,
+    }
+    maps = {}
+    for name, reader in readers.items():
+        path = folder / name
+        if path.is_file():
+            try:
+                token_map = reader(path)
+            except (KeyError, TypeError, ValueError, AttributeError) as fault:
+                raise LexigraftError(
+                    f"{path} is not laid out as a tokenizer file ({type(fault).__name__}: {fault})",
+                    needed="a tokenizer file as transformers writes it",
+                    fix="copy this file again from the model it belongs to",
+                ) from None
+            if token_map.texts:
+                maps[name] = token_map
+    return maps
+
+
+def _with_added(main: TokenMap, maps: Mapping[str, TokenMap]) -> TokenMap:
+    texts = dict(main.texts)
+    added, special = set(main.added), set(main.special)
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        extra = maps.get(name)
+        if extra is None:
+            continue
+        for token_id, text in extra.texts.items():
+            texts.setdefault(token_id, text)
+            if texts[token_id] == text:
+                added.add(token_id)
+                if token_id in extra.special:
+                    special.add(token_id)
+    return TokenMap(texts, frozenset(added), frozenset(special))
+
+
+def _from_pairs(pairs: Iterable[tuple[str, int]]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    for text, token_id in pairs:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not isinstance(text, str):
+            raise TypeError(f"{text!r}: {token_id!r} is not a token with an id")
+        if token_id < 0 or token_id >= 2**31:
+            raise ValueError(f"id {token_id} of {text!r}")
+        texts[token_id] = text
+    return texts
+
+
+def _read_tokenizer_json(path: Path) -> TokenMap:
+    data = read_json(path)
+    vocabulary: Any = data["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        texts = _from_pairs(vocabulary.items())
+    else:  # Unigram: a list of [piece, score]
+        texts = _from_pairs((entry[0], i) for i, entry in enumerate(vocabulary))
+    added = data.get("added_tokens") or []
+    texts.update(_from_pairs((token["content"], token["id"]) for token in added))
+    return TokenMap(
+        texts,
+        frozenset(token["id"] for token in added),
+        frozenset(token["id"] for token in added if token.get("special")),
+    )
+
+
+def _read_model_file(path: Path) -> TokenMap:
+    data = path.read_bytes()
+    if is_tiktoken(data):
+        return _read_ranks(data)
+    proto = parse_sentencepiece(data, path)
+    unknown, control = 2, 3  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
+    return TokenMap(
+        {i: piece.piece for i, piece in enumerate(proto.pieces)},
+        special=frozenset(i for i, p in enumerate(proto.pieces) if p.type in (unknown, control)),
+    )
+
+
+def parse_sentencepiece(data: bytes, path: Path) -> Any:
+    """The `ModelProto` of a SentencePiece model file.
+
+    Raises:
+        LexigraftError: the bytes are none.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise LexigraftError(
+            f"{path} is not a SentencePiece model",
+            needed="a SentencePiece .model file",
+            fix="download this file again (a Git LFS pointer is a common cause)",
+        )
+    return proto
+
+
+def is_tiktoken(data: bytes) -> bool:
+    """True for a tiktoken rank file: lines of `base64 rank`."""
+    parts = data[:200].split(b"\n")[0].split(b" ")
+    if len(parts) != 2 or not parts[1].strip().isdigit():
+        return False
+    try:
+        base64.b64decode(parts[0], validate=True)
+    except binascii.Error:
+        return False
+    return True
+
+
+def _read_ranks(data: bytes) -> TokenMap:
+    lines = (line.split() for line in data.splitlines() if line.strip())
+    return TokenMap({int(rank): byte_text(base64.b64decode(token)) for token, rank in lines})
+
+
+def _byte_characters() -> dict[int, str]:
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    others = [byte for byte in range(256) if byte not in kept]
+    table = {byte: chr(byte) for byte in kept}
+    table.update({byte: chr(256 + place) for place, byte in enumerate(others)})
+    return table
+
+
+# GPT-2's reversible map of bytes to printable characters (openai/gpt-2, src/encoder.py).
+BYTE_TO_CHARACTER = _byte_characters()
+CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+
+
+def byte_text(data: bytes) -> str:
+    """Bytes as byte-level tokenizers spell them in their files."""
+    return "".join(map(BYTE_TO_CHARACTER.__getitem__, data))
+
+
+def _read_vocab_json(path: Path) -> TokenMap:
+    return TokenMap(_from_pairs(read_json(path).items()))
+
+
+def _read_vocab_txt(path: Path) -> TokenMap:
+    lines = path.read_text("utf-8").split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    return TokenMap(_from_pairs((line.rstrip("\r"), i) for i, line in enumerate(lines)))
+
+
+def _read_added_tokens(path: Path) -> TokenMap:
+    texts = _from_pairs(read_json(path).items())
+    return TokenMap(texts, frozenset(texts))
+
+
+def _read_tokenizer_config(path: Path) -> TokenMap:
+    decoder = read_json(path).get("added_tokens_decoder") or {}
+    texts = _from_pairs((entry["content"], int(key)) for key, entry in decoder.items())
+    special = (int(key) for key, entry in decoder.items() if entry.get("special"))
+    return TokenMap(texts, frozenset(texts), frozenset(special))

@@ -1,0 +1,233 @@
+"""Files and folders: content hashes, guarded JSON, and outputs that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lexigraft.errors import LexigraftError
+
+LOCK_NAME = ".lexigraft-lock"
+# The largest JSON file we know of is a 33 MB tokenizer.json (Gemma 3); indexes stay below 10 MB.
+JSON_LIMIT_BYTES = 512 * 2**20
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    state = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as JSON bytes that depend on its content alone: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of `canonical_json(value)`."""
+    return sha256_bytes(canonical_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        LexigraftError: the file is missing, too large, or no JSON.
+    """
+    if not path.is_file():
+        raise LexigraftError(f"no file {path}", needed="a JSON file there", fix=f"ls {path.parent}")
+    size = path.stat().st_size
+    if size > JSON_LIMIT_BYTES:
+        raise LexigraftError(
+            f"{path} has {size:,} bytes",
+            needed=f"at most {JSON_LIMIT_BYTES:,} bytes of JSON",
+            fix="check where this file comes from",
+        )
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as fault:
+        raise LexigraftError(
+            f"{path} is not valid JSON ({type(fault).__name__}: {fault})",
+            needed="valid JSON",
+            fix="download or write that file again",
+        ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON in the order of its keys, ending in a line break."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def require_folder(path: Path, what: str) -> Path:
+    """`path` itself, if it is a folder.
+
+    Raises:
+        LexigraftError: it is missing or a file; `what` says what was looked for.
+    """
+    if path.is_dir():
+        return path
+    found = f"{path} is a file" if path.exists() else f"no folder {path}"
+    raise LexigraftError(found, needed=f"a folder with {what}", fix=f"ls {path.parent}")
+
+
+def require_free_space(folder: Path, needed_bytes: int) -> None:
+    """Stop before the first byte when the disk that holds `folder` lacks `needed_bytes`.
+
+    Raises:
+        LexigraftError: less is free.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise LexigraftError(
+            f"{free / 1e9:,.2f} GB free on the disk of {folder}",
+            needed=f"{needed_bytes / 1e9:,.2f} GB",
+            fix="free some space or choose another -o",
+        )
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file, or a folder's list of names, to the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder cannot be opened on Windows; renames are durable there
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, then `folder` itself."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                fsync_path(path)
+        fsync_path(Path(parent))
+
+
+@contextlib.contextmanager
+def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder to work in; it becomes `output` when the block ends, and only then.
+
+    The folder is `OUT.partial-<random>` beside `output`, locked while we live. At the end it is
+    flushed to the disk and renamed. When the block raises, it is removed and `output` is as it
+    was. With `force` an existing `output` is moved aside, replaced, then deleted.
+
+    Raises:
+        LexigraftError: `output` exists and `force` is off, or its parent cannot be written.
+    """
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
+    refuse_existing(output, force=force)
+    _remove_dead_partials(output)
+    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as fault:
+        raise LexigraftError(
+            f"cannot create {partial.parent} ({fault.strerror})",
+            needed="a folder that can be written",
+            fix="choose another -o",
+        ) from None
+    lock = FileLock(partial / LOCK_NAME)
+    lock.acquire()
+    try:
+        with _disk_faults(output):
+            yield partial
+            lock.release()
+            (partial / LOCK_NAME).unlink(missing_ok=True)
+            fsync_tree(partial)
+            replace_folder(partial, output, force=force)
+    except BaseException:
+        lock.release(force=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_existing(output: Path, *, force: bool) -> None:
+    """Raise when `output` exists and may not be replaced."""
+    if (output.exists() or output.is_symlink()) and not force:
+        raise LexigraftError(
+            f"{output} exists",
+            needed="a new folder, so that nothing is lost",
+            fix="choose another -o, or add --force to replace it",
+        )
+
+
+def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:
+    """Rename `partial` to `output`; with `force` an old `output` is moved aside first."""
+    aside: Path | None = None
+    if force and (output.exists() or output.is_symlink()):
+        aside = output.with_name(f"{output.name}.old-{secrets.token_hex(4)}")
+        output.rename(aside)
+    try:
+        partial.rename(output)
+    except OSError:
+        if aside is not None:
+            aside.rename(output)
+        raise
+    fsync_path(output.parent)
+    if aside is not None:
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
+
+
+def _remove_dead_partials(output: Path) -> None:
+    """Remove partial folders of `output` whose lock nobody holds: their run was killed."""
+    for partial in output.parent.glob(f"{output.name}.partial-*"):
+        lock_path = partial / LOCK_NAME
+        if not lock_path.is_file():
+            continue
+        try:
+            with FileLock(lock_path, timeout=0):
+                pass
+        except (Timeout, OSError):
+            continue
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_faults(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LexigraftError(
+                f"the disk of {output} is full",
+                needed="room for the whole output; nothing was kept",
+                fix="free some space or choose another -o",
+            ) from fault
+        if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise LexigraftError(
+                f"{fault.filename or output}: {fault.strerror}",
+                needed="a folder that can be written and files that can be read",
+                fix="choose another -o, or mend the permissions",
+            ) from fault
+        raise

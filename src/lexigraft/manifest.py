@@ -1,0 +1,162 @@
+"""`lexigraft.json`: what binds tokenizer, rows and adapter to each other.
+
+A manifest is the list of all stage records so far; each step appends one, so that any folder
+suffices alone. It holds content hashes, and neither time, host nor path. Spec: docs/files.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lexigraft.errors import LexigraftError
+from lexigraft.files import read_json, sha256_json, write_json
+
+MANIFEST = "lexigraft.json"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Probe(_Data):
+    """A text and the ids it has: re-verified on load."""
+
+    text: str
+    ids: list[int]
+
+
+class TextSource(_Data):
+    """A text that was read: its name without path, content hash and size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class BaseTokenizer(_Data):
+    """The tokenizer that was extended: name without path, token-map hash, max id + 1."""
+
+    name: str
+    token_map: str
+    tokens: int
+
+
+class LearnRecord(_Data):
+    """`learn`: the extension of a tokenizer."""
+
+    stage: Literal["learn"] = "learn"
+    base: BaseTokenizer
+    family: str
+    token_map: str
+    content: str = Field(description="hash of merges or scores, normaliser, pre-tokenizer")
+    tokens: int
+    first_id: int
+    added: int
+    settings: dict[str, Any]
+    sources: dict[str, list[TextSource]]
+    versions: dict[str, str]
+    probe: list[Probe]
+
+
+class GraftRecord(_Data):
+    """`graft`: new rows in a checkpoint."""
+
+    stage: Literal["graft"] = "graft"
+    base: BaseTokenizer
+    rows_before: int
+    tied: bool
+    base_rows: dict[str, str] = Field(description="tensor -> sha256 of its old rows [0, tokens)")
+    token_map: str
+    tokens: int
+    first_id: int
+    rows: int
+    pad_to: int
+    init: str
+    seed: int
+    new_rows: dict[str, str] = Field(description="tensor -> sha256 of rows [first_id, tokens)")
+    versions: dict[str, str]
+
+
+class TrainRecord(_Data):
+    """`train`: what was trained on what."""
+
+    stage: Literal["train"] = "train"
+    model: str = Field(description="hash of the trained model's manifest")
+    mode: str
+    settings: dict[str, Any]
+    sources: dict[str, list[TextSource]]
+    steps: int
+    text_bytes: int
+    new_rows: dict[str, str]
+    versions: dict[str, str]
+
+
+class MergeRecord(_Data):
+    """`merge`: adapters that went into the weights."""
+
+    stage: Literal["merge"] = "merge"
+    adapters: list[str] = Field(description="sha256 of each adapter's weights file")
+    token_map: str
+    rows: int
+    tied: bool
+    versions: dict[str, str]
+
+
+Record = Annotated[
+    LearnRecord | GraftRecord | TrainRecord | MergeRecord, Field(discriminator="stage")
+]
+
+
+class Manifest(_Data):
+    """All stage records, oldest first."""
+
+    format: Literal[1] = 1
+    records: list[Record] = []
+
+    def last(self, stage: str) -> Any:
+        """The newest record of a stage, or None."""
+        return next((r for r in reversed(self.records) if r.stage == stage), None)
+
+    def plus(self, record: Any) -> Manifest:
+        """A manifest with one record more."""
+        return Manifest(records=[*self.records, record])
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the canonical content."""
+        return sha256_json(self.model_dump())
+
+    def write(self, folder: Path) -> None:
+        """Write `lexigraft.json` into `folder`."""
+        write_json(folder / MANIFEST, self.model_dump())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest in `folder`; None where there is none.
+
+        Raises:
+            LexigraftError: the file is damaged or of a newer format.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise LexigraftError(
+                f"{path}: {where}: {first['msg']}",
+                needed="a manifest of format 1 as lexigraft wrote it",
+                fix="copy lexigraft.json again from the step that wrote it, or update lexigraft",
+            ) from None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions of `packages`, by name."""
+    return {name: importlib.metadata.version(name) for name in sorted(packages)}

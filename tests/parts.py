@@ -1,0 +1,198 @@
+"""Real parts for tests, built small: tokenizers of each family, models, corpora."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ENGLISH = Path(__file__).parent / "data" / "english.txt"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+HAN = "患者冠状动脉潜伏性感染急慢性肺炎支气管糖尿病高血压心肌梗死综合征的和未特指其他结核"
+MEDICAL = [
+    "myocardial infarction",
+    "coronary artery",
+    "pneumonia",
+    "tuberculosis",
+    "hypertension",
+    "潜伏性感染",
+    "冠状动脉",
+    "心肌梗死",
+    "糖尿病",
+    "慢性支气管炎",
+    "高血压",
+    "未特指的肺炎",
+]
+WORDS = "the of a patient with and was treated for in history old year man woman presents".split()
+
+
+def corpus_text(seed: int = 0, documents: int = 200, sentences: int = 8) -> str:
+    """A small mixed medical corpus with many repeated terms; blank lines between documents."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(documents):
+        lines = []
+        for _ in range(sentences):
+            words = [rng.choice(MEDICAL if rng.random() < 0.4 else WORDS) for _ in range(10)]
+            run = "".join(rng.choice(MEDICAL[5:]) for _ in range(3))
+            lines.append(" ".join(words) + ". " + run + "，" + str(rng.randint(0, 999)) + "。")
+        out.append("\n".join(lines))
+    return "\n\n".join(out) + "\n"
+
+
+def write_byte_level(folder: Path, *, vocab_size: int = 400, ignore_merges: bool = False) -> Path:
+    """A GPT-2 style byte-level BPE tokenizer, trained here on plain English."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([plain_english()], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": None,
+        "pad_token": "<|im_end|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def plain_english() -> str:
+    """Deterministic everyday English without medical terms."""
+    rng = random.Random(7)
+    nouns = "house garden river letter morning friend road book window table street child".split()
+    verbs = "saw found carried opened wrote followed remembered painted bought held".split()
+    lines = [
+        f"The {rng.choice(nouns)} that she {rng.choice(verbs)} was near the {rng.choice(nouns)}, "
+        f"and they {rng.choice(verbs)} another {rng.choice(nouns)} with him."
+        for _ in range(2000)
+    ]
+    return "\n".join(lines)
+
+
+@cache
+def _sentencepiece_bytes(vocab_size: int) -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(plain_english().splitlines()),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        character_coverage=1.0,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return model.getvalue()
+
+
+def write_sentencepiece(folder: Path, *, vocab_size: int = 400, fast: bool = True) -> Path:
+    """A Llama-2 style SentencePiece BPE tokenizer: tokenizer.model and, if `fast`, tokenizer.json.
+
+    The tokenizer.json is the conversion that transformers itself makes of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(_sentencepiece_bytes(vocab_size))
+    finish_llama(folder, fast=fast)
+    return folder
+
+
+def finish_llama(folder: Path, *, fast: bool = True) -> None:
+    """Give a folder that holds tokenizer.model a config, and a tokenizer.json if `fast`."""
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    if fast:
+        from transformers import AutoTokenizer
+
+        scratch = folder / "scratch"
+        AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
+        shutil.copyfile(scratch / "tokenizer.json", folder / "tokenizer.json")
+        shutil.rmtree(scratch)
+
+
+def mistral_folder(folder: Path, *, fast: bool = True) -> Path:
+    """The real 32,000-piece SentencePiece BPE tokenizer that mistral-common ships (Apache-2.0)."""
+    import mistral_common
+
+    source = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, folder / "tokenizer.model")
+    finish_llama(folder, fast=fast)
+    return folder
+
+
+def write_model(
+    folder: Path,
+    *,
+    tokens: int,
+    rows: int | None = None,
+    tied: bool = False,
+    hidden: int = 32,
+    layers: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
+    shard_size: str | None = None,
+    eos: int = 0,
+) -> Path:
+    """A tiny real Llama, saved by transformers, with `rows` embedding rows (default `tokens`)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=rows or tokens,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights that matter in logits, not 0.02 noise
+            parameter.mul_(4.0) if parameter.dim() == 2 else None
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
+    return folder
