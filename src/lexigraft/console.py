@@ -1,0 +1,90 @@
+"""What a person sees while a verb works: notices and progress, always on standard error.
+
+Results belong to standard output and are printed by the command line alone. Text that comes out
+of a file passes through `plain`, so that no file can move the cursor or retitle the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+Advance = Callable[[int], None]
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence `note` and `progress` (the command line's `-q`); errors are still shown."""
+    global _quiet  # noqa: PLW0603 - one process has one terminal
+    _quiet = quiet
+
+
+def plain(text: str) -> str:
+    r"""`text` with every control character but tab and line break made visible.
+
+    >>> plain("a\x1b[31mred")
+    'a\\x1b[31mred'
+    """
+    return "".join(
+        character
+        if character in "\t\n" or unicodedata.category(character) not in ("Cc", "Cs")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def note(text: str) -> None:
+    """Print one warning or notice on standard error, unless quiet."""
+    if not _quiet:
+        print(plain(text), file=sys.stderr, flush=True)  # noqa: T201 - this is the one place
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
+    """A progress bar on standard error; yields `advance(n)`, which counts `n` units more.
+
+    Bytes (`unit="B"`) are shown with their rate and the time left, anything else as a count.
+    Nothing is drawn when quiet or when standard error is no terminal.
+    """
+    if _quiet or not sys.stderr.isatty():
+        yield _count_silently
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(*_columns(unit), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(plain(label), total=total)
+        yield lambda n: bars.update(task, advance=n)
+
+
+def _count_silently(n: int) -> None:
+    """`advance` where nobody is watching."""
+
+
+def _columns(unit: str) -> list[ProgressColumn]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    label = TextColumn("{task.description}", markup=False)
+    if unit == "B":
+        return [
+            label,
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        ]
+    return [label, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()]
