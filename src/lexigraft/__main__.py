@@ -1,0 +1,5 @@
+"""`python -m lexigraft`, and so `accelerate launch -m lexigraft train ...`."""
+
+from lexigraft.cli import main
+
+main()

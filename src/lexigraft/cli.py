@@ -1,0 +1,294 @@
+"""The command line: parse, call one function, print.
+
+Each verb imports its function when it is run, so that `lexigraft --help` needs no torch.
+Exit status: 0 done, 1 a check failed, 2 the user must change something, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import typer
+
+from lexigraft import __version__
+from lexigraft.console import plain, set_quiet
+from lexigraft.errors import LexigraftError
+
+app = typer.Typer(
+    name="lexigraft",
+    help="Teach a pretrained language model your field's words.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Result(Protocol):
+    """What every verb returns."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable object of `--json`."""
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+
+
+def _set_quiet(value: bool) -> bool:
+    set_quiet(value)
+    return value
+
+
+_NONE: list[str] = []  # typer copies defaults
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+Seed = Annotated[int, typer.Option(help="Same inputs and seed, same bytes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="No progress, no notices.", callback=_set_quiet),
+]
+Corpus = Annotated[
+    list[str],
+    typer.Option(help="Text of your field: file, folder or quoted glob. Repeatable."),
+]
+General = Annotated[
+    list[str],
+    typer.Option(help="Everyday text: what must not get worse. Repeatable."),
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except LexigraftError as fault:
+        print(plain(str(fault)), file=sys.stderr)
+        sys.exit(2)
+
+
+def _show(result: Result, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        print(plain("\n".join(result.lines())))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"lexigraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Teach a pretrained language model your field's words."""
+
+
+@app.command()
+def learn(
+    base: Annotated[Path, typer.Argument(help="Model folder whose tokenizer is extended.")],
+    *,
+    corpus: Corpus,
+    output: Output,
+    general: General = _NONE,
+    terms: Annotated[
+        list[str], typer.Option(help="File of words to prefer, one a line. Repeatable.")
+    ] = _NONE,
+    tokens: Annotated[
+        str, typer.Option(help="How many: a number, a percentage, or auto.")
+    ] = "auto",
+    min_count: Annotated[
+        int | None, typer.Option(help="Least occurrences of a new token.", show_default="auto")
+    ] = None,
+    allow_more: Annotated[
+        bool, typer.Option("--allow-more", help="Let auto pass 10% of the base's tokens.")
+    ] = False,
+    train_bytes: Annotated[
+        int | None, typer.Option(help="Bytes of text that training will see.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose new tokens from your text and write the extended tokenizer."""
+    from lexigraft.steps.learn import learn as verb
+
+    result = verb(
+        base,
+        corpus=corpus,
+        general=general,
+        terms=terms,
+        tokens=tokens,
+        min_count=min_count,
+        allow_more=allow_more,
+        train_bytes=train_bytes,
+        seed=seed,
+        output=output,
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def graft(
+    base: Annotated[Path, typer.Argument(help="Model folder to grow.")],
+    vocab: Annotated[Path, typer.Argument(help="Folder with the extended tokenizer.")],
+    *,
+    output: Output,
+    init: Annotated[str, typer.Option(help="How new rows start.")] = "auto",
+    pad_to: Annotated[int, typer.Option(help="Rows are a multiple of this.", min=1)] = 64,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link untouched shards instead of copying.")
+    ] = False,
+    tensor: Annotated[
+        list[str],
+        typer.Option(help="NAME=embed or NAME=head, where the layout is unknown. Repeatable."),
+    ] = _NONE,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add rows for the new tokens to a checkpoint, without loading the model."""
+    from lexigraft.steps.graft import graft as verb
+
+    result = verb(
+        base,
+        vocab,
+        output=output,
+        init=init,
+        pad_to=pad_to,
+        link=link,
+        tensor_roles=_roles(tensor),
+        seed=seed,
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
+def _roles(pairs: list[str]) -> dict[str, str] | None:
+    roles = {}
+    for pair in pairs:
+        name, _, role = pair.rpartition("=")
+        if not name or role not in ("embed", "head"):
+            raise LexigraftError(
+                f"--tensor {pair}",
+                needed="NAME=embed or NAME=head",
+                fix="--tensor model.embed_tokens.weight=embed",
+            )
+        roles[name] = role
+    return roles or None
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folder.")],
+    *,
+    output: Output,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with the tokenizer, if the adapter has none.")
+    ] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
+    ] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put an adapter into the weights; the base is grown when the adapter needs it."""
+    from lexigraft.steps.merge import merge as verb
+
+    result = verb(
+        base,
+        adapters,
+        output=output,
+        tokenizer=tokenizer,
+        prove=prove,
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Model, vocabulary or adapter folder.")],
+    base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter to be used on PATH.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare tokenizer, config, weights and adapter; exit 1 with the fault and a command."""
+    from lexigraft.steps.check import check as verb
+
+    result = verb(path, base=base, adapter=adapter)
+    _show(result, as_json)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write.", show_default="RUN")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what happened in a run as Markdown and JSON."""
+    from lexigraft.report import report as verb
+
+    _show(verb(run_folder, output=output), as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML.")],
+    output: Output,
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole recipe; stages whose inputs are unchanged are skipped."""
+    from lexigraft.pipeline import run as verb
+
+    _show(verb(recipe, output=output, force=force), as_json)
+
+
+@app.command()
+def demo(
+    *,
+    output: Output = Path("runs/demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="Less text: under 4 minutes.")] = False,
+    language: Annotated[
+        Literal["zh", "en"], typer.Option(help="Disease names in Chinese or English.")
+    ] = "zh",
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Teach SmolLM2-135M the names of diseases, and show what it gained and paid."""
+    from lexigraft.pipeline import demo as verb
+
+    _show(verb(output=output, fast=fast, language=language, force=force), as_json)

@@ -1,0 +1,176 @@
+"""A recipe: the YAML file that `run` follows. Spec with examples: docs/recipe.md.
+
+Unknown keys are errors that name the nearest known key. Paths in a recipe are relative to the
+folder of the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lexigraft.errors import LexigraftError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LearnPart(_Part):
+    """Options of `learn`."""
+
+    tokens: int | str = "auto"
+    terms: list[str] = []
+    min_count: int | None = Field(default=None, ge=1)
+    allow_more: bool = False
+    train_bytes: int | None = Field(default=None, ge=1)
+
+
+class GraftPart(_Part):
+    """Options of `graft`."""
+
+    init: str = "auto"
+    pad_to: int = Field(default=64, ge=1)
+
+
+class TrainStage(_Part):
+    """Options of one `train`; what is left out takes the default of the verb."""
+
+    mode: Literal["rows", "lora"] = "lora"
+    max_bytes: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    block_size: int | None = Field(default=None, ge=8)
+    batch_size: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    new_row_learning_rate: float | None = Field(default=None, gt=0)
+
+    def options(self) -> dict[str, Any]:
+        """The options that the recipe sets, as keyword arguments of `train`."""
+        return self.model_dump(exclude_none=True)
+
+
+class TrainPart(_Part):
+    """The stages of training, in order; each starts from what the one before left."""
+
+    stages: list[TrainStage] = Field(default=[TrainStage()], min_length=1)
+
+
+class EvalPart(_Part):
+    """The texts that are measured; without them the held-out part of the corpus is."""
+
+    corpus: list[str] = []
+    general: list[str] = []
+    max_bytes: int | None = Field(default=None, ge=1)
+
+
+class Recipe(_Part):
+    """Everything that `run` needs to know."""
+
+    base: str
+    corpus: list[str] = Field(min_length=1)
+    general: list[str] = []
+    seed: int = 0
+    learn: LearnPart = LearnPart()
+    graft: GraftPart = GraftPart()
+    train: TrainPart = TrainPart()
+    eval: EvalPart = EvalPart()
+    control: bool = True
+    samples: list[str] = []
+
+    def beside(self, folder: Path) -> Recipe:
+        """The recipe with its relative paths taken from `folder`."""
+
+        def at(spec: str) -> str:
+            return spec if spec.startswith("hf:") else str(folder / spec)
+
+        return self.model_copy(
+            update={
+                "base": at(self.base),
+                "corpus": [at(spec) for spec in self.corpus],
+                "general": [at(spec) for spec in self.general],
+                "learn": self.learn.model_copy(
+                    update={"terms": [at(spec) for spec in self.learn.terms]}
+                ),
+                "eval": self.eval.model_copy(
+                    update={
+                        "corpus": [at(spec) for spec in self.eval.corpus],
+                        "general": [at(spec) for spec in self.eval.general],
+                    }
+                ),
+            }
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """The recipe in a YAML file, its paths taken from the file's folder.
+
+        Raises:
+            LexigraftError: no such file, no YAML, an unknown key, or a value that does not fit.
+        """
+        return cls.parse(_read_yaml(path), where=str(path)).beside(path.parent)
+
+    @classmethod
+    def parse(cls, data: Any, *, where: str) -> Recipe:
+        """The recipe in plain data; `where` names its place in messages."""
+        if not isinstance(data, dict):
+            raise LexigraftError(
+                f"{where} holds no keys",
+                needed="a recipe with at least `base` and `corpus`",
+                fix="start from a file in examples/",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as fault:
+            raise _explained(fault, where) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise LexigraftError(f"no file {path}", needed="a recipe", fix=f"ls {path.parent}")
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise LexigraftError(
+            f"{path} is not valid YAML ({str(fault).splitlines()[0]})",
+            needed="a recipe in YAML, in UTF-8",
+            fix="start from a file in examples/",
+        ) from None
+
+
+def _explained(fault: ValidationError, where: str) -> LexigraftError:
+    """All faults of a recipe in one message, each unknown key with its nearest known one."""
+    found, needed = [], []
+    for error in fault.errors():
+        place = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            known = _known_keys(error["loc"][:-1])
+            near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+            found.append(f"unknown key {place}")
+            needed.append(near[0] if near else f"one of {', '.join(known)}")
+        elif error["type"] == "missing":
+            found.append(f"no key {place}")
+            needed.append(place)
+        else:
+            found.append(f"{place} = {error['input']!r}")
+            needed.append(error["msg"].lower())
+    return LexigraftError(
+        f"{where}: {'; '.join(found)}",
+        needed="; ".join(needed),
+        fix=f"edit {where} (every key: docs/recipe.md)",
+    )
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that a part of a recipe may have; list indexes in `location` are skipped."""
+    model: type[BaseModel] = Recipe
+    for name in location:
+        if isinstance(name, str) and name in model.model_fields:
+            annotation = model.model_fields[name].annotation
+            inner = get_args(annotation)[0] if get_args(annotation) else annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    return list(model.model_fields)
