@@ -1,0 +1,157 @@
+"""What rows a grown vocabulary tensor has: the one rule that graft and merge share.
+
+Rows are addressed by token id. Letters: V old tokens, N new ones, R rows before, R' rows after.
+Rows [0, V) are the base's; [V, V+N) are new; the base's padding rows from V+N to R stay as they
+were; what is left up to R' is filled with the mean of rows [0, V), so that k padding rows of a
+head take about k/(V+k) of the probability at most (Hewitt 2021).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lexigraft.checkpoints.checkpoint import read_rows
+from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
+
+Array = npt.NDArray[Any]
+
+# Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Growth:
+    """From how many rows to how many.
+
+    Attributes:
+        rows_before: R.
+        first_id: V, the base's tokens (max id + 1), and the id of the first new token.
+        tokens: V + N.
+        rows: R'.
+    """
+
+    rows_before: int
+    first_id: int
+    tokens: int
+    rows: int
+
+    @classmethod
+    def to(cls, rows_before: int, first_id: int, tokens: int, pad_to: int) -> Growth:
+        """Grow to max(rows_before, tokens rounded up to a multiple of `pad_to`).
+
+        >>> Growth.to(128, 100, 105, 64).rows, Growth.to(128, 100, 140, 64).rows
+        (128, 192)
+        """
+        return cls(rows_before, first_id, tokens, max(rows_before, -(-tokens // pad_to) * pad_to))
+
+    @property
+    def new_padding(self) -> int:
+        """How many rows have no token and did not exist before."""
+        return self.rows - max(self.rows_before, self.tokens)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One pass over the used rows of a vocabulary tensor.
+
+    Attributes:
+        sha256: hash of the bytes of rows [0, V).
+        mean: their mean in float64, shape (D,), or () for a bias.
+    """
+
+    sha256: str
+    mean: Array
+
+
+def by_row(tensor: Tensor) -> Tensor:
+    """`tensor` with its vocabulary axis first: a (1, V) bias such as BART's is seen as (V,)."""
+    if len(tensor.shape) == 2 and tensor.shape[0] == 1:
+        return dataclasses.replace(tensor, shape=tensor.shape[1:])
+    return tensor
+
+
+def block_rows(tensor: Tensor) -> int:
+    """How many rows of a tensor are read at a time."""
+    return max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
+
+
+def survey(tensor: Tensor, tokens: int) -> Survey:
+    """Hash and float64 mean of rows [0, tokens) of a vocabulary tensor, read in blocks.
+
+    Raises:
+        LexigraftError: the tensor has fewer rows, or its file became shorter.
+    """
+    tensor = by_row(tensor)
+    state = hashlib.sha256()
+    total = np.zeros(tensor.shape[1:], np.float64)
+    step = block_rows(tensor)
+    for start in range(0, tokens, step):
+        block = read_rows(tensor, start, min(start + step, tokens))
+        state.update(block.reshape(-1).view("u1"))
+        total += block.sum(axis=0, dtype=np.float64)
+    return Survey(state.hexdigest(), total / max(1, tokens))
+
+
+def grown(
+    tensor: Tensor, growth: Growth, new_rows: Callable[[int, int], Array], mean: Array
+) -> PlannedTensor:
+    """The grown `tensor`, to be written.
+
+    Args:
+        tensor: the base's vocabulary tensor, R rows (or a (1, R) bias).
+        growth: from how many rows to how many.
+        new_rows: gives rows [start, stop) of the N new ones, counted from 0, shape (n, D), in
+            any float type; they are cast to the tensor's. An array's rows: `rows.__getitem__`
+            wrapped as `lambda start, stop: rows[start:stop]`.
+        mean: `survey(tensor, growth.first_id).mean`, from which new padding rows are made.
+    """
+    view = by_row(tensor)
+    count = growth.tokens - growth.first_id
+    parts: list[CopyRows | Compute] = [
+        CopyRows(view, 0, growth.first_id),
+        Compute(count * view.row_bytes, lambda: _blocks(view, count, new_rows)),
+    ]
+    if growth.rows_before > growth.tokens:
+        parts.append(CopyRows(view, growth.tokens, growth.rows_before))
+    if growth.new_padding:
+        padding = mean[None].astype(numpy_dtype(view.dtype))
+        repeated = _repeater(padding)
+        parts.append(
+            Compute(
+                growth.new_padding * view.row_bytes,
+                lambda: _blocks(view, growth.new_padding, repeated),
+            )
+        )
+    shape = (growth.rows, *view.shape[1:])
+    return PlannedTensor(
+        tensor.name, tensor.dtype, shape if view is tensor else (1, *shape), tuple(parts)
+    )
+
+
+def _repeater(row: Array) -> Callable[[int, int], Array]:
+    return lambda start, stop: np.repeat(row, stop - start, axis=0)
+
+
+def _blocks(
+    tensor: Tensor, count: int, rows: Callable[[int, int], Array]
+) -> Iterator[npt.NDArray[Any]]:
+    dtype, step = numpy_dtype(tensor.dtype), block_rows(tensor)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield np.ascontiguousarray(rows(start, stop).astype(dtype, copy=False))
+
+
+def rows_hash(tensor: Tensor, count: int, rows: Callable[[int, int], Array]) -> str:
+    """SHA-256 of `count` computed rows in the storage type of `tensor`, as they are written."""
+    state = hashlib.sha256()
+    for block in _blocks(by_row(tensor), count, rows):
+        state.update(block.reshape(-1).view("u1"))
+    return state.hexdigest()

@@ -1,0 +1,231 @@
+"""What a rewritten checkpoint will consist of, decided from headers before a byte is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.header import Tensor, data_bytes, header_bytes
+
+DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers 4 refuses files without
+
+
+@dataclass(frozen=True)
+class CopyRows:
+    """Rows [start, stop) of a tensor on disk, copied as bytes."""
+
+    tensor: Tensor
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> CopyRows:
+        """Every row."""
+        return cls(tensor, 0, tensor.rows)
+
+    @property
+    def begin(self) -> int:
+        """First byte, counted from the start of the file."""
+        return self.tensor.begin + self.start * self.tensor.row_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to copy."""
+        return (self.stop - self.start) * self.tensor.row_bytes
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Values that are made while writing.
+
+    Attributes:
+        bytes: their size in the file.
+        blocks: gives arrays in the planned dtype whose bytes, one after another, are the values.
+            Called once, in the thread that writes the file.
+    """
+
+    bytes: int
+    blocks: Callable[[], Iterator[npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output: its parts, one after another, are its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[CopyRows | Compute, ...]
+
+    def __post_init__(self) -> None:
+        planned = sum(part.bytes for part in self.parts)
+        if planned != self.bytes:
+            raise ValueError(f"{self.name}: parts of {planned} bytes for {self.bytes}")
+
+    @classmethod
+    def copy(cls, tensor: Tensor) -> PlannedTensor:
+        """`tensor` as it is."""
+        return cls(tensor.name, tensor.dtype, tensor.shape, (CopyRows.whole(tensor),))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return data_bytes(self.dtype, self.shape)
+
+    @property
+    def bytes_copied(self) -> int:
+        """How much of it is copied from disk."""
+        return sum(part.bytes for part in self.parts if isinstance(part, CopyRows))
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A shard of the output.
+
+    Attributes:
+        name: its bare file name.
+        tensors: what it holds, in the order of the data.
+        metadata: the header's `__metadata__`.
+        verbatim: the input file that this one equals byte for byte; None if anything changes.
+    """
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: Mapping[str, str]
+    verbatim: Path | None = None
+
+    @property
+    def head(self) -> bytes:
+        """Length and header."""
+        return header_bytes(((t.name, t.dtype, t.shape) for t in self.tensors), self.metadata)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        if self.verbatim is not None:
+            return self.verbatim.stat().st_size
+        return len(self.head) + sum(tensor.bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole checkpoint to write.
+
+    Attributes:
+        files: its shards.
+        index: the input's index, whose unknown keys are kept; None for a single file.
+        sources: the input's tensors, for the dry run.
+    """
+
+    files: tuple[PlannedFile, ...]
+    index: dict[str, Any] | None
+    sources: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Plan:
+        """A plan that copies everything; `replace`, `add` and `drop` change it."""
+        files = tuple(
+            PlannedFile(
+                name,
+                tuple(map(PlannedTensor.copy, header.tensors)),
+                DEFAULT_METADATA if header.metadata is None else header.metadata,
+                checkpoint.folder / name,
+            )
+            for name, header in checkpoint.headers.items()
+        )
+        return cls(files, checkpoint.index, checkpoint.tensors)
+
+    def replace(self, tensors: Iterable[PlannedTensor]) -> Plan:
+        """A plan in which each of `tensors` stands in the place of the one of the same name.
+
+        Raises:
+            KeyError: the plan has no tensor of that name.
+        """
+        changed = {tensor.name: tensor for tensor in tensors}
+        if unknown := changed.keys() - self.tensors.keys():
+            raise KeyError(f"not in the plan: {sorted(unknown)}")
+        return self._with(lambda tensor: (changed.get(tensor.name, tensor),))
+
+    def add(self, tensor: PlannedTensor, *, after: str) -> Plan:
+        """A plan with one tensor more, in the file of the tensor `after` and next to it.
+
+        Raises:
+            KeyError: the name is taken, or `after` is not in the plan.
+        """
+        if tensor.name in self.tensors or after not in self.tensors:
+            raise KeyError(f"cannot add {tensor.name} after {after}")
+        return self._with(lambda other: (other, tensor) if other.name == after else (other,))
+
+    def drop(self, name: str) -> Plan:
+        """A plan without the tensor `name`."""
+        return self._with(lambda tensor: () if tensor.name == name else (tensor,))
+
+    def _with(self, change: Callable[[PlannedTensor], tuple[PlannedTensor, ...]]) -> Plan:
+        files = []
+        for file in self.files:
+            tensors = tuple(new for tensor in file.tensors for new in change(tensor))
+            if tensors != file.tensors:
+                file = dataclasses.replace(file, tensors=tensors, verbatim=None)  # noqa: PLW2901
+            files.append(file)
+        return dataclasses.replace(self, files=tuple(files))
+
+    @property
+    def tensors(self) -> dict[str, PlannedTensor]:
+        """Every tensor of the output by name."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes of tensors that are taken from the input as they are."""
+        return sum(tensor.bytes_copied for tensor in self.tensors.values())
+
+    @property
+    def bytes_computed(self) -> int:
+        """Bytes of tensors that are made while writing."""
+        return sum(tensor.bytes - tensor.bytes_copied for tensor in self.tensors.values())
+
+    def bytes_on_disk(self, *, link: bool = False) -> int:
+        """Size of all files; with `link`, of those that cannot be hard links."""
+        return sum(file.bytes for file in self.files if not (link and file.verbatim))
+
+    def index_content(self) -> dict[str, Any] | None:
+        """The output's model.safetensors.index.json; None for a single file."""
+        if self.index is None and len(self.files) == 1:
+            return None
+        content = dict(self.index or {})
+        metadata = dict(content.get("metadata") or {})
+        metadata["total_size"] = sum(tensor.bytes for tensor in self.tensors.values())
+        if "total_parameters" in metadata:
+            count = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+            metadata["total_parameters"] = count
+        content["metadata"] = metadata
+        content["weight_map"] = {
+            name: file
+            for name, file in sorted(
+                (t.name, file.name) for file in self.files for t in file.tensors
+            )
+        }
+        return content
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Per tensor: file, old and new shape, bytes copied and written (the dry run)."""
+        return [
+            {
+                "tensor": tensor.name,
+                "file": file.name,
+                "dtype": tensor.dtype,
+                "old_shape": list(old.shape) if (old := self.sources.get(tensor.name)) else None,
+                "shape": list(tensor.shape),
+                "bytes_copied": tensor.bytes_copied,
+                "bytes_written": tensor.bytes - tensor.bytes_copied,
+            }
+            for file in self.files
+            for tensor in file.tensors
+        ]

@@ -1,0 +1,176 @@
+"""The streaming rewrite: a plan becomes files, in constant memory, shards in parallel."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+from lexigraft.checkpoints.checkpoint import INDEX
+from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedFile
+from lexigraft.console import Advance
+from lexigraft.errors import LexigraftError
+from lexigraft.files import require_free_space, write_json
+
+# One call of copy_file_range handles at most 2 GiB; small steps keep the progress bar moving.
+COPY_STEP_BYTES = 64 * 2**20
+BUFFER_BYTES = 2**20
+WRITERS = 4
+# Room for tokenizer, config and the like beside the weights.
+SIDE_FILES_BYTES = 64 * 2**20
+
+# What kernels and file systems say when they cannot copy within themselves.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def write_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    link: bool = False,
+    threads: int | None = None,
+    advance: Advance | None = None,
+) -> int:
+    """Write the shards and the index of `plan` into the folder `out`; returns the bytes written.
+
+    Peak memory is one copy buffer and one computed block per thread, whatever the model's size.
+    Each file is flushed to the disk. With `link`, shards that do not change become hard links of
+    the input's (resolved) files where the file system allows, and are not counted.
+
+    Args:
+        plan: what to write.
+        out: an existing, empty folder; usually the one that `files.publish` gives.
+        link: hard-link unchanged shards.
+        threads: how many shards at a time; by default one per processor, 4 at most.
+        advance: called with every number of bytes written (or linked).
+
+    Raises:
+        LexigraftError: the disk lacks room, or an input became shorter.
+    """
+    require_free_space(out, plan.bytes_on_disk(link=link) + SIDE_FILES_BYTES)
+    step = advance or _ignore
+    workers = max(1, min(threads or os.cpu_count() or 1, WRITERS, len(plan.files)))
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(_write_file, file, out, link, step) for file in plan.files]
+        try:
+            written = sum(job.result() for job in jobs)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    index = plan.index_content()
+    if index is not None:
+        write_json(out / INDEX, index)
+    return written
+
+
+def _ignore(count: int) -> None:
+    """`advance` where nobody is watching."""
+
+
+def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> int:
+    target = out / file.name
+    if link and file.verbatim is not None and _linked(file.verbatim, target):
+        advance(target.stat().st_size)
+        return 0
+    with target.open("xb", buffering=0) as stream:  # mode 0666 & ~umask, as any other file
+        if file.verbatim is not None:
+            _copy(file.verbatim, 0, file.bytes, stream, advance)
+        else:
+            _write(stream, file.head, advance)
+            for run in _runs(part for tensor in file.tensors for part in tensor.parts):
+                _write_part(run, stream, advance)
+        size = stream.tell()
+        os.fsync(stream.fileno())
+    return size
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another disk, or a file system without links: copied instead
+        return False
+    return True
+
+
+def _write_part(part: tuple[Path, int, int] | Compute, stream: BinaryIO, advance: Advance) -> None:
+    if not isinstance(part, Compute):
+        _copy(*part, stream, advance)
+        return
+    left = part.bytes
+    for block in part.blocks():
+        data = memoryview(block.reshape(-1).view("u1"))
+        left -= len(data)
+        if left < 0:
+            break
+        _write(stream, data, advance)
+    if left:
+        raise ValueError(f"{abs(left)} bytes too {'few' if left > 0 else 'many'} computed")
+
+
+def _runs(
+    parts: Iterable[CopyRows | Compute],
+) -> Iterator[tuple[Path, int, int] | Compute]:
+    """Join copies of neighbouring bytes: an untouched stretch of a shard is one copy."""
+    run: tuple[Path, int, int] | None = None
+    for part in parts:
+        if isinstance(part, CopyRows):
+            path = part.tensor.path
+            if run and run[0] == path and run[1] + run[2] == part.begin:
+                run = (path, run[1], run[2] + part.bytes)
+                continue
+            if run:
+                yield run
+            run = (path, part.begin, part.bytes)
+            continue
+        if run:
+            yield run
+            run = None
+        yield part
+    if run:
+        yield run
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview, advance: Advance) -> None:
+    view = memoryview(data)
+    while view:
+        count = stream.write(view)
+        advance(count)
+        view = view[count:]
+
+
+def _copy(path: Path, begin: int, count: int, stream: BinaryIO, advance: Advance) -> None:
+    """Append `count` bytes of `path` from byte `begin` on to `stream`."""
+    with path.open("rb", buffering=0) as source:
+        source.seek(begin)
+        copy: Callable[[BinaryIO, BinaryIO, int], int] = _buffer_copy
+        if hasattr(os, "copy_file_range"):
+            copy = _kernel_copy
+        while count:
+            try:
+                done = copy(source, stream, min(count, COPY_STEP_BYTES))
+            except OSError as fault:
+                if copy is _buffer_copy or fault.errno not in _NO_KERNEL_COPY:
+                    raise
+                copy = _buffer_copy
+                continue
+            if not done:
+                raise LexigraftError(
+                    f"{path} became shorter while it was copied",
+                    needed="a file that stays as it is",
+                    fix="run the command again when nothing writes to that folder",
+                )
+            count -= done
+            advance(done)
+
+
+def _kernel_copy(source: BinaryIO, target: BinaryIO, count: int) -> int:
+    return os.copy_file_range(source.fileno(), target.fileno(), count)
+
+
+def _buffer_copy(source: BinaryIO, target: BinaryIO, count: int) -> int:
+    data = source.read(min(count, BUFFER_BYTES))
+    _write(target, data, _ignore)
+    return len(data)
