@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from lexigraft.families.continued_bpe import Merge, Unit
 from lexigraft.families.tokenmap import TOKENIZER_FILES, TokenMap, first_difference
 
 __all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load"]
@@ -22,11 +23,17 @@ class Family(Protocol):
         name: the family, for example `byte-level BPE`.
         folder: where it was loaded from.
         map: its token map.
+        implicit: the engine joins any pair whose concatenation is a token (SentencePiece).
     """
 
     name: str
     folder: Path
     map: TokenMap
+    implicit: bool
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all that decides ids; unchanged by loading and saving."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without the tokens that a template adds (bos, eos)."""
@@ -49,6 +56,27 @@ class Family(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; `▁` counts as a space."""
+
+    def units(self, texts: Sequence[str]) -> Iterator[Unit]:
+        """Stretches of `texts`, as base tokens, in which new tokens may arise."""
+
+    def adoptable(self, units: Iterable[Unit]) -> Mapping[str, int]:
+        """Characters in `units` that have no token -> how many base tokens spell each."""
+
+    def join(self, left: str, right: str) -> str | None:
+        """The token of two parts, or None where they may not be joined."""
+
+    def admits(self, merges: Sequence[Merge]) -> list[Merge]:
+        """`merges` without those that this family cannot hold beside the others."""
+
+    def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
+        """Tokens of each stretch under this tokenizer extended by `merges`."""
+
+    def extend(self, merges: Sequence[Merge], output: Path) -> None:
+        """Write this tokenizer with `merges` appended, in each format that it has."""
+
+    def engines(self) -> dict[str, Callable[[Sequence[str]], list[list[int]]]]:
+        """Every engine that reads one of the files: name -> encode of a list of texts."""
 
 
 def load(folder: Path) -> Family:

@@ -1,0 +1,95 @@
+"""Which strings may become new tokens: letters of one script, no digit, whole characters.
+
+A token is judged by its text alone, so that the same rule holds for every family.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+
+MAX_CHARACTERS = 32
+# Written together in one word, as SentencePiece's script splitter also treats them.
+_EAST_ASIAN = frozenset({"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"})
+
+
+@lru_cache(maxsize=65536)
+def script_of(character: str) -> str | None:
+    """The script of a letter or mark by its Unicode name; '' for marks, None for all else."""
+    category = unicodedata.category(character)
+    if category[0] == "M":
+        return ""
+    if category[0] != "L":
+        return None
+    first = unicodedata.name(character, "UNNAMED").split(" ", 1)[0]
+    return "CJK" if first in _EAST_ASIAN else first
+
+
+@lru_cache(maxsize=2**20)
+def is_word(text: str) -> bool:
+    """True for letters and marks of one script, with at most one leading space.
+
+    >>> is_word(" angina"), is_word("冠状"), is_word("CT检"), is_word("B12"), is_word("e.g")
+    (True, True, False, False, False)
+    """
+    body = text[1:] if text.startswith(" ") else text
+    if not body or len(body) > MAX_CHARACTERS or "\ufffd" in body:
+        return False
+    scripts = {script_of(character) for character in body}
+    return None not in scripts and len(scripts - {""}) == 1
+
+
+def character_width(lead: int) -> int:
+    """Bytes of the UTF-8 character that starts with byte `lead`; 0 if none starts with it."""
+    if lead < 0x80:
+        return 1
+    for width, low, high in ((2, 0xC2, 0xDF), (3, 0xE0, 0xEF), (4, 0xF0, 0xF4)):
+        if low <= lead <= high:
+            return width
+    return 0
+
+
+def is_character_start(data: bytes) -> bool:
+    """True for the first bytes, not all, of one UTF-8 character; a space may stand before it."""
+    body = data[1:] if data.startswith(b" ") else data
+    return bool(body) and len(body) < character_width(body[0]) and _all_continue(body[1:])
+
+
+def is_joinable(data: bytes) -> bool:
+    """True for what may be a part of a new token: letters, a lone space, parts of characters.
+
+    >>> is_joinable(b" "), is_joinable("痛".encode()[:2]), is_joinable("痛".encode()[1:])
+    (True, True, True)
+    >>> is_joinable(b"7"), is_joinable(b", "), is_joinable(" о".encode() + b"\xd0")
+    (False, False, True)
+    """
+    body = data.lstrip(_CONTINUATION_BYTES)
+    if body in (b"", b" "):
+        return bool(data) and (body == data or not body)
+    text = body.decode("utf-8", "ignore")
+    rest = body[len(text.encode()) :]
+    if text.encode() + rest != body or (rest and not is_character_start(rest)):
+        return False
+    if body != data and text.startswith(" "):
+        return False
+    return is_word(text) or (text in ("", " ") and bool(rest))
+
+
+def may_join(left: bytes, right: bytes) -> bool:
+    """True if the two parts make a word, or more of one unfinished character.
+
+    Characters are completed before they are joined: what is unfinished joins its own
+    continuation bytes only.
+    """
+    data = left + right
+    try:
+        return is_word(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return is_character_start(data)
+
+
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
+
+
+def _all_continue(data: bytes) -> bool:
+    return not data.strip(_CONTINUATION_BYTES)
