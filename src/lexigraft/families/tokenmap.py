@@ -74,16 +74,26 @@ class TokenMap:
         Raises:
             LexigraftError: there is no tokenizer, or a file cannot be read.
         """
-        maps = read_token_maps(folder)
-        for name in ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
-            if name in maps:
-                return _with_added(maps[name], maps)
+        whole = joined(read_token_maps(folder))
+        if whole is not None:
+            return whole
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
         raise LexigraftError(
             f"no tokenizer in {folder}" + (f" (it holds {found})" if found else ""),
             needed="tokenizer.json, tokenizer.model or vocab.json",
             fix="copy the tokenizer files of this model into the folder",
         )
+
+
+def joined(maps: Mapping[str, TokenMap]) -> TokenMap | None:
+    """The token map that the files of one tokenizer make together; None if none has a vocabulary.
+
+    `tokenizer.json` comes first, as it does for loaders.
+    """
+    for name in ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
+        if name in maps:
+            return _with_added(maps[name], maps)
+    return None
 
 
 def prefix_hash(token_map: TokenMap, tokens: int) -> str:
