@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.continued_bpe import Merge, Unit
-from lexigraft.families.spelling import is_joinable, may_join
+from lexigraft.families.spelling import is_joinable, letter_mask, may_join
 from lexigraft.families.tokenmap import (
     CHARACTER_TO_BYTE,
     TokenMap,
@@ -87,15 +87,32 @@ class ByteLevelBPE:
             yield from self._split(encoding.ids, encoding.word_ids)
 
     def _split(self, ids: Iterable[int], words: Iterable[int | None]) -> Iterator[Unit]:
-        unit: list[str] = []
+        unit: list[int] = []
         last_word: int | None = None
         for token_id, word in zip(ids, words, strict=True):
             if word != last_word or token_id not in self._joinable:
-                if len(unit) > 1:
-                    yield tuple(unit)
+                yield from self._words(unit)
                 unit, last_word = [], word
             if token_id in self._joinable:
+                unit.append(token_id)
+        yield from self._words(unit)
+
+    def _words(self, ids: Sequence[int]) -> Iterator[Unit]:
+        """`ids` without the tokens that hold a part of anything but a letter."""
+        if len(ids) < 2:
+            return
+        spans = [self._bytes[token_id] for token_id in ids]
+        letters = letter_mask(b"".join(spans))
+        unit: list[str] = []
+        place = 0
+        for token_id, span in zip(ids, spans, strict=True):
+            if all(letters[place : place + len(span)]):
                 unit.append(self.map.texts[token_id])
+            else:
+                if len(unit) > 1:
+                    yield tuple(unit)
+                unit = []
+            place += len(span)
         if len(unit) > 1:
             yield tuple(unit)
 

@@ -39,6 +39,22 @@ def is_word(text: str) -> bool:
     return None not in scripts and len(scripts - {""}) == 1
 
 
+@lru_cache(maxsize=2**16)
+def letter_mask(data: bytes) -> bytes:
+    """For each byte 1 if it is part of a letter or mark (or is a leading space), else 0.
+
+    >>> letter_mask(" 痛：".encode())
+    b'\\x01\\x01\\x01\\x01\\x00\\x00\\x00'
+    """
+    mask = bytearray()
+    # Each byte that is no UTF-8 becomes one lone surrogate, which is no letter.
+    for place, character in enumerate(data.decode("utf-8", "surrogateescape")):
+        good = script_of(character) is not None or (place == 0 and character == " ")
+        width = len(character.encode("utf-8", "surrogateescape"))
+        mask.extend((good,) * width)
+    return bytes(mask)
+
+
 def character_width(lead: int) -> int:
     """Bytes of the UTF-8 character that starts with byte `lead`; 0 if none starts with it."""
     if lead < 0x80:

@@ -1,0 +1,121 @@
+"""The laws of an extended tokenizer, proved on texts before anything is published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from lexigraft.errors import LexigraftError
+from lexigraft.families import Family, first_difference
+
+_BATCH = 256
+
+# Texts on which tokenizers are known to differ: spaces, line ends, scripts, marks, specials.
+HARD_TEXTS = (
+    "", " ", "  ", "   leading", "trailing   ", "double  spaces   inside", "\n", "\n\n a\n",
+    "tab\tand\r\nreturn", "患者潜伏性感染", " 患者", "患者 潜伏性 感染", "𠮷野家 𡃁仔 㐂",
+    "naïve café", "e\u0301 a\u0308 n\u0303", "שלום עולם", "مرحبا بالعالم", "Привет, мир",
+    "नमस्ते दुनिया", "สวัสดี", "🙂🙂 👩\u200d⚕️ 🇨🇳", "B12 3.14 2026-01-02 1,000", "x=1;y=[2,3]",
+    "https://example.org/a?b=c", "<s> </s> <unk> <|endoftext|> <|im_end|>", "\u2581\u2581 a\u2581b",
+    "\u00a0non\u00a0breaking", "\u200b\u200dzero\ufeffwidth", "ＡＢＣ１２３", "a" * 200,
+    "哈哈哈哈哈哈哈", "\ufffd\ufffd", "don't it's I'll",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved.
+
+    Attributes:
+        texts: how many texts were compared.
+        drift: texts whose ids differ although no new token is used in them (always 0 here).
+        engines: names of the engines compared with each other.
+        base_differences: texts on which the base's own engines differ.
+    """
+
+    texts: int
+    drift: int
+    engines: tuple[str, ...]
+    base_differences: int
+
+
+def contexts(tokens: Iterable[str]) -> Iterator[str]:
+    """Each new word alone, after a space, inside a run, doubled, and after a digit."""
+    for text in tokens:
+        word = text.strip()
+        yield from (word, f" {word}", f"a {word} b", f"在{word}后", word + word, f"7{word}7")
+
+
+def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
+    """Laws 1, 2, 3 and 5 on `texts`.
+
+    Every text must read as before when each new token is replaced by its base pieces (so it is
+    coarsened, never longer, and free of drift), and decode as before; engines that agreed on the
+    base must agree on the extension.
+
+    Raises:
+        LexigraftError: a law is broken; names the law and the text.
+    """
+    _prove_ids(base, extended)
+    first_id = base.map.tokens
+    expansion = {
+        token_id: base.pieces(text)
+        for token_id, text in extended.map.texts.items()
+        if token_id >= first_id
+    }
+    count = drift = differences = 0
+    readers = list(base.engines().items())
+    new_readers = extended.engines()
+    stream = iter(texts)
+    while batch := list(islice(stream, _BATCH)):
+        before = [read(batch) for _, read in readers]
+        after = [new_readers[name](batch) for name, _ in readers]
+        for place, text in enumerate(batch):
+            count += 1
+            for old, new in zip(before, after, strict=True):
+                _prove_coarser(text, old[place], new[place], expansion)
+                drift += old[place] != new[place] and max(new[place]) < first_id
+            if all(old[place] == before[0][place] for old in before):
+                if any(new[place] != after[0][place] for new in after):
+                    raise _broken(5, text, "the files of the extended tokenizer differ")
+            else:
+                differences += 1
+            _prove_decoding(base, extended, text, before[0][place], after[0][place])
+    return Proof(count, drift, tuple(name for name, _ in readers), differences)
+
+
+def _prove_ids(base: Family, extended: Family) -> None:
+    moved = first_difference(base.map, extended.map)
+    if moved is not None:
+        raise _broken(1, base.map.texts[moved], f"id {moved} has changed its meaning")
+    new = [token_id for token_id in extended.map.texts if token_id not in base.map.texts]
+    if new and (min(new) != base.map.tokens or extended.map.tokens - min(new) != len(new)):
+        raise _broken(1, "", f"new ids do not follow id {base.map.tokens - 1} one by one")
+
+
+def _prove_coarser(
+    text: str, old: Sequence[int], new: Sequence[int], expansion: Mapping[int, Sequence[int]]
+) -> None:
+    spelled: list[int] = []
+    for token_id in new:
+        spelled.extend(expansion.get(token_id, (token_id,)))
+    if spelled != list(old):
+        raise _broken(2, text, "it is cut differently, not only coarser")
+
+
+def _prove_decoding(
+    base: Family, extended: Family, text: str, old: Sequence[int], new: Sequence[int]
+) -> None:
+    for skip in (False, True):
+        if base.decode(old, skip_special=skip) != extended.decode(new, skip_special=skip):
+            raise _broken(3, text, "it is decoded differently")
+
+
+def _broken(law: int, text: str, what: str) -> LexigraftError:
+    shown = text if len(text) <= 200 else f"{text[:200]}..."
+    return LexigraftError(
+        f"law {law} is broken on {shown!r}: {what}",
+        needed="a tokenizer that reads old text as before; nothing was written",
+        fix="report this base tokenizer and text as a bug of lexigraft",
+    )
