@@ -1,0 +1,268 @@
+"""Does an adapter fit the model that it is to be used on?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lexigraft.adapters.config import AdapterConfig
+from lexigraft.adapters.keys import parse
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts
+from lexigraft.checks.findings import Finding, finding, from_error
+from lexigraft.errors import LexigraftError
+from lexigraft.families.tokenmap import first_difference
+
+# Last part of the names under which models keep input embeddings and heads.
+_VOCABULARY_MODULES = frozenset(
+    (
+        *("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "embedding"),
+        *("tok_embeddings", "shared", "lm_head", "embed_out", "output_layer", "output"),
+    )
+)
+# Tensors that are no whole copy of a vocabulary tensor, but have one dimension of its length.
+_LONG_AXIS = (
+    (re.compile(r"\.lora_embedding_A(\.\w+)?$"), 1),
+    (re.compile(r"\.lora_B(\.\w+)?\.weight$"), 0),
+)
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """How long a vocabulary an adapter was trained with.
+
+    Attributes:
+        by_tensor: name -> rows, of each tensor with one entry per row of the vocabulary.
+        last_id: highest id whose row is stored on its own; -1 if none.
+    """
+
+    by_tensor: dict[str, int]
+    last_id: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that a model needs to carry the adapter; 0 if it says nothing."""
+        return max([self.last_id + 1, *self.by_tensor.values()])
+
+
+def adapter_rows(adapter: Facts) -> AdapterRows:
+    """The vocabulary that the tensors of an adapter imply."""
+    by_tensor = {}
+    for name, tensor in adapter.adapter.items():
+        axis = _vocabulary_axis(name)
+        if axis is not None and len(tensor.shape) > axis:
+            by_tensor[name] = tensor.shape[axis]
+    return AdapterRows(by_tensor, max(_trained_ids(adapter.config[ADAPTER_CONFIG]), default=-1))
+
+
+def _vocabulary_axis(name: str) -> int | None:
+    for pattern, axis in _LONG_AXIS:
+        match = pattern.search(name)
+        if match:
+            return axis if name[: match.start()].rsplit(".", 1)[-1] in _VOCABULARY_MODULES else None
+    key = parse(name)
+    if key.part not in ("full", "saved", "base"):
+        return None
+    module, _, leaf = key.target.rpartition(".")
+    return 0 if leaf == "weight" and module.rsplit(".", 1)[-1] in _VOCABULARY_MODULES else None
+
+
+def _trained_ids(config: dict[str, Any]) -> list[int]:
+    found = config.get("token_indices") or config.get("trainable_token_indices") or []
+    lists = list(found.values()) if isinstance(found, dict) else [found]
+    return [i for ids in lists if isinstance(ids, list) for i in ids if isinstance(i, int)]
+
+
+def adapter_findings(model: Facts | None, adapter: Facts) -> Iterator[Finding]:
+    """Faults of an adapter, and, where the model is known, between the two."""
+    if ADAPTER_CONFIG not in adapter.config:
+        return
+    empty = [tensor for tensor in adapter.adapter.values() if 0 in tensor.shape]
+    if empty:
+        yield _empty(empty)
+        return
+    yield from _unsupported(adapter)
+    if not adapter.adapter:
+        return
+    needed = adapter_rows(adapter)
+    yield from _own_rows(adapter, needed)
+    if model is not None and model.rows is not None:
+        strangers = list(_strangers(model, adapter))
+        yield from strangers
+        if not strangers:
+            yield from _against_rows(model, model.rows, adapter, needed)
+        yield from _shapes(model, adapter)
+
+
+def _empty(empty: list[Tensor]) -> Finding:
+    return finding(
+        "LG403",
+        empty[0].name,
+        f"has shape {list(empty[0].shape)} ({len(empty)} tensors are empty): the adapter was saved "
+        "from one rank of DeepSpeed ZeRO-3 without gathering the others",
+        needed="whole tensors",
+        fix="python zero_to_fp32.py in the training folder, or save with "
+        "stage3_gather_16bit_weights_on_model_save",
+    )
+
+
+def _unsupported(adapter: Facts) -> Iterator[Finding]:
+    try:
+        AdapterConfig.read(adapter.folder)
+    except LexigraftError as fault:
+        yield from_error("LG410", ADAPTER_CONFIG, fault)
+
+
+def _own_rows(adapter: Facts, needed: AdapterRows) -> Iterator[Finding]:
+    """The adapter against its own tokenizer."""
+    lengths = sorted(set(needed.by_tensor.values()))
+    if len(lengths) > 1:
+        shortest = min(needed.by_tensor, key=lambda name: needed.by_tensor[name])
+        yield finding(
+            "LG408",
+            shortest,
+            f"has {lengths[0]:,} rows, another vocabulary tensor of the adapter has "
+            f"{lengths[-1]:,}",
+            needed="vocabulary tensors of one length",
+            fix="save the adapter again with model.save_pretrained",
+        )
+    tokens = adapter.tokens.tokens if adapter.tokens else 0
+    if lengths and tokens > lengths[-1]:
+        yield finding(
+            "LG407",
+            ADAPTER_WEIGHTS,
+            f"holds {lengths[-1]:,} rows, its tokenizer has {tokens:,} tokens",
+            needed=f"the tokenizer that it was trained with, of at most {lengths[-1]:,} tokens",
+            fix=f"copy that tokenizer into {adapter.folder}",
+        )
+
+
+def _strangers(model: Facts, adapter: Facts) -> Iterator[Finding]:
+    """Ids that mean one thing to the model and another to the adapter."""
+    if model.tokens is None or adapter.tokens is None:
+        return
+    moved = first_difference(model.tokens, adapter.tokens)
+    if moved is not None and adapter.tokens.tokens < model.tokens.tokens:
+        shorter = first_difference(adapter.tokens, model.tokens)
+        moved = shorter  # an adapter from before the model was extended is no stranger
+    if moved is None:
+        return
+    here, there = (
+        repr(facts.tokens.texts[moved]) if facts.tokens and moved in facts.tokens.texts else "none"
+        for facts in (model, adapter)
+    )
+    yield finding(
+        "LG404",
+        str(adapter.folder),
+        f"its tokenizer is no extension of that of {model.folder}: id {moved} is {there} there "
+        f"and {here} here, so its rows belong to other words",
+        needed="an adapter that was trained on this model or on an extension of it",
+        fix=f"lexigraft check OTHER --adapter {adapter.folder} (OTHER: the model named in its "
+        f"{ADAPTER_CONFIG})",
+    )
+
+
+def _against_rows(
+    model: Facts, rows: int, adapter: Facts, needed: AdapterRows
+) -> Iterator[Finding]:
+    own = adapter.tokens.tokens if adapter.tokens else 0
+    before = model.tokens.tokens if model.tokens else rows
+    merge = f"lexigraft merge {model.folder} {adapter.folder} -o MERGED"
+    if needed.rows > rows and own:
+        yield finding(
+            "LG401",
+            ADAPTER_WEIGHTS,
+            f"has {needed.rows:,} rows, {model.folder} has {rows:,}: {own - before:,} tokens were "
+            f"added before the adapter was trained ({before:,} -> {own:,}), and this model was not "
+            "grown with them; loading it with PEFT ends in a size mismatch",
+            needed=f"a model with {needed.rows:,} rows; merge grows it from the adapter",
+            fix=merge,
+        )
+    elif needed.rows > rows:
+        yield finding(
+            "LG405",
+            str(adapter.folder),
+            f"has {needed.rows:,} rows, {model.folder} has {rows:,}, and no tokenizer lies beside "
+            "the adapter that says which tokens the new rows belong to",
+            needed="the tokenizer that the adapter was trained with",
+            fix=f"lexigraft merge {model.folder} {adapter.folder} --tokenizer TOKENIZER -o MERGED",
+        )
+    elif own > rows:
+        yield _rows_unsaved(model, rows, adapter, own, merge)
+    elif own > before:
+        yield finding(
+            "LG406",
+            str(adapter.folder),
+            f"was trained with {own:,} tokens, the tokenizer of {model.folder} has {before:,}: "
+            "with that one the new tokens never occur",
+            needed="the adapter's tokenizer beside the weights",
+            fix=merge,
+        )
+    yield from _fewer(model, rows, needed, merge)
+
+
+def _rows_unsaved(model: Facts, rows: int, adapter: Facts, own: int, merge: str) -> Finding:
+    """The tokenizer grew, but no tensor holds the new rows; a manifest may rebuild them."""
+    rebuilt = adapter.manifest is not None and adapter.manifest.last("graft") is not None
+    return finding(
+        "LG401" if rebuilt else "LG407",
+        str(adapter.folder),
+        f"its tokenizer has {own:,} tokens, {model.folder} has {rows:,} rows, and the adapter "
+        "stores no rows for the others"
+        + (": they are those of graft, which its manifest describes" if rebuilt else ""),
+        needed=f"a model with {own:,} rows",
+        fix=merge if rebuilt else "merge it into the resized model that it was trained on",
+    )
+
+
+def _fewer(model: Facts, rows: int, needed: AdapterRows, merge: str) -> Iterator[Finding]:
+    if needed.by_tensor and needed.rows < rows:
+        yield finding(
+            "LG402",
+            ADAPTER_WEIGHTS,
+            f"has {needed.rows:,} rows, {model.folder} has {rows:,}: the trainer cut padding rows "
+            "off, or the model was extended later",
+            needed="the same number of rows",
+            fix=merge,
+        )
+
+
+def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:
+    """LoRA factors against the layers that they change."""
+    tensors = model.checkpoint.tensors if model.checkpoint else {}
+    transposed = bool(adapter.config[ADAPTER_CONFIG].get("fan_in_fan_out"))
+    seen = 0
+    for name, factor in sorted(adapter.adapter.items()):
+        key = parse(name)
+        layer = tensors.get(f"{key.target}.weight") if key.part in ("lora_A", "lora_B") else None
+        if layer is None or len(layer.shape) != 2 or _vocabulary_axis(name) is not None:
+            continue
+        seen += 1
+        inner, outer = layer.shape if transposed else layer.shape[::-1]
+        wanted, is_a = (inner, True) if key.part == "lora_A" else (outer, False)
+        given = factor.shape[-1] if is_a else factor.shape[0]
+        if given != wanted:
+            yield _misfit(name, factor, layer, model.folder)
+            return
+    named = [name for name in adapter.adapter if parse(name).part == "lora_A"]
+    if named and not seen and not any(f"{parse(n).target}.weight" in tensors for n in named):
+        yield finding(
+            "LG408",
+            named[0],
+            f"changes a layer that {model.folder} does not have",
+            needed="an adapter of this model",
+            fix=f"see base_model_name_or_path in {adapter.folder / ADAPTER_CONFIG}",
+        )
+
+
+def _misfit(name: str, factor: Tensor, layer: Tensor, folder: Path) -> Finding:
+    return finding(
+        "LG408",
+        name,
+        f"has shape {list(factor.shape)}, {layer.name} of {folder} has {list(layer.shape)}",
+        needed="an adapter of this model",
+        fix=f"see base_model_name_or_path in {ADAPTER_CONFIG}",
+    )

@@ -1,0 +1,111 @@
+"""Is a folder what its manifest says, and what the base makes of it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lexigraft.checks.facts import Facts
+from lexigraft.checks.findings import Finding, finding
+from lexigraft.families.tokenmap import first_difference, prefix_hash
+from lexigraft.manifest import MANIFEST, Manifest
+
+
+def manifest_findings(facts: Facts) -> Iterator[Finding]:
+    """Faults between a manifest and the files beside it."""
+    if facts.manifest is None:
+        return
+    last = next((r for r in reversed(facts.manifest.records) if hasattr(r, "token_map")), None)
+    if last is not None and facts.tokens is not None:
+        yield from _token_map(facts, last)
+    rows = next((r for r in reversed(facts.manifest.records) if hasattr(r, "rows")), None)
+    if rows is not None and facts.rows is not None and facts.rows != rows.rows:
+        yield finding(
+            "LG503",
+            MANIFEST,
+            f"says {rows.rows:,} rows, the weights have {facts.rows:,}",
+            needed="the weights that were written with this manifest",
+            fix="copy the weights and the manifest from one folder",
+        )
+    yield from _settings(facts, facts.manifest)
+
+
+def _token_map(facts: Facts, record: Any) -> Iterator[Finding]:
+    if facts.tokens is None or facts.tokens.hash == record.token_map:
+        return
+    base, first = getattr(record, "base", None), None
+    if base is not None:
+        same = prefix_hash(facts.tokens, base.tokens) == base.token_map
+        first = "its base part agrees" if same else "its base part differs too"
+    yield finding(
+        "LG502",
+        "tokenizer",
+        f"token map {facts.tokens.hash[:12]} ({facts.tokens.tokens:,} tokens), but the manifest "
+        f"was written with {record.token_map[:12]}"
+        + (f" ({record.tokens:,} tokens)" if hasattr(record, "tokens") else "")
+        + (f"; {first}" if first else "")
+        + ": these rows belong to other words",
+        needed="the tokenizer that these rows were made for",
+        fix="copy the tokenizer files of the step that wrote this folder into it again",
+    )
+
+
+def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
+    """tokenizer_config.json carries the hash of the manifest it was written with."""
+    key = facts.config.get("tokenizer_config.json", {}).get("lexigraft")
+    named = key.get("manifest") if isinstance(key, dict) else None
+    if not isinstance(named, str):
+        return
+    states = {
+        Manifest(records=manifest.records[:count]).hash
+        for count in range(len(manifest.records) + 1)
+    }
+    if named not in states:
+        yield finding(
+            "LG504",
+            "tokenizer_config.json",
+            f"was written with manifest {named[:12]}, which is no earlier state of {MANIFEST}",
+            needed="tokenizer and manifest of one lineage",
+            fix="copy the tokenizer files and the manifest from one folder",
+        )
+
+
+def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
+    """Faults between a model or vocabulary and the base that it was made from."""
+    if facts.tokens is not None and base.tokens is not None:
+        moved = first_difference(base.tokens, facts.tokens)
+        if moved is not None:
+            yield finding(
+                "LG601",
+                "tokenizer",
+                f"id {moved} is {facts.tokens.texts.get(moved)!r}, in {base.folder} it is "
+                f"{base.tokens.texts[moved]!r}",
+                needed="every id of the base with its own token",
+                fix=f"lexigraft learn {base.folder} --corpus TEXT -o VOCAB",
+            )
+    if facts.rows is not None and base.rows is not None and facts.rows < base.rows:
+        yield finding(
+            "LG602",
+            "weights",
+            f"have {facts.rows:,} rows, {base.folder} has {base.rows:,}: something cut rows off",
+            needed=f"at least {base.rows:,} rows",
+            fix=f"lexigraft graft {base.folder} {facts.folder} -o MODEL",
+        )
+    yield from _lost_tensors(facts, base)
+
+
+def _lost_tensors(facts: Facts, base: Facts) -> Iterator[Finding]:
+    if facts.checkpoint is None or base.checkpoint is None or base.vocabulary is None:
+        return
+    for name, tensor in base.checkpoint.tensors.items():
+        here = facts.checkpoint.tensors.get(name)
+        if here is None or (here.shape != tensor.shape and name not in base.vocabulary.names):
+            yield finding(
+                "LG603",
+                name,
+                f"has shape {list(tensor.shape)} in {base.folder}, here "
+                + (f"{list(here.shape)}" if here else "it is missing"),
+                needed="every tensor of the base",
+                fix=f"lexigraft graft {base.folder} VOCAB -o MODEL",
+            )
+            return

@@ -1,0 +1,176 @@
+"""Do the files of one tokenizer say the same?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lexigraft.checks.facts import Facts
+from lexigraft.checks.findings import Finding, finding
+from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, TokenMap, joined
+from lexigraft.manifest import Manifest
+
+# In the order in which loaders look for them.
+VOCABULARIES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
+ADDED = "added_tokens.json"
+SETTINGS = "tokenizer_config.json"
+
+
+def tokenizer_findings(facts: Facts) -> Iterator[Finding]:
+    """Faults between the tokenizer files of one folder."""
+    names = [name for name in VOCABULARIES if name in facts.maps]
+    for other in names[1:]:
+        yield from _compare(facts, names[0], other)
+    if names:
+        yield from _added_tokens(facts, names)
+        yield from _settings(facts, names[0])
+
+
+def _compare(facts: Facts, first: str, other: str) -> Iterator[Finding]:
+    """Two files that each hold a whole vocabulary; `first` is what loaders read."""
+    one, two = facts.maps[first], facts.maps[other]
+    differing = [i for i in _model_ids(one) if i in two.texts and two.texts[i] != one.texts[i]]
+    if differing and _same_words(one, two):
+        return  # XLM-R and Pegasus number the pieces of their model file anew
+    missing = [i for i in _model_ids(one) if i not in two.texts]
+    extra = [i for i in _model_ids(two) if i not in one.texts]
+    if not (differing or missing or extra):
+        return
+    odd = _odd_one(facts, first, other)
+    yield finding(
+        "LG102",
+        odd or other,
+        _difference(facts, first, other, (differing or missing or extra)[0])
+        + (f": {odd} is the odd one out" if odd else "")
+        + f" (loaders read {first} first)",
+        needed="the same token for every id in every file",
+        fix=f"mv {facts.folder / (odd or other)} {facts.folder / (odd or other)}.stale",
+    )
+
+
+def _model_ids(token_map: TokenMap) -> list[int]:
+    """Ids of the vocabulary proper: added tokens need not be in every file."""
+    return [i for i in sorted(token_map.texts) if i not in token_map.added]
+
+
+def _same_words(one: TokenMap, two: TokenMap) -> bool:
+    few, many = sorted((set(one.texts.values()), set(two.texts.values())), key=len)
+    return len(few - many) <= 8  # control symbols are spelt differently
+
+
+def _difference(facts: Facts, first: str, other: str, token_id: int) -> str:
+    def says(name: str) -> str:
+        token_map = facts.maps[name]
+        text = token_map.texts.get(token_id)
+        meaning = "nothing" if text is None else repr(text)
+        return f"{name} ({token_map.tokens:,} tokens) has {meaning}"
+
+    return f"for id {token_id} {says(first)}, {says(other)}"
+
+
+def _odd_one(facts: Facts, first: str, other: str) -> str | None:
+    """The file that is wrong, if the manifest, a third file or the length tells."""
+    wanted = _manifest_hash(facts.manifest)
+    if wanted:
+        fits = [name for name in (first, other) if _alone(facts.maps, name).hash == wanted]
+        if len(fits) == 1:
+            return other if fits[0] == first else first
+    for third in VOCABULARIES:
+        if third in facts.maps and third not in (first, other):
+            agrees = [n for n in (first, other) if _agree(facts.maps[n], facts.maps[third])]
+            if len(agrees) == 1:
+                return other if agrees[0] == first else first
+    longer, shorter = sorted((first, other), key=lambda name: -facts.maps[name].tokens)
+    if _agree(facts.maps[shorter], facts.maps[longer]):
+        return shorter  # it was left behind when the other was extended
+    return None
+
+
+def _alone(maps: Mapping[str, TokenMap], name: str) -> TokenMap:
+    """The tokenizer as it would be if `name` were its only vocabulary."""
+    kept = {n: m for n, m in maps.items() if n == name or n not in VOCABULARIES}
+    return joined(kept) or maps[name]
+
+
+def _agree(one: TokenMap, two: TokenMap) -> bool:
+    """Every id of the vocabulary of `one` means the same in `two`."""
+    return all(two.texts.get(i) == one.texts[i] for i in _model_ids(one))
+
+
+def _manifest_hash(manifest: Manifest | None) -> str | None:
+    records = [r for r in manifest.records if hasattr(r, "token_map")] if manifest else []
+    return records[-1].token_map if records else None
+
+
+def _added_tokens(facts: Facts, names: list[str]) -> Iterator[Finding]:
+    """added_tokens.json against the vocabulary that it adds to."""
+    added = facts.maps.get(ADDED)
+    if added is None:
+        return
+    whole = facts.maps[names[0]]
+    model_file = next((name for name in names if name != "tokenizer.json"), names[0])
+    model = facts.maps[model_file]
+    wrong = [i for i, text in sorted(added.texts.items()) if whole.texts.get(i, text) != text]
+    if wrong:
+        yield finding(
+            "LG102",
+            ADDED,
+            f"gives id {wrong[0]} the text {added.texts[wrong[0]]!r}, "
+            f"{names[0]} gives it {whole.texts[wrong[0]]!r}",
+            needed="one meaning for each id",
+            fix=f"copy {ADDED} again from the model that {names[0]} belongs to",
+        )
+    yield from _hole(facts, model_file)
+    repeated = [i for i in sorted(added.texts) if model.texts.get(i) == added.texts[i]]
+    if repeated and model_file != "tokenizer.json" and not wrong:
+        yield finding(
+            "LG104",
+            ADDED,
+            f"repeats {len(repeated)} tokens of {model_file}, the first is id {repeated[0]}",
+        )
+
+
+def _hole(facts: Facts, model_file: str) -> Iterator[Finding]:
+    """Ids between the end of the vocabulary and the added tokens that no file gives a meaning."""
+    model, added = facts.maps[model_file], facts.maps[ADDED]
+    known = facts.tokens.texts if facts.tokens else {}
+    beyond = [i for i in sorted(added.texts) if i >= model.tokens]
+    lost = next((i for i in range(model.tokens, max(beyond, default=0)) if i not in known), None)
+    if lost is None:
+        return
+    first = next(i for i in beyond if i > lost)
+    yield finding(
+        "LG103",
+        model_file,
+        f"{ADDED} gives {added.texts[first]!r} the id {first}, but {model_file} has "
+        f"{model.tokens:,} tokens and no file has id {lost}: {model_file} is older than {ADDED}",
+        needed=f"a {model_file} with {first:,} tokens, or added tokens from id {lost} on",
+        fix=f"copy {model_file} from the folder that {ADDED} came from",
+    )
+
+
+def _settings(facts: Facts, first: str) -> Iterator[Finding]:
+    """The added tokens of tokenizer_config.json against the vocabulary."""
+    settings = facts.maps.get(SETTINGS)
+    if settings is None:
+        return
+    whole = facts.maps[first]
+    for token_id, text in sorted(settings.texts.items()):
+        other = whole.texts.get(token_id)
+        if other is not None and other != text and token_id in whole.added | set(_model_ids(whole)):
+            yield finding(
+                "LG102",
+                SETTINGS,
+                f"gives id {token_id} the text {text!r}, {first} gives it {other!r}",
+                needed="one meaning for each id",
+                fix=f"copy {SETTINGS} again from the model that {first} belongs to",
+            )
+            return
+        if other is None and first == "tokenizer.json":
+            yield finding(
+                "LG105",
+                SETTINGS,
+                f"adds {text!r} as id {token_id}, which {first} does not have",
+                needed="every added token in both files",
+                fix=f"copy {first} and {SETTINGS} from one folder",
+            )
+            return

@@ -1,0 +1,170 @@
+"""Do config, rows and tokens of one model fit together?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checks.facts import Facts
+from lexigraft.checks.findings import Finding, finding
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def weight_findings(facts: Facts) -> Iterator[Finding]:
+    """Faults between the config, the weights and the tokenizer of one model folder."""
+    if facts.checkpoint is None:
+        return
+    yield from _empty(facts.checkpoint)
+    if facts.rows is None:
+        return
+    yield from _rows(facts, facts.rows)
+    yield from _tying(facts)
+    yield from _special_ids(facts, facts.rows)
+
+
+def _empty(checkpoint: Checkpoint) -> Iterator[Finding]:
+    empty = [tensor for tensor in checkpoint.tensors.values() if 0 in tensor.shape]
+    if empty:
+        yield finding(
+            "LG307",
+            empty[0].name,
+            f"has shape {list(empty[0].shape)} ({len(empty)} tensors are empty): it was saved "
+            "without gathering the shards of ZeRO-3",
+            needed="whole tensors",
+            fix="python zero_to_fp32.py in the training folder, or save with "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
+
+
+def stated_rows(config: dict[str, Any]) -> dict[str, int]:
+    """Every `vocab_size` of a config by its dotted path.
+
+    Parts of composite models that have no text (vision, audio) are left out.
+
+    >>> stated_rows({"text_config": {"vocab_size": 9}, "vision_config": {"vocab_size": 3}})
+    {'text_config.vocab_size': 9}
+    """
+    found = {}
+    if isinstance(config.get("vocab_size"), int):
+        found["vocab_size"] = config["vocab_size"]
+    for key in ("text_config", "llm_config", "language_config", "decoder", "thinker_config"):
+        part = config.get(key)
+        if isinstance(part, dict):
+            found |= {f"{key}.{path}": size for path, size in stated_rows(part).items()}
+    return found
+
+
+def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
+    config = facts.config.get("config.json", {})
+    stated = {path: size for path, size in stated_rows(config).items() if size != rows}
+    tokens = facts.tokens.tokens if facts.tokens else None
+    if tokens is not None and tokens > rows:
+        said = next(iter(stated.values()), rows)
+        yield finding(
+            "LG302",
+            _first_tensor(facts),
+            f"has {rows:,} rows, the tokenizer has {tokens:,} tokens and config.json says "
+            f"{said:,}: ids {rows:,} to {tokens - 1:,} have no row",
+            needed=f"at least {tokens:,} rows",
+            fix=f"lexigraft graft BASE {facts.folder} -o MODEL "
+            "(BASE is this model before its tokenizer was extended)",
+        )
+    elif stated:
+        path, size = next(iter(stated.items()))
+        yield finding(
+            "LG201",
+            "config.json",
+            f"says {path} = {size:,}, the weights have {rows:,} rows: it was edited by hand, or "
+            "belongs to other weights",
+            needed=f"{path} = {rows:,}",
+            fix=f"set {path} to {rows} in {facts.folder / 'config.json'}",
+        )
+    elif tokens is not None and rows > tokens:
+        yield finding(
+            "LG303",
+            _first_tensor(facts),
+            f"{rows - tokens:,} rows beyond the {tokens:,} tokens: normal padding",
+        )
+
+
+def _first_tensor(facts: Facts) -> str:
+    names = facts.vocabulary.names if facts.vocabulary else ()
+    return names[0] if names else "weights"
+
+
+def _tying(facts: Facts) -> Iterator[Finding]:
+    config, vocabulary = facts.config.get("config.json", {}), facts.vocabulary
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    tied = config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings"))
+    if vocabulary is None or not vocabulary.embeds or tied is None:
+        return
+    if tied and vocabulary.heads:
+        yield finding(
+            "LG306",
+            vocabulary.heads[0],
+            "is stored although tie_word_embeddings is true: loaders use it only if it differs "
+            f"from {vocabulary.embeds[0]}",
+        )
+    if not tied and not vocabulary.heads and _has_head(config):
+        yield finding(
+            "LG305",
+            "weights",
+            "hold no output head although tie_word_embeddings is false: loaders would fill it "
+            "with noise",
+            needed="an output head in the weights, or tie_word_embeddings = true",
+            fix=f"set tie_word_embeddings to true in {facts.folder / 'config.json'}, if this "
+            "model ties them, or download its weights again",
+        )
+
+
+def _has_head(config: dict[str, Any]) -> bool:
+    names = config.get("architectures") or []
+    return any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
+
+
+def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
+    """Ids in config.json and generation_config.json, against rows and against the tokenizer."""
+    for key in SPECIAL:
+        named = {
+            file: _as_ids(facts.config.get(file, {}).get(key))
+            for file in ("config.json", "generation_config.json")
+        }
+        for file, ids in named.items():
+            beyond = [i for i in ids if i >= rows]
+            if beyond:
+                yield finding(
+                    "LG202",
+                    file,
+                    f"{key} = {beyond[0]}, but there are {rows:,} rows",
+                    needed=f"an id below {rows:,}",
+                    fix=f"set {key} in {facts.folder / file} to the tokenizer's id",
+                )
+        yield from _other_meaning(facts, key, {i for ids in named.values() for i in ids})
+
+
+def _as_ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+
+
+def _other_meaning(facts: Facts, key: str, ids: set[int]) -> Iterator[Finding]:
+    """The tokenizer names a special token, and no config points at it."""
+    settings = facts.config.get("tokenizer_config.json", {})
+    value = settings.get(key.removesuffix("_id"))
+    text = value.get("content") if isinstance(value, dict) else value
+    if facts.tokens is None or not isinstance(text, str) or not ids:
+        return
+    wanted = facts.tokens.ids.get(text)
+    if wanted is None or wanted in ids:
+        return
+    other = min(ids)
+    yield finding(
+        "LG203",
+        "config.json",
+        f"{key} = {other} is {facts.tokens.texts.get(other)!r}, the tokenizer's "
+        f"{key.removesuffix('_id')} is {text!r} (id {wanted})",
+        needed=f"{key} = {wanted}",
+        fix=f"set {key} to {wanted} in {facts.folder / 'config.json'}",
+    )

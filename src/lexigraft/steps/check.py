@@ -1,0 +1,182 @@
+"""`check`: tokenizer files, config, weights, adapter and manifest in one table, with one verdict.
+
+Headers and small files are read, no weights, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lexigraft.checks.adapters import adapter_findings, adapter_rows
+from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
+from lexigraft.checks.findings import Finding
+from lexigraft.checks.lineage import base_findings, manifest_findings
+from lexigraft.checks.tokenizers import tokenizer_findings
+from lexigraft.checks.weights import stated_rows, weight_findings
+from lexigraft.errors import LexigraftError
+from lexigraft.manifest import MANIFEST
+
+_ORDER = {"error": 0, "warning": 1, "note": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        folder: where the file lies.
+        part: the file or tensor.
+        unit: what is counted: `tokens`, `rows` or `vocab_size`; empty if nothing is.
+        count: how many; None if nothing is counted.
+        detail: shape, type or state.
+    """
+
+    folder: str
+    part: str
+    unit: str
+    count: int | None
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {
+            "folder": self.folder,
+            "part": self.part,
+            "unit": self.unit,
+            "count": self.count,
+            "detail": self.detail,
+        }
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The table and what is wrong with it; `ok` when nothing is an error."""
+
+    path: Path
+    findings: list[Finding]
+    table: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        """True when no finding is an error."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable result."""
+        return {
+            "ok": self.ok,
+            "findings": [finding.to_json() for finding in self.findings],
+            "table": [row.to_json() for row in self.table],
+        }
+
+    def lines(self) -> list[str]:
+        """What a person reads: table, findings, verdict."""
+        errors = sum(finding.severity == "error" for finding in self.findings)
+        verdict = f"{errors} fault{'s' if errors != 1 else ''}" if errors else "ok"
+        return [
+            *_table_lines(self.table),
+            *(finding.line() for finding in self.findings),
+            f"{self.path}: {verdict}",
+        ]
+
+
+def check(
+    path: str | Path, *, base: str | Path | None = None, adapter: str | Path | None = None
+) -> CheckResult:
+    """Hold the parts of a model, vocabulary or adapter folder against each other.
+
+    Args:
+        path: the folder.
+        base: the model that `path` was made from; for an adapter, the model it is to be used on.
+        adapter: an adapter that is to be used on `path`.
+
+    Raises:
+        LexigraftError: a folder does not exist, or holds nothing that could be checked.
+    """
+    subject = read_facts(Path(path))
+    origin = read_facts(Path(base)) if base is not None else None
+    patch = read_facts(Path(adapter)) if adapter is not None else None
+    if patch is not None and not patch.is_adapter:
+        raise LexigraftError(
+            f"{patch.folder} is no adapter: it has no {ADAPTER_CONFIG}",
+            needed=f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+            fix=f"ls {patch.folder}",
+        )
+    if subject.is_adapter and origin is not None:
+        subject, patch, origin = origin, subject, None
+    parts = [part for part in (subject, origin, patch) if part is not None]
+    if not _something(subject):
+        raise LexigraftError(
+            f"{subject.folder} holds no tokenizer, config, weights or adapter",
+            needed="a model, vocabulary or adapter folder",
+            fix=f"ls {subject.folder}",
+        )
+    findings = sorted(_findings(subject, origin, patch), key=lambda f: _ORDER[f.severity])
+    return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
+
+
+def _something(facts: Facts) -> bool:
+    return bool(facts.maps or facts.config or facts.unreadable or facts.manifest)
+
+
+def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iterator[Finding]:
+    for part in (subject, patch):
+        if part is not None:
+            yield from part.unreadable
+            yield from tokenizer_findings(part)
+            yield from weight_findings(part)
+            yield from manifest_findings(part)
+    if subject.is_adapter:
+        yield from adapter_findings(None, subject)
+    if patch is not None:
+        yield from adapter_findings(subject, patch)
+    if origin is not None:
+        yield from origin.unreadable
+        yield from base_findings(subject, origin)
+
+
+def _rows(facts: Facts) -> Iterator[Row]:
+    folder = str(facts.folder)
+    for name, token_map in facts.maps.items():
+        yield Row(folder, name, "tokens", token_map.tokens, f"{len(token_map.texts):,} entries")
+    for path, size in stated_rows(facts.config.get("config.json", {})).items():
+        yield Row(folder, f"config.json {path}", "vocab_size", size)
+    if facts.checkpoint is not None and facts.vocabulary is not None:
+        for name in facts.vocabulary.names:
+            tensor = facts.checkpoint.tensors[name]
+            detail = f"{tensor.dtype} {list(tensor.shape)}"
+            yield Row(folder, name, "rows", facts.vocabulary.rows, detail)
+        if facts.vocabulary.tied:
+            yield Row(folder, "output head", "rows", facts.vocabulary.rows, "tied")
+    if facts.adapter and ADAPTER_CONFIG in facts.config:
+        yield from _adapter_table(facts)
+    if facts.manifest is not None:
+        stages = ", ".join(record.stage for record in facts.manifest.records)
+        yield Row(folder, MANIFEST, "", None, stages)
+
+
+def _adapter_table(facts: Facts) -> Iterator[Row]:
+    folder, needed = str(facts.folder), adapter_rows(facts)
+    for name, rows in needed.by_tensor.items():
+        tensor = facts.adapter[name]
+        yield Row(folder, name, "rows", rows, f"{tensor.dtype} {list(tensor.shape)}")
+    if needed.last_id >= 0:
+        yield Row(folder, "trained rows", "rows", needed.last_id + 1, "stored row by row")
+    yield Row(folder, ADAPTER_WEIGHTS, "", None, f"{len(facts.adapter)} tensors")
+
+
+def _table_lines(table: list[Row]) -> list[str]:
+    """The rows in columns, one block per folder."""
+    width = max((len(row.part) for row in table), default=0)
+    lines: list[str] = []
+    folder = None
+    for row in table:
+        if row.folder != folder:
+            folder = row.folder
+            lines.append(folder)
+        count = "" if row.count is None else f"{row.count:,}"
+        lines.append(f"  {row.part:<{width}}  {count:>9} {row.unit:<10}  {row.detail}".rstrip())
+    return lines
