@@ -1,16 +1,40 @@
-"""Which tensors of a checkpoint are indexed by token id, and where its config says how many."""
+"""Which tensors of a checkpoint are indexed by token id, and where its config says how many.
+
+`architectures.json` is generated from transformers by scripts/make_architectures.py. On disk a
+name may lack the table's first component (`wte.weight` of GPT-2) or order its components
+otherwise (`language_model.model.embed_tokens.weight`); a type that the table lacks goes by shape
+and by the last two components that the table's names have. What stays ambiguous is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any, Literal
 
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import by_row
-from lexigraft.errors import LexigraftError
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.nested import get, paths_to
+from lexigraft.checkpoints.rows import by_row
+from lexigraft.errors import LexigraftError, RefusalError
 
 Role = Literal["embed", "head", "bias"]
+
+# Names that checkpoints with code of their own, or older transformers, give these tensors.
+_MORE_NAMES: Mapping[str, Role] = {
+    "embed_out.weight": "head",  # GPT-NeoX
+    "output_layer.weight": "head",  # ChatGLM
+    "output.weight": "head",  # InternLM2
+    "tok_embeddings.weight": "embed",  # InternLM2
+    "embedding.word_embeddings.weight": "embed",  # ChatGLM
+}
+# Multi-token-prediction layers carry copies of both tables (DeepSeek-V3, GLM-4-MoE).
+_COPIES = re.compile(r"\.layers\.\d+\.(?:(embed_tokens)|shared_head\.head)\.weight$")
+_SIZE_KEYS = ("vocab_size", "vocab_size_per_layer_input")
 
 
 @dataclass(frozen=True)
@@ -21,9 +45,10 @@ class VocabularyTensors:
         embeds: input embeddings, and stored copies of them.
         heads: output heads that are stored; empty when tied (or when the model has none).
         biases: head biases and the like, shape (rows,) or (1, rows).
-        tied: the head is the input embedding.
-        rows: their common number of rows.
-        config_paths: where config.json states it, e.g. (("text_config", "vocab_size"),).
+        tied: no head is stored and the config (or its class's default) ties it to the embedding.
+        rows: their common number of rows: what the weights hold, whatever the config says.
+        config_paths: where config.json states it; the first is the one that loaders read.
+        head_name: the name that a head has, or would have if it were stored.
     """
 
     embeds: tuple[str, ...]
@@ -32,6 +57,7 @@ class VocabularyTensors:
     tied: bool
     rows: int
     config_paths: tuple[tuple[str, ...], ...]
+    head_name: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,46 +65,217 @@ class VocabularyTensors:
         return (*self.embeds, *self.heads, *self.biases)
 
 
+@cache
+def table() -> dict[str, dict[str, Any]]:
+    """The generated table: model_type -> names, config path and defaults, or why it is refused."""
+    file = resources.files("lexigraft.checkpoints").joinpath("architectures.json")
+    content: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8"))
+    return content
+
+
 def vocabulary_of(
-    checkpoint: Checkpoint, roles: Mapping[str, Role] | None = None
+    checkpoint: Checkpoint, roles: Mapping[str, str] | None = None
 ) -> VocabularyTensors:
     """Find the vocabulary tensors of `checkpoint`.
 
+    Args:
+        checkpoint: an open one; only headers and config are looked at.
+        roles: tensor name -> `embed`, `head` or `bias`; they win over everything else.
+
     Raises:
-        LexigraftError: none found, or their rows differ.
+        RefusalError: rows cannot be added to this model type.
+        LexigraftError: nothing found, several candidates, or rows that differ.
     """
-    given = dict(roles or {})
-    found: dict[Role, list[str]] = {"embed": [], "head": [], "bias": []}
+    entry = _entry(checkpoint)
+    found = _given(checkpoint, roles or {})
+    if not found:
+        found = _by_table(checkpoint, entry) if entry else {}
+    if "embed" not in found.values() and not roles:
+        found = _by_name_and_shape(checkpoint)
     for name in checkpoint.tensors:
-        role = given.get(name) or _KNOWN.get(".".join(name.split(".")[-2:]))
-        if role:
-            found[role].append(name)
-    rows = _common_rows(checkpoint, [name for names in found.values() for name in names])
+        if match := _COPIES.search(name):
+            found.setdefault(name, "embed" if match[1] else "head")
+    rows = _common_rows(checkpoint, found)
+    embeds, heads, biases = (_with_role(found, role) for role in ("embed", "head", "bias"))
+    stored = any(not _COPIES.search(name) for name in heads)
     return VocabularyTensors(
-        tuple(found["embed"]),
-        tuple(found["head"]),
-        tuple(found["bias"]),
-        bool(checkpoint.config.get("tie_word_embeddings", True)) and not found["head"],
-        rows,
-        (("vocab_size",),),
+        embeds,
+        heads,
+        biases,
+        tied=not stored and _states_tied(checkpoint.config, entry),
+        rows=rows,
+        config_paths=_config_paths(checkpoint.config, entry, rows),
+        head_name=_head_name(heads, embeds, entry),
     )
 
 
-_KNOWN: dict[str, Role] = {
-    "embed_tokens.weight": "embed",
-    "wte.weight": "embed",
-    "lm_head.weight": "head",
-    "lm_head.bias": "bias",
-}
+def _entry(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    model_type = str(checkpoint.config.get("model_type"))
+    entry = table().get(model_type)
+    if entry and "refused" in entry:
+        raise RefusalError(
+            f"{checkpoint.folder} is a {model_type} model: {entry['refused']}",
+            needed="a model whose embedding can be extended at its end",
+            fix="choose another base model",
+        )
+    return entry
 
 
-def _common_rows(checkpoint: Checkpoint, names: list[str]) -> int:
+def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
+    found: dict[str, Role] = {}
+    for name, role in roles.items():
+        if name not in checkpoint.tensors:
+            near = [other for other in checkpoint.tensors if other.endswith(name.split(".")[-1])]
+            raise LexigraftError(
+                f"--tensor {name}={role}: {checkpoint.folder} holds no tensor of that name",
+                needed="a name from the weights, such as " + ", ".join(near[:3]),
+                fix=f"lexigraft graft {checkpoint.folder} VOCAB -o MODEL --tensor NAME={role}",
+            )
+        if role not in ("embed", "head", "bias"):
+            raise LexigraftError(
+                f"--tensor {name}={role}",
+                needed="embed, head or bias as the role",
+                fix=f"--tensor {name}=embed",
+            )
+        found[name] = role  # type: ignore[assignment]
+    return found
+
+
+def _by_table(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> dict[str, Role]:
+    found: dict[str, Role] = {}
+    for role, key in (("embed", "embeds"), ("head", "heads"), ("bias", "biases")):
+        for name in _named(checkpoint.tensors, entry[key]):
+            found.setdefault(name, role)  # type: ignore[arg-type]
+    if "head" not in found.values():
+        shapes = {checkpoint.tensors[name].shape for name, role in found.items() if role == "embed"}
+        for name, tensor in checkpoint.tensors.items():
+            if tensor.shape in shapes and _MORE_NAMES.get(_last_two(name)) == "head":
+                found[name] = "head"
+    return found
+
+
+def _named(tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> list[str]:
+    """The names on disk of the table's names: as they are, or without the first component."""
+    exact = [name for name in wanted if name in tensors]
+    if exact:
+        return exact
+    without = {_without_first(name) for name in wanted}
+    near = [name for name in tensors if name in without or _without_first(name) in wanted]
+    if near:
+        return near
+    ends = {_last_two(name) for name in wanted}
+    return [name for name in tensors if _last_two(name) in ends and not _is_layered(name)]
+
+
+def _without_first(name: str) -> str:
+    return name.partition(".")[2]
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _is_layered(name: str) -> bool:
+    """True for a tensor of one of many equal layers."""
+    return any(part.isdigit() for part in name.split("."))
+
+
+@cache
+def _known_names() -> dict[str, Role]:
+    known: dict[str, Role] = dict(_MORE_NAMES)
+    for entry in table().values():
+        for role, key in (("embed", "embeds"), ("head", "heads"), ("bias", "biases")):
+            for name in entry.get(key, ()):
+                known.setdefault(_last_two(name), role)  # type: ignore[arg-type]
+    return known
+
+
+def _by_name_and_shape(checkpoint: Checkpoint) -> dict[str, Role]:
+    """Roles in a model of unknown type.
+
+    Raises:
+        LexigraftError: not exactly one input embedding, or an unnamed tensor of the same shape.
+    """
+    known = _known_names()
+    flat = {n: t for n, t in checkpoint.tensors.items() if not _is_layered(n)}
+    candidates = {n: t for n, t in flat.items() if len(t.shape) == 2 and t.shape[0] > 1}
+    embeds = [name for name in candidates if known.get(_last_two(name)) == "embed"]
+    stated = get(checkpoint.config, _size_path(checkpoint.config))
+    if len(embeds) != 1:
+        fitting = [name for name, tensor in candidates.items() if tensor.shape[0] == stated]
+        raise _ambiguous(checkpoint, embeds or fitting, "input embedding")
+    shape = candidates[embeds[0]].shape
+    same = [n for n, t in candidates.items() if t.shape == shape and n != embeds[0]]
+    heads = [name for name in same if known.get(_last_two(name)) == "head"]
+    if len(same) > len(heads) or len(heads) > 1:
+        raise _ambiguous(checkpoint, [embeds[0], *same], "output head")
+    found: dict[str, Role] = {embeds[0]: "embed", **dict.fromkeys(heads, "head")}
+    for name, tensor in flat.items():
+        if known.get(_last_two(name)) == "bias" and by_row(tensor).shape == shape[:1]:
+            found[name] = "bias"
+    return found
+
+
+def _ambiguous(checkpoint: Checkpoint, names: Sequence[str], what: str) -> LexigraftError:
+    shown = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in names[:6]]
+    example = names[0] if names else "NAME"
+    model_type = checkpoint.config.get("model_type", "unknown")
+    return LexigraftError(
+        f"the {what} of this {model_type} model could be: " + (", ".join(shown) or "nothing known"),
+        needed="the names of its vocabulary tensors",
+        fix=f"add --tensor {example}=embed (and --tensor NAME=head if it has a head of its own)",
+    )
+
+
+def _with_role(found: Mapping[str, Role], role: str) -> tuple[str, ...]:
+    return tuple(name for name, its in found.items() if its == role)
+
+
+def _common_rows(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     rows = {name: by_row(checkpoint.tensors[name]).rows for name in names}
-    if len(set(rows.values())) != 1:
-        found: Any = ", ".join(f"{name}: {count}" for name, count in rows.items()) or "none"
+    if not rows:
+        raise _ambiguous(checkpoint, [], "input embedding")
+    if len(set(rows.values())) > 1:
         raise LexigraftError(
-            f"vocabulary tensors of {checkpoint.folder}: {found} rows",
-            needed="an input embedding, and the same number of rows in each",
-            fix="name them: --tensor NAME=embed --tensor NAME=head",
+            "the vocabulary tensors have different numbers of rows: "
+            + ", ".join(f"{name} {count}" for name, count in rows.items()),
+            needed="the same number in each",
+            fix=f"download {checkpoint.folder} again, or train and save it with one tokenizer",
         )
     return next(iter(rows.values()))
+
+
+def _states_tied(config: Mapping[str, Any], entry: Mapping[str, Any] | None) -> bool:
+    """What the config says; where it is silent, the class's default (not False)."""
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) and not entry else {}):
+        if "tie_word_embeddings" in place:
+            return bool(place["tie_word_embeddings"])
+    return bool(entry["tied"]) if entry else True
+
+
+def _head_name(heads: Sequence[str], embeds: Sequence[str], entry: Mapping[str, Any] | None) -> str:
+    stored = [name for name in heads if not _COPIES.search(name)]
+    if stored:
+        return stored[0]
+    wanted: list[str] = list(entry["heads"]) if entry else []
+    name = wanted[0] if wanted else "lm_head.weight"
+    if embeds and embeds[0].startswith("language_model.") and not name.startswith("language_"):
+        return f"language_model.{name}"  # the older order of names of image-text models
+    return name
+
+
+def _size_path(config: Mapping[str, Any]) -> tuple[str, ...]:
+    if "vocab_size" not in config and isinstance(config.get("text_config"), dict):
+        return ("text_config", "vocab_size")
+    return ("vocab_size",)
+
+
+def _config_paths(
+    config: Mapping[str, Any], entry: Mapping[str, Any] | None, rows: int
+) -> tuple[tuple[str, ...], ...]:
+    main = tuple(entry["vocab_size"]) if entry else _size_path(config)
+    others = [
+        path for path in paths_to(config, _SIZE_KEYS) if path != main and get(config, path) == rows
+    ]
+    return (main, *others)

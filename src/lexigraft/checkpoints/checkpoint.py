@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from lexigraft.checkpoints.header import Header, Tensor, numpy_dtype, read_header
+from lexigraft.checkpoints.header import Header, Tensor, read_header
+from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import read_json, require_folder
 
@@ -96,32 +96,6 @@ class Checkpoint:
             LexigraftError: no such tensor or rows, or the file became shorter.
         """
         return read_rows(self.tensor(name), start, stop)
-
-
-def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-    """Rows [start, stop) of a tensor on disk, in its storage dtype.
-
-    Raises:
-        LexigraftError: the rows do not exist, or the file became shorter.
-    """
-    stop = tensor.rows if stop is None else stop
-    if not 0 <= start <= stop <= tensor.rows:
-        raise LexigraftError(
-            f"rows [{start}, {stop}) of {tensor.name}",
-            needed=f"rows of the {tensor.rows} that {tensor.path} holds",
-            fix="check the tokenizer against the weights: lexigraft check",
-        )
-    dtype = numpy_dtype(tensor.dtype)
-    count = (stop - start) * tensor.row_bytes // dtype.itemsize
-    with tensor.path.open("rb", buffering=0) as stream:
-        data = np.fromfile(stream, dtype, count, offset=tensor.begin + start * tensor.row_bytes)
-    if data.size != count:
-        raise LexigraftError(
-            f"{tensor.path} became shorter while it was read",
-            needed="a file that stays as it is",
-            fix="run the command again when nothing writes to that folder",
-        )
-    return data.reshape((stop - start, *tensor.shape[1:]) if tensor.shape else ())
 
 
 def _find_shards(folder: Path) -> tuple[list[str], dict[str, Any] | None]:

@@ -8,7 +8,6 @@ head take about k/(V+k) of the probability at most (Hewitt 2021).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.checkpoints.checkpoint import read_rows
-from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
+from lexigraft.checkpoints.rows import by_row, read_rows
 
 Array = npt.NDArray[Any]
+NewRows = Callable[[int, int], Array]  # (start, stop) -> that stretch of the new rows
 
 # Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
 BLOCK_BYTES = 4 * 2**20
@@ -71,13 +71,6 @@ class Survey:
     mean: Array
 
 
-def by_row(tensor: Tensor) -> Tensor:
-    """`tensor` with its vocabulary axis first: a (1, V) bias such as BART's is seen as (V,)."""
-    if len(tensor.shape) == 2 and tensor.shape[0] == 1:
-        return dataclasses.replace(tensor, shape=tensor.shape[1:])
-    return tensor
-
-
 def block_rows(tensor: Tensor) -> int:
     """How many rows of a tensor are read at a time."""
     return max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
@@ -95,13 +88,18 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
     step = block_rows(tensor)
     for start in range(0, tokens, step):
         block = read_rows(tensor, start, min(start + step, tokens))
-        state.update(block.reshape(-1).view("u1"))
+        state.update(raw(block))
         total += block.sum(axis=0, dtype=np.float64)
     return Survey(state.hexdigest(), total / max(1, tokens))
 
 
 def grown(
-    tensor: Tensor, growth: Growth, new_rows: Callable[[int, int], Array], mean: Array
+    tensor: Tensor,
+    growth: Growth,
+    new_rows: NewRows,
+    mean: Callable[[], Array],
+    *,
+    observe: Callable[[memoryview], None] = lambda _: None,
 ) -> PlannedTensor:
     """The grown `tensor`, to be written.
 
@@ -109,49 +107,54 @@ def grown(
         tensor: the base's vocabulary tensor, R rows (or a (1, R) bias).
         growth: from how many rows to how many.
         new_rows: gives rows [start, stop) of the N new ones, counted from 0, shape (n, D), in
-            any float type; they are cast to the tensor's. An array's rows: `rows.__getitem__`
-            wrapped as `lambda start, stop: rows[start:stop]`.
-        mean: `survey(tensor, growth.first_id).mean`, from which new padding rows are made.
+            any float type; they are cast to the tensor's. Called while writing.
+        mean: gives `survey(tensor, growth.first_id).mean`, from which new padding rows are made.
+            Called while writing, if there are any.
+        observe: is shown the bytes of the new rows, block after block, as they are written.
     """
     view = by_row(tensor)
-    count = growth.tokens - growth.first_id
     parts: list[CopyRows | Compute] = [
         CopyRows(view, 0, growth.first_id),
-        Compute(count * view.row_bytes, lambda: _blocks(view, count, new_rows)),
+        _computed(view, growth.tokens - growth.first_id, new_rows, observe),
     ]
     if growth.rows_before > growth.tokens:
         parts.append(CopyRows(view, growth.tokens, growth.rows_before))
     if growth.new_padding:
-        padding = mean[None].astype(numpy_dtype(view.dtype))
-        repeated = _repeater(padding)
-        parts.append(
-            Compute(
-                growth.new_padding * view.row_bytes,
-                lambda: _blocks(view, growth.new_padding, repeated),
-            )
-        )
+        parts.append(_computed(view, growth.new_padding, lambda a, b: _repeated(mean(), b - a)))
     shape = (growth.rows, *view.shape[1:])
     return PlannedTensor(
         tensor.name, tensor.dtype, shape if view is tensor else (1, *shape), tuple(parts)
     )
 
 
-def _repeater(row: Array) -> Callable[[int, int], Array]:
-    return lambda start, stop: np.repeat(row, stop - start, axis=0)
+def _repeated(row: Array, count: int) -> Array:
+    return np.repeat(row[None], count, axis=0)
 
 
-def _blocks(
-    tensor: Tensor, count: int, rows: Callable[[int, int], Array]
-) -> Iterator[npt.NDArray[Any]]:
+def _computed(
+    tensor: Tensor,
+    count: int,
+    rows: NewRows,
+    observe: Callable[[memoryview], None] = lambda _: None,
+) -> Compute:
+    def blocks() -> Iterator[Array]:
+        for block in _blocks(tensor, count, rows):
+            observe(raw(block))
+            yield block
+
+    return Compute(count * tensor.row_bytes, blocks)
+
+
+def _blocks(tensor: Tensor, count: int, rows: NewRows) -> Iterator[Array]:
     dtype, step = numpy_dtype(tensor.dtype), block_rows(tensor)
     for start in range(0, count, step):
-        stop = min(start + step, count)
-        yield np.ascontiguousarray(rows(start, stop).astype(dtype, copy=False))
+        block = rows(start, min(start + step, count))
+        yield np.ascontiguousarray(block.astype(dtype, copy=False))
 
 
-def rows_hash(tensor: Tensor, count: int, rows: Callable[[int, int], Array]) -> str:
+def rows_hash(tensor: Tensor, count: int, rows: NewRows) -> str:
     """SHA-256 of `count` computed rows in the storage type of `tensor`, as they are written."""
     state = hashlib.sha256()
     for block in _blocks(by_row(tensor), count, rows):
-        state.update(block.reshape(-1).view("u1"))
+        state.update(raw(block))
     return state.hexdigest()

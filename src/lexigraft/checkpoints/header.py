@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lexigraft.errors import LexigraftError
 
@@ -122,7 +123,13 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
             needed="one of " + ", ".join(types),
             fix="use the checkpoint before quantisation",
         )
-    return np.dtype(types[dtype])
+    found: np.dtype[Any] = np.dtype(types[dtype])
+    return found
+
+
+def raw(block: npt.NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array, without a copy."""
+    return memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def data_bytes(dtype: str, shape: Iterable[int]) -> int:

@@ -181,19 +181,14 @@ class Plan:
         """Every tensor of the output by name."""
         return {tensor.name: tensor for file in self.files for tensor in file.tensors}
 
-    @property
-    def bytes_copied(self) -> int:
-        """Bytes of tensors that are taken from the input as they are."""
-        return sum(tensor.bytes_copied for tensor in self.tensors.values())
+    def sizes(self, *, link: bool = False) -> tuple[int, int]:
+        """Bytes of tensors copied from the input, and bytes of files put on the disk.
 
-    @property
-    def bytes_computed(self) -> int:
-        """Bytes of tensors that are made while writing."""
-        return sum(tensor.bytes - tensor.bytes_copied for tensor in self.tensors.values())
-
-    def bytes_on_disk(self, *, link: bool = False) -> int:
-        """Size of all files; with `link`, of those that cannot be hard links."""
-        return sum(file.bytes for file in self.files if not (link and file.verbatim))
+        With `link`, shards that become hard links count in neither.
+        """
+        files = [file for file in self.files if not (link and file.verbatim)]
+        copied = sum(tensor.bytes_copied for file in files for tensor in file.tensors)
+        return copied, sum(file.bytes for file in files)
 
     def index_content(self) -> dict[str, Any] | None:
         """The output's model.safetensors.index.json; None for a single file."""
@@ -206,26 +201,28 @@ class Plan:
             count = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
             metadata["total_parameters"] = count
         content["metadata"] = metadata
-        content["weight_map"] = {
-            name: file
-            for name, file in sorted(
-                (t.name, file.name) for file in self.files for t in file.tensors
-            )
-        }
+        places = ((t.name, file.name) for file in self.files for t in file.tensors)
+        content["weight_map"] = dict(sorted(places))
         return content
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self, *, link: bool = False) -> list[dict[str, Any]]:
         """Per tensor: file, old and new shape, bytes copied and written (the dry run)."""
         return [
-            {
-                "tensor": tensor.name,
-                "file": file.name,
-                "dtype": tensor.dtype,
-                "old_shape": list(old.shape) if (old := self.sources.get(tensor.name)) else None,
-                "shape": list(tensor.shape),
-                "bytes_copied": tensor.bytes_copied,
-                "bytes_written": tensor.bytes - tensor.bytes_copied,
-            }
+            _entry(file, tensor, self.sources.get(tensor.name), link and bool(file.verbatim))
             for file in self.files
             for tensor in file.tensors
         ]
+
+
+def _entry(
+    file: PlannedFile, tensor: PlannedTensor, old: Tensor | None, linked: bool
+) -> dict[str, Any]:
+    return {
+        "tensor": tensor.name,
+        "file": file.name,
+        "dtype": tensor.dtype,
+        "old_shape": list(old.shape) if old else None,
+        "shape": list(tensor.shape),
+        "bytes_copied": 0 if linked else tensor.bytes_copied,
+        "bytes_written": 0 if linked else tensor.bytes,
+    }

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from lexigraft.checkpoints.checkpoint import INDEX
+from lexigraft.checkpoints.header import raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedFile
 from lexigraft.console import Advance
 from lexigraft.errors import LexigraftError
@@ -33,8 +34,10 @@ def write_plan(
     link: bool = False,
     threads: int | None = None,
     advance: Advance | None = None,
-) -> int:
-    """Write the shards and the index of `plan` into the folder `out`; returns the bytes written.
+) -> tuple[int, int]:
+    """Write the shards and the index of `plan` into the folder `out`.
+
+    Returns the bytes of tensors copied from the input, and the bytes of weights put on the disk.
 
     Peak memory is one copy buffer and one computed block per thread, whatever the model's size.
     Each file is flushed to the disk. With `link`, shards that do not change become hard links of
@@ -50,31 +53,31 @@ def write_plan(
     Raises:
         LexigraftError: the disk lacks room, or an input became shorter.
     """
-    require_free_space(out, plan.bytes_on_disk(link=link) + SIDE_FILES_BYTES)
+    require_free_space(out, plan.sizes(link=link)[1] + SIDE_FILES_BYTES)
     step = advance or _ignore
     workers = max(1, min(threads or os.cpu_count() or 1, WRITERS, len(plan.files)))
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_write_file, file, out, link, step) for file in plan.files]
         try:
-            written = sum(job.result() for job in jobs)
+            sizes = [job.result() for job in jobs]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     index = plan.index_content()
     if index is not None:
         write_json(out / INDEX, index)
-    return written
+    return sum(copied for copied, _ in sizes), sum(written for _, written in sizes)
 
 
 def _ignore(count: int) -> None:
     """`advance` where nobody is watching."""
 
 
-def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> int:
+def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> tuple[int, int]:
     target = out / file.name
     if link and file.verbatim is not None and _linked(file.verbatim, target):
         advance(target.stat().st_size)
-        return 0
+        return 0, 0
     with target.open("xb", buffering=0) as stream:  # mode 0666 & ~umask, as any other file
         if file.verbatim is not None:
             _copy(file.verbatim, 0, file.bytes, stream, advance)
@@ -84,7 +87,7 @@ def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> i
                 _write_part(run, stream, advance)
         size = stream.tell()
         os.fsync(stream.fileno())
-    return size
+    return sum(tensor.bytes_copied for tensor in file.tensors), size
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -101,7 +104,7 @@ def _write_part(part: tuple[Path, int, int] | Compute, stream: BinaryIO, advance
         return
     left = part.bytes
     for block in part.blocks():
-        data = memoryview(block.reshape(-1).view("u1"))
+        data = raw(block)
         left -= len(data)
         if left < 0:
             break
@@ -133,7 +136,7 @@ def _runs(
         yield run
 
 
-def _write(stream: BinaryIO, data: bytes | memoryview, advance: Advance) -> None:
+def _write(stream: IO[bytes], data: bytes | memoryview, advance: Advance) -> None:
     view = memoryview(data)
     while view:
         count = stream.write(view)

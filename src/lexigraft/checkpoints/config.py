@@ -1,0 +1,66 @@
+"""config.json: what it says of the vocabulary, and edits that leave every other key alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lexigraft.checkpoints.architectures import VocabularyTensors, table
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.nested import get, paths_to, put
+from lexigraft.errors import RefusalError
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise when the weights are quantised: their rows cannot be averaged or added to.
+
+    Raises:
+        RefusalError: config.json has a quantization_config.
+    """
+    config = checkpoint.config
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        settings = place.get("quantization_config")
+        if settings:
+            kind = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+            raise RefusalError(
+                f"{checkpoint.folder} is quantised" + (f" ({kind})" if kind else ""),
+                needed="weights in bfloat16, float16 or float32",
+                fix="use the unquantised model, and quantise the result",
+            )
+
+
+def config_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> int | None:
+    """The number of rows that config.json states, or its class's default; None if unknown."""
+    value = get(checkpoint.config, vocabulary.config_paths[0])
+    if value is None:
+        entry = table().get(str(checkpoint.config.get("model_type")), {})
+        value = entry.get("default")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def edit_config(
+    config: Mapping[str, Any],
+    vocabulary: VocabularyTensors,
+    *,
+    rows: int,
+    tied: bool | None = None,
+) -> dict[str, Any]:
+    """A copy of config.json's content with the new number of rows, all other keys untouched.
+
+    Args:
+        config: the old content.
+        vocabulary: of the old checkpoint; says where the number stands, nested places included.
+        rows: the new number.
+        tied: write `tie_word_embeddings` at the top and wherever else it is stored; None leaves
+            it as it is.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    for path in vocabulary.config_paths:
+        put(result, path, rows)
+    if tied is not None:
+        result["tie_word_embeddings"] = tied
+        for path in paths_to(result, ("tie_word_embeddings",)):
+            put(result, path, tied)
+    return result

@@ -1,0 +1,70 @@
+"""Rows of tensors on disk: ranges, and single rows by token id."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.errors import LexigraftError
+
+
+def by_row(tensor: Tensor) -> Tensor:
+    """`tensor` with its vocabulary axis first: a (1, V) bias such as BART's is seen as (V,)."""
+    if len(tensor.shape) == 2 and tensor.shape[0] == 1:
+        return dataclasses.replace(tensor, shape=tensor.shape[1:])
+    return tensor
+
+
+def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+    """Rows [start, stop) of a tensor on disk, in its storage dtype.
+
+    Raises:
+        LexigraftError: the rows do not exist, or the file became shorter.
+    """
+    stop = tensor.rows if stop is None else stop
+    if not 0 <= start <= stop <= tensor.rows:
+        raise LexigraftError(
+            f"rows [{start}, {stop}) of {tensor.name}",
+            needed=f"rows of the {tensor.rows} that {tensor.path} holds",
+            fix="check the tokenizer against the weights: lexigraft check",
+        )
+    dtype = numpy_dtype(tensor.dtype)
+    count = (stop - start) * tensor.row_bytes // dtype.itemsize
+    with tensor.path.open("rb", buffering=0) as stream:
+        data = np.fromfile(stream, dtype, count, offset=tensor.begin + start * tensor.row_bytes)
+    if data.size != count:
+        raise LexigraftError(
+            f"{tensor.path} became shorter while it was read",
+            needed="a file that stays as it is",
+            fix="run the command again when nothing writes to that folder",
+        )
+    return data.reshape((stop - start, *tensor.shape[1:]) if tensor.shape else ())
+
+
+def read_ids(tensor: Tensor, ids: Sequence[int]) -> npt.NDArray[Any]:
+    """Rows `ids` (ascending) of a tensor on disk; neighbours are read together.
+
+    Raises:
+        LexigraftError: a row does not exist, or the file became shorter.
+    """
+    blocks = [read_rows(tensor, start, stop) for start, stop in _ranges(ids)]
+    if not blocks:
+        return np.empty((0, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
+    return np.concatenate(blocks)
+
+
+def _ranges(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = stop = -1
+    for token_id in ids:
+        if token_id != stop:
+            if stop > start:
+                yield start, stop
+            start = token_id
+        stop = token_id + 1
+    if stop > start:
+        yield start, stop

@@ -1,0 +1,82 @@
+"""What lies beside the weights and the tokenizer in a model folder, copied as it is."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lexigraft import families
+from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
+from lexigraft.families.tokenmap import TOKENIZER_FILES
+from lexigraft.files import read_json, write_json
+
+_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
+    *("*.onnx", "*.onnx_data", "*.npz", "*.tflite", "*.index.json"),
+)
+_TOKENIZER = (*TOKENIZER_FILES, "tekken.json", "*.tiktoken", "tokenizer.*", "vocab.*", "*.model")
+# Written anew by the step, or about the base alone.
+_OWN = ("config.json", "lexigraft.json", "new_tokens.jsonl", "new_rows.safetensors")
+
+
+def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy every other file of a model folder to `target`; returns the names of what is left out.
+
+    Left out are weights in further formats and whatever else keeps the old vocabulary; of a
+    subfolder that holds any, the whole subfolder. Hidden files and
+    folders and the manifest stay behind without mention. Symlinks to files are followed.
+    """
+    left = []
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name.startswith(".") or _matches(path, (*_TOKENIZER, *_OWN)):
+            continue
+        if path.is_dir():
+            if path.is_symlink() or any(
+                _matches(p, (*_WEIGHTS, *_TOKENIZER)) for p in path.rglob("*")
+            ):
+                left.append(path.name + "/")
+            else:
+                shutil.copytree(path, target / path.name)
+        elif path.is_file():
+            if not _matches(path, _WEIGHTS):
+                shutil.copyfile(path, target / path.name)
+            elif path.name not in (*checkpoint.shards, INDEX):
+                left.append(path.name)
+    return left
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
+def place_tokenizer(base: Path, vocab: Path, target: Path) -> None:
+    """VOCAB's tokenizer files; settings and chat template of the base where VOCAB has none."""
+    families.copy_tokenizer(vocab, target)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (target / name).exists() and (base / name).is_file():
+            (target / name).write_bytes((base / name).read_bytes())
+    if (vocab / "new_tokens.jsonl").is_file():
+        (target / "new_tokens.jsonl").write_bytes((vocab / "new_tokens.jsonl").read_bytes())
+    if not _chat_template(target):
+        for name, content in _chat_template(base).items():
+            if name == "tokenizer_config.json":
+                path = target / name
+                settings = read_json(path) if path.exists() else {}
+                write_json(path, {**settings, "chat_template": content})
+            else:
+                (target / name).write_bytes(content)
+
+
+def _chat_template(folder: Path) -> dict[str, Any]:
+    """File name -> the chat template that it holds."""
+    found: dict[str, Any] = {}
+    for name in ("chat_template.jinja", "chat_template.json"):
+        if (folder / name).is_file():
+            found[name] = (folder / name).read_bytes()
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if isinstance(settings, dict) and "chat_template" in settings:
+        found["tokenizer_config.json"] = settings["chat_template"]
+    return found

@@ -1,0 +1,310 @@
+"""`graft`: a checkpoint and an extended tokenizer become a checkpoint with rows for the new tokens.
+
+No model is loaded and no torch imported: shards are streamed, old rows are copied as bytes, and
+only the new rows are computed, from the rows of the pieces that spelled each token so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lexigraft import families
+from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.config import edit_config, refuse_quantised
+from lexigraft.checkpoints.fit import (
+    require_extension,
+    require_fitting_rows,
+    require_floats,
+)
+from lexigraft.checkpoints.growth import Growth, Survey, grown, survey
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.plan import Plan, PlannedTensor
+from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
+from lexigraft.checkpoints.write import write_plan
+from lexigraft.console import note, progress
+from lexigraft.embeddings import Array, Pieces, resolve, spell, starter
+from lexigraft.errors import LexigraftError
+from lexigraft.families.tokenmap import TokenMap
+from lexigraft.files import publish, read_json, refuse_existing, require_folder, write_json
+from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
+
+
+@dataclass(frozen=True)
+class GraftResult:
+    """What `graft` did, or with a dry run would do.
+
+    Attributes:
+        output: the new model folder.
+        rows_before: rows of the base's vocabulary tensors.
+        rows_after: rows of the new ones.
+        tokens: max id + 1 of the extended tokenizer.
+        added: number of new ids.
+        init: the method that the new rows start with.
+        tied: the head is the input embedding.
+        bytes_copied: bytes of tensors taken from the base as they are.
+        bytes_written: bytes of weights put on the disk (hard links count nothing).
+        seconds: wall time.
+        plan: with a dry run, every tensor; else empty.
+    """
+
+    output: Path
+    rows_before: int
+    rows_after: int
+    tokens: int
+    added: int
+    init: str
+    tied: bool
+    bytes_copied: int
+    bytes_written: int
+    seconds: float
+    plan: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `--json`."""
+        result = {
+            "output": str(self.output),
+            "rows_before": self.rows_before,
+            "rows_after": self.rows_after,
+            "tokens": self.tokens,
+            "added": self.added,
+            "init": self.init,
+            "tied": self.tied,
+            "bytes_copied": self.bytes_copied,
+            "bytes_written": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+        }
+        return {**result, "plan": self.plan} if self.plan else result
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        padding = self.rows_after - self.tokens
+        rows = (
+            f"{self.rows_before:,} -> {self.rows_after:,} rows for {self.tokens:,} tokens "
+            f"({self.added:,} new, init {self.init}; {padding:,} padding rows; "
+            f"{'tied' if self.tied else 'untied'})"
+        )
+        sizes = (
+            f"{self.bytes_copied / 1e6:,.1f} MB copied, {self.bytes_written / 1e6:,.1f} MB written"
+        )
+        if self.plan:
+            return [*map(_plan_line, self.plan), rows, f"would be: {sizes} to {self.output}"]
+        return [rows, f"{sizes} in {self.seconds:.1f} s", f"model: {self.output}"]
+
+
+def _plan_line(entry: Mapping[str, Any]) -> str:
+    old, new = entry["old_shape"], entry["shape"]
+    change = f"{new}" if old == new else f"{old} -> {new}"
+    return (
+        f"{entry['file']}  {entry['tensor']}  {entry['dtype']} {change}  "
+        f"copied {entry['bytes_copied']:,}  written {entry['bytes_written']:,}"
+    )
+
+
+def graft(
+    base: str | Path,
+    vocab: str | Path,
+    *,
+    output: str | Path,
+    init: str = "auto",
+    pad_to: int = 64,
+    link: bool = False,
+    tensor_roles: Mapping[str, str] | None = None,
+    seed: int = 0,
+    force: bool = False,
+    dry_run: bool = False,
+) -> GraftResult:
+    """Write `base` with rows for the new tokens of `vocab` to the folder `output`.
+
+    Rows of old ids are bit-identical in every vocabulary tensor, every other tensor is
+    byte-identical. There are max(rows before, tokens rounded up to `pad_to`) rows afterwards.
+
+    Args:
+        base: a model folder with safetensors and its tokenizer.
+        vocab: a folder with a tokenizer whose old ids equal the base's, whoever made it.
+        output: the folder to write.
+        init: how new rows start; see `embeddings.METHODS`. `auto` is the subword mean.
+        pad_to: the number of rows is a multiple of this, unless the base has more already.
+        link: hard-link shards that do not change; the output then shares them with the base.
+        tensor_roles: tensor name -> `embed` or `head`, where the layout is unknown.
+        seed: of methods that draw.
+        force: replace an existing output.
+        dry_run: return the plan, write nothing.
+
+    Raises:
+        LexigraftError: a damaged or contradictory input, an existing output, a full disk.
+        RefusalError: weights, tokenizer or model of a kind that is not supported.
+    """
+    start = time.perf_counter()
+    base, vocab, output = Path(base), Path(vocab), Path(output)
+    if not dry_run:
+        refuse_existing(output, force=force)
+        _refuse_overwriting(output, {"BASE": base, "VOCAB": vocab})
+    if pad_to < 1:
+        raise LexigraftError(f"--pad-to {pad_to}", needed="1 or more", fix="--pad-to 64")
+    job = _prepare(
+        base, vocab, init=resolve(init), seed=seed, pad_to=pad_to, tensor_roles=tensor_roles
+    )
+    if dry_run:
+        sizes = job.plan.sizes(link=link)
+        return job.result(output, sizes, start=start, link=link, dry_run=True)
+    with publish(output, force=force) as partial:
+        total = sum(file.bytes for file in job.plan.files)
+        with progress("writing weights", total) as advance:
+            sizes = write_plan(job.plan, partial, link=link, advance=advance)
+        job.write_side_files(partial)
+    return job.result(output, sizes, start=start, link=link, dry_run=False)
+
+
+class _Table:
+    """A vocabulary tensor on its way: read once, when it is written, by the thread that writes it.
+
+    Attributes:
+        new: SHA-256 of the new rows, complete once they are written.
+    """
+
+    def __init__(self, tensor: Tensor, growth: Growth) -> None:
+        self._tensor = tensor
+        self._growth = growth
+        self.new = hashlib.sha256()
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Hash and mean of the old rows."""
+        return survey(self._tensor, self._growth.first_id)
+
+    def planned(self, pieces: Pieces, init: str, seed: int) -> PlannedTensor:
+        """The grown tensor."""
+
+        def center() -> Array:
+            return self.survey.mean
+
+        rows = starter(
+            self._tensor, pieces, self._growth.first_id, init=init, seed=seed, center=center
+        )
+        return grown(self._tensor, self._growth, rows, center, observe=self.new.update)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is decided before the first byte is written."""
+
+    checkpoint: Checkpoint
+    vocabulary: VocabularyTensors
+    base_map: TokenMap
+    vocab: Path
+    new_map: TokenMap
+    growth: Growth
+    init: str
+    seed: int
+    pad_to: int
+    plan: Plan
+    tables: Mapping[str, _Table]
+
+    def result(
+        self, output: Path, sizes: tuple[int, int], *, start: float, link: bool, dry_run: bool
+    ) -> GraftResult:
+        """The numbers of this job."""
+        return GraftResult(
+            output,
+            self.growth.rows_before,
+            self.growth.rows,
+            self.growth.tokens,
+            sum(token_id >= self.growth.first_id for token_id in self.new_map.texts),
+            self.init,
+            self.vocabulary.tied,
+            *sizes,
+            time.perf_counter() - start,
+            self.plan.to_json(link=link) if dry_run else [],
+        )
+
+    def write_side_files(self, partial: Path) -> None:
+        """Config, tokenizer, manifest, and what else the base holds beside its weights."""
+        for name in copy_side_files(self.checkpoint, partial):
+            note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
+        config = edit_config(self.checkpoint.config, self.vocabulary, rows=self.growth.rows)
+        write_json(partial / "config.json", config)
+        place_tokenizer(self.checkpoint.folder, self.vocab, partial)
+        manifest = self._manifest()
+        manifest.write(partial)
+        path = partial / "tokenizer_config.json"
+        settings = read_json(path) if path.exists() else {}
+        settings["lexigraft"] = {"manifest": manifest.hash, "init": self.init, "seed": self.seed}
+        write_json(path, settings)
+
+    def _manifest(self) -> Manifest:
+        before = Manifest.read(self.vocab) or Manifest.read(self.checkpoint.folder) or Manifest()
+        growth = self.growth
+        return before.plus(
+            GraftRecord(
+                base=BaseTokenizer(
+                    name=self.checkpoint.folder.resolve().name,
+                    token_map=self.base_map.hash,
+                    tokens=growth.first_id,
+                ),
+                rows_before=growth.rows_before,
+                tied=self.vocabulary.tied,
+                base_rows={name: table.survey.sha256 for name, table in self.tables.items()},
+                token_map=self.new_map.hash,
+                tokens=growth.tokens,
+                first_id=growth.first_id,
+                rows=growth.rows,
+                pad_to=self.pad_to,
+                init=self.init,
+                seed=self.seed,
+                new_rows={name: table.new.hexdigest() for name, table in self.tables.items()},
+                versions=versions(["lexigraft", "numpy"]),
+            )
+        )
+
+
+def _prepare(
+    base: Path,
+    vocab: Path,
+    *,
+    init: str,
+    seed: int,
+    pad_to: int,
+    tensor_roles: Mapping[str, str] | None,
+) -> _Job:
+    checkpoint = Checkpoint.open(base)
+    refuse_quantised(checkpoint)
+    vocabulary = vocabulary_of(checkpoint, tensor_roles)
+    require_floats(checkpoint, vocabulary)
+    family = families.load(base)
+    new_map = TokenMap.read(require_folder(vocab, "the extended tokenizer"))
+    require_extension(base, family.map, vocab, new_map)
+    require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
+    growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
+    pieces = spell(family, new_map, growth.first_id)
+    tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
+    planned = [table.planned(pieces, init, seed) for table in tables.values()]
+    return _Job(
+        checkpoint=checkpoint,
+        vocabulary=vocabulary,
+        base_map=family.map,
+        vocab=vocab,
+        new_map=new_map,
+        growth=growth,
+        init=init,
+        seed=seed,
+        pad_to=pad_to,
+        plan=Plan.of(checkpoint).replace(planned),
+        tables=tables,
+    )
+
+
+def _refuse_overwriting(output: Path, inputs: Mapping[str, Path]) -> None:
+    for what, path in inputs.items():
+        if output.exists() and path.exists() and output.samefile(path):
+            raise LexigraftError(
+                f"the output {output} is {what} itself",
+                needed="another folder: inputs are never changed",
+                fix="choose another -o",
+            )
