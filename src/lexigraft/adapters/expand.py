@@ -1,0 +1,202 @@
+"""The vocabulary tensors of a merged model: how many rows, tied or not, and each row's source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from lexigraft.adapters.config import AdapterConfig
+from lexigraft.adapters.folder import Adapter
+from lexigraft.adapters.rebuild import rebuilt_rows
+from lexigraft.adapters.tokens import TokenizerChoice
+from lexigraft.adapters.vocabulary import (
+    Array,
+    Change,
+    VocabularyRows,
+    equal_rows,
+    vocabulary_rows,
+)
+from lexigraft.checkpoints.architectures import VocabularyTensors
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.rows import by_row
+from lexigraft.errors import LexigraftError
+
+NOTHING = Change()
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The vocabulary of the result.
+
+    Attributes:
+        tensors: the vocabulary tensors that differ from the base's, to be written.
+        growth: from how many rows to how many.
+        tied: the head of the result is its input embedding.
+    """
+
+    tensors: tuple[VocabularyRows, ...]
+    growth: Growth
+    tied: bool
+
+
+def expand(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    vocabulary: VocabularyTensors,
+    *,
+    changes: Mapping[str, Change],
+    tokenizer: TokenizerChoice,
+) -> Expansion:
+    """Decide the rows of every vocabulary tensor of the result.
+
+    Args:
+        adapter: the adapter.
+        checkpoint: the base.
+        vocabulary: its vocabulary tensors.
+        changes: what the adapter does, by name.
+        tokenizer: the result's.
+
+    Raises:
+        LexigraftError: row counts contradict each other or the tokenizer, or a row has no source.
+    """
+    head, known = vocabulary.head_name, _rows_of_full(adapter, changes)
+    growth = _growth(adapter, vocabulary, tokenizer, known)
+    _require_known_ids(adapter, changes, tokenizer)
+    # An older tokenizer knows less than the base: its adapter's further rows are padding.
+    trained = tokenizer.trained
+    full_rows = known if trained is None or trained >= tokenizer.base.tokens else trained
+
+    def rows(name: str, change: Change) -> VocabularyRows:
+        stored = name if name in checkpoint.tensors else vocabulary.embeds[0]
+        base = checkpoint.tensors[stored]
+
+        @cache
+        def mean() -> Array:
+            return survey(base, growth.first_id).mean
+
+        return vocabulary_rows(
+            name,
+            base,
+            change,
+            growth,
+            full_rows=full_rows,
+            rebuilt=rebuilt.get(stored),
+            mean=mean,
+        )
+
+    new_ids = set(range(growth.first_id, growth.tokens))
+    lacking = [
+        name
+        for name in vocabulary.names
+        if (change := changes.get(name, NOTHING)).full is None and new_ids - set(change.ids)
+    ]
+    rebuilt = rebuilt_rows(lacking, adapter.manifest, checkpoint, tokenizer)
+    grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
+    written, tied = _settle_ties(vocabulary, changes, adapter.config)
+    tensors = {n: rows(n, change) for n, change in written.items() if grows or change}
+    if vocabulary.tied and not tied:
+        embedding = tensors.get(vocabulary.embeds[0]) or rows(vocabulary.embeds[0], NOTHING)
+        separate = rows(head, written[head])
+        if equal_rows(embedding, separate):
+            tied = True
+            tensors.pop(head, None)
+        else:
+            tensors[head] = separate
+    return Expansion(tuple(tensors.values()), growth, tied)
+
+
+def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change]) -> int:
+    """The rows of the adapter's whole matrices; 0 where it holds none."""
+    counts = {n: by_row(c.full).rows for n, c in changes.items() if c.full is not None}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name}: {count:,}" for name, count in sorted(counts.items()))
+        raise LexigraftError(
+            f"vocabulary tensors of {adapter.weights} have different numbers of rows ({found})",
+            needed="the same number in each",
+            fix="save the adapter again with model.save_pretrained",
+        )
+    return next(iter(counts.values()), 0)
+
+
+def _growth(
+    adapter: Adapter, vocabulary: VocabularyTensors, tokenizer: TokenizerChoice, known: int
+) -> Growth:
+    first, tokens, before = tokenizer.base.tokens, tokenizer.map.tokens, vocabulary.rows
+    if before < first:
+        raise LexigraftError(
+            f"the base has {before:,} rows and a tokenizer of {first:,} tokens",
+            needed="a row for every token",
+            fix="lexigraft check BASE",
+        )
+    if known > before and tokenizer.trained is None:
+        raise LexigraftError(
+            f"{adapter.folder} has {known:,} rows and no tokenizer; the base has {before:,}",
+            needed="the tokenizer that the adapter was trained with, to know what the new rows are",
+            fix="add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
+        )
+    needed = tokenizer.trained if tokenizer.trained is not None else first
+    if known and known < needed:
+        raise LexigraftError(
+            f"{adapter.weights} has {known:,} rows for a tokenizer of {needed:,} tokens",
+            needed="a row for every token",
+            fix="name the tokenizer that the adapter was trained with: --tokenizer FOLDER",
+        )
+    return Growth(
+        before, first, tokens, max(before, tokens, known or _grafted_rows(adapter, tokenizer))
+    )
+
+
+def _grafted_rows(adapter: Adapter, tokenizer: TokenizerChoice) -> int:
+    """Rows of the grafted model, padding included, where the manifest tells."""
+    record = adapter.manifest.last("graft") if adapter.manifest else None
+    if record is None or record.token_map != tokenizer.map.hash:
+        return 0
+    return int(record.rows)
+
+
+def _require_known_ids(
+    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice
+) -> None:
+    limit = tokenizer.base.tokens if tokenizer.trained is None else tokenizer.trained
+    highest = max((max(c.ids, default=-1) for c in changes.values()), default=-1)
+    if highest >= limit:
+        raise LexigraftError(
+            f"{adapter.folder} trained the row of id {highest:,}; its tokenizer has "
+            f"{limit:,} tokens",
+            needed="the tokenizer that the adapter was trained with",
+            fix="add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
+        )
+
+
+def _settle_ties(
+    vocabulary: VocabularyTensors,
+    changes: Mapping[str, Change],
+    config: AdapterConfig,
+) -> tuple[dict[str, Change], bool]:
+    """The change of each tensor of the result, and whether embedding and head share theirs.
+
+    In a tied model an adapter may hold one of the two or both. One alone stands for both, unless
+    it was trained as a copy of its own (`modules_to_save` without `ensure_weight_tying`, or rows
+    of the head only).
+    """
+    written = {name: changes.get(name, NOTHING) for name in vocabulary.names}
+    if not vocabulary.tied:
+        return written, False
+    embedding, head = vocabulary.embeds[0], vocabulary.head_name
+    in_embedding, in_head = written[embedding], changes.get(head, NOTHING)
+    if not in_head:
+        if _is_copy(embedding, config) and in_embedding and not _is_copy(head, config):
+            return {**written, head: NOTHING}, False
+        return written, True
+    if not in_embedding and not _is_copy(head, config) and in_head.full is not None:
+        return {**written, embedding: in_head}, True
+    if in_embedding == in_head:
+        return written, True
+    return {**written, head: in_head}, False
+
+
+def _is_copy(name: str, config: AdapterConfig) -> bool:
+    module = name.removesuffix(".weight")
+    return config.names_saved_module(module) and not config.shared_when_tied

@@ -1,0 +1,216 @@
+"""An adapter folder: its tensors grouped by what they do, duplicates settled, nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lexigraft.adapters.config import AdapterConfig, refusal
+from lexigraft.adapters.keys import Key, parse
+from lexigraft.checkpoints.header import FLOATS, Tensor, read_header
+from lexigraft.checkpoints.rows import read_rows
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import require_folder
+from lexigraft.manifest import Manifest
+
+WEIGHTS = "adapter_model.safetensors"
+
+_CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "s.save_file({{k: v.contiguous() for k, v in torch.load(r'{0}/adapter_model.bin', "
+    "weights_only=True).items()}}, r'{0}/adapter_model.safetensors', {{'format': 'pt'}})\""
+)
+_COMPARE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA of one linear layer: the weight grows by scaling * B A.
+
+    Attributes:
+        module: the layer.
+        a: A, shape (r, in).
+        b: B, shape (out, r).
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.rows
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter on disk, read from headers.
+
+    Attributes:
+        folder: where it lies.
+        config: its `adapter_config.json`.
+        manifest: its `lexigraft.json`, None for an adapter that others saved.
+        low_rank: module -> LoRA.
+        full: name of a tensor of the model -> the values that replace it.
+        rows: module of a vocabulary tensor -> values of the trained rows, shape (n, D).
+        copies: name of a tensor of the model -> an untrained copy of it, which PEFT stores where
+            the vocabulary was resized before rows were trained.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    manifest: Manifest | None
+    low_rank: Mapping[str, LowRank]
+    full: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    copies: Mapping[str, Tensor]
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.folder / WEIGHTS
+
+    @classmethod
+    def open(cls, folder: Path) -> Adapter:
+        """Read config, manifest and header of an adapter; duplicates are compared byte by byte.
+
+        Raises:
+            RefusalError: a kind of adapter, or a form in its file, that is not supported.
+            LexigraftError: a file is missing or damaged, tensors are empty or contradict each
+                other.
+        """
+        require_folder(folder, "adapter_config.json and adapter_model.safetensors")
+        _require_adapter(folder)
+        config = AdapterConfig.read(folder)
+        tensors = {tensor.name: tensor for tensor in read_header(folder / WEIGHTS).tensors}
+        keys = [parse(name) for name in tensors]
+        _refuse_forms(folder, keys)
+        for tensor in tensors.values():
+            _require_values(tensor)
+        return cls(
+            folder,
+            config,
+            Manifest.read(folder),
+            _low_rank(_by_target(keys, tensors, "lora_A"), _by_target(keys, tensors, "lora_B")),
+            _replacements(keys, tensors),
+            _by_target(keys, tensors, "rows"),
+            _by_target(keys, tensors, "base"),
+        )
+
+
+def _require_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file() and (folder / WEIGHTS).is_file():
+        return
+    if (folder / "adapter_model.bin").is_file():
+        raise RefusalError(
+            f"{folder} holds its weights only as adapter_model.bin, a pickle",
+            needed=WEIGHTS,
+            fix=_CONVERT.format(folder),
+        )
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    missing = WEIGHTS if (folder / "adapter_config.json").is_file() else "adapter_config.json"
+    raise LexigraftError(
+        f"{folder} is no adapter: it has no {missing}",
+        needed="a folder with adapter_config.json and adapter_model.safetensors",
+        fix=f"name its checkpoint {folder / inside[-1]}" if inside else f"ls {folder}",
+    )
+
+
+def _refuse_forms(folder: Path, keys: Iterable[Key]) -> None:
+    for key in keys:
+        if key.part == "refused":
+            raise refusal(folder / WEIGHTS, f"{key.form} ({key.name})")
+
+
+def _require_values(tensor: Tensor) -> None:
+    if 0 in tensor.shape:
+        raise LexigraftError(
+            f"{tensor.name} in {tensor.path} is empty (shape {list(tensor.shape)}): it was saved "
+            "from one rank of DeepSpeed ZeRO-3 without gathering the others",
+            needed="whole tensors",
+            fix="run zero_to_fp32.py of that checkpoint, or save with "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
+    if tensor.dtype not in FLOATS:
+        raise RefusalError(
+            f"{tensor.name} in {tensor.path} is stored as {tensor.dtype}",
+            needed=f"one of {', '.join(FLOATS)}",
+            fix="save the adapter in float32",
+        )
+
+
+def _by_target(keys: Iterable[Key], tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key in keys:
+        if key.part == part:
+            tensor = tensors[key.name]
+            _require_agreement(key.target, found.setdefault(key.target, tensor), tensor)
+    return found
+
+
+def _low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    for module in sorted(a.keys() ^ b.keys()):
+        there, lost = ("A", "B") if module in a else ("B", "A")
+        raise LexigraftError(
+            f"{module} has lora_{there} but no lora_{lost}",
+            needed="both halves of a LoRA",
+            fix="save the adapter again",
+        )
+    for module in a:
+        if len(a[module].shape) != 2 or len(b[module].shape) != 2:
+            raise RefusalError(
+                f"LoRA of {module} has shapes {list(a[module].shape)}, {list(b[module].shape)}",
+                needed="matrices: LoRA on linear layers",
+                fix="merge it with PEFT on the grafted model: PeftModel(...).merge_and_unload()",
+            )
+        if a[module].shape[0] != b[module].shape[1]:
+            raise LexigraftError(
+                f"LoRA of {module}: A is {list(a[module].shape)}, B is {list(b[module].shape)}",
+                needed="the same rank in both",
+                fix="save the adapter again",
+            )
+    return {module: LowRank(module, a[module], b[module]) for module in a}
+
+
+def _replacements(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What replaces whole tensors: `modules_to_save` first; plain copies have to agree with it.
+
+    `original_module` is the state before the training and is never used; it is accounted for
+    only beside the trained copy.
+    """
+    saved, plain = _by_target(keys, tensors, "saved"), _by_target(keys, tensors, "full")
+    for target in saved.keys() & plain.keys():
+        _require_agreement(target, saved[target], plain[target])
+    found = plain | saved
+    for target, tensor in _by_target(keys, tensors, "original").items():
+        if target not in found:
+            raise LexigraftError(
+                f"{tensor.path} holds {tensor.name}, the state before the training, but not "
+                "the trained copy",
+                needed=f"modules_to_save weights of {target}",
+                fix="save the adapter again with model.save_pretrained",
+            )
+    return found
+
+
+def _require_agreement(target: str, one: Tensor, other: Tensor) -> None:
+    if one is not other and not same_values(one, other):
+        raise LexigraftError(
+            f"{one.path} holds two different copies of {target}: {one.name} and {other.name}",
+            needed="equal copies: which of them was trained cannot be known",
+            fix="remove the stale copy, or save the adapter again with model.save_pretrained",
+        )
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """True when two tensors on disk have equal type, shape and bytes; read in blocks."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = max(1, _COMPARE_BYTES // max(1, one.row_bytes))
+    return all(
+        read_rows(one, start, min(start + step, one.rows)).tobytes()
+        == read_rows(other, start, min(start + step, one.rows)).tobytes()
+        for start in range(0, one.rows, step)
+    )

@@ -1,0 +1,225 @@
+"""Which tensor of the base each tensor of an adapter belongs to; each is used exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lexigraft.adapters.config import AdapterConfig, refusal
+from lexigraft.adapters.folder import Adapter, LowRank, same_values
+from lexigraft.adapters.vocabulary import Change, single_rows
+from lexigraft.checkpoints.architectures import VocabularyTensors
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.header import FLOATS, Tensor
+from lexigraft.checkpoints.rows import by_row
+from lexigraft.errors import LexigraftError, RefusalError
+
+# A checkpoint of the bare base model lacks the name that the full model gives it, and vice versa
+# (gpt2 on the hub stores `h.0...`, transformers writes `transformer.h.0...`).
+_BASE_MODEL_NAMES = ("model.", "transformer.")
+_THE_BASE = "the base that this adapter was trained on"
+_NAME_IT = "name that base: base_model_name_or_path in adapter_config.json says which"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """An adapter sorted by the tensors of the base.
+
+    Attributes:
+        linear: name of a weight -> the LoRA that is added to it.
+        replaced: name of a tensor outside the vocabulary -> its new values.
+        vocabulary: name of a vocabulary tensor -> its change; only those that change.
+    """
+
+    linear: Mapping[str, LowRank]
+    replaced: Mapping[str, Tensor]
+    vocabulary: Mapping[str, Change]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors of the base change."""
+        return len(self.linear) + len(self.replaced) + len(self.vocabulary)
+
+
+def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Matched:
+    """Find the tensor of the base for each tensor of the adapter.
+
+    Args:
+        adapter: the adapter.
+        checkpoint: the base.
+        vocabulary: the base's vocabulary tensors.
+
+    Raises:
+        RefusalError: LoRA on a vocabulary tensor, or a weight that is quantised.
+        LexigraftError: a tensor fits nothing in the base, or has another shape.
+    """
+    # A tied head is not stored, but an adapter may hold it.
+    unstored = {vocabulary.head_name} if vocabulary.tied else set()
+    vocabulary_names = {*vocabulary.names, *unstored}
+    find = _Finder(checkpoint, unstored)
+    linear = _linear(adapter, checkpoint, find, vocabulary_names)
+    full = find.all(adapter.full)
+    changes = _vocabulary_changes(adapter, find, full, vocabulary_names)
+    replaced = {n: tensor for n, tensor in full.items() if n not in vocabulary_names}
+    for name, tensor in replaced.items():
+        _require_shape(tensor, checkpoint.tensors[name].shape, name)
+        _require_float(checkpoint.tensors[name])
+    for name, change in changes.items():
+        base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
+        _require_width(change, base, name)
+    twice = linear.keys() & replaced.keys()
+    if twice:
+        raise LexigraftError(
+            f"{adapter.weights} both replaces {min(twice)} and adds LoRA to it",
+            needed="one change per tensor",
+            fix="save the adapter again",
+        )
+    return Matched(linear, replaced, changes)
+
+
+@dataclass(frozen=True)
+class _Finder:
+    checkpoint: Checkpoint
+    unstored: set[str]
+
+    def all(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`targets` under the names that they have in the base."""
+        found: dict[str, Tensor] = {}
+        for target, tensor in targets.items():
+            name = self.name(target, tensor.name)
+            if name in found:
+                raise LexigraftError(
+                    f"{tensor.name} and {found[name].name} both belong to {name}",
+                    needed="each tensor of the base once",
+                    fix="save the adapter again",
+                )
+            found[name] = tensor
+        return found
+
+    def name(self, target: str, key: str) -> str:
+        """The tensor of the base called `target`; `key` is what the adapter's file calls it."""
+        names = [name for name in _spellings(target) if self._has(name)]
+        if len(names) == 1 or (names and names[0] == target):
+            return names[0]
+        raise LexigraftError(
+            f"{key} in the adapter fits no tensor of {self.checkpoint.folder} (looked for "
+            f"{target})",
+            needed=_THE_BASE,
+            fix=_NAME_IT,
+        )
+
+    def _has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors or name in self.unstored
+
+
+def _spellings(target: str) -> Iterable[str]:
+    yield target
+    for prefix in _BASE_MODEL_NAMES:
+        yield target.removeprefix(prefix) if target.startswith(prefix) else prefix + target
+
+
+def _linear(
+    adapter: Adapter, checkpoint: Checkpoint, find: _Finder, vocabulary: set[str]
+) -> dict[str, LowRank]:
+    found: dict[str, LowRank] = {}
+    for module, low_rank in adapter.low_rank.items():
+        name = find.name(f"{module}.weight", low_rank.a.name)
+        if name in vocabulary:
+            raise refusal(adapter.weights, f"LoRA on a vocabulary tensor ({module})")
+        weight = checkpoint.tensors[name]
+        _require_float(weight)
+        _require_linear(low_rank, weight, adapter.config, checkpoint)
+        if name in found:
+            raise LexigraftError(
+                f"{low_rank.a.name} and {found[name].a.name} both belong to {name}",
+                needed="each tensor of the base once",
+                fix="save the adapter again",
+            )
+        found[name] = low_rank
+    return found
+
+
+def _require_linear(
+    low_rank: LowRank, weight: Tensor, config: AdapterConfig, checkpoint: Checkpoint
+) -> None:
+    out_in = (low_rank.b.shape[0], low_rank.a.shape[1])
+    expected = out_in[::-1] if config.transposed else out_in
+    if weight.shape != expected:
+        raise LexigraftError(
+            f"LoRA of {low_rank.module} changes a matrix of shape {list(expected)}, the base "
+            f"has {list(weight.shape)}",
+            needed=_THE_BASE,
+            fix=_NAME_IT,
+        )
+    # PEFT turns fan_in_fan_out off, without a note in the config, for a layer that is no Conv1D;
+    # a square matrix does not tell.
+    if config.transposed and out_in[0] == out_in[1] and not _has_conv1d(checkpoint):
+        raise refusal(config.path, f"fan_in_fan_out on the square matrix {low_rank.module}")
+
+
+def _has_conv1d(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("model_type") in ("gpt2", "openai-gpt")
+
+
+def _vocabulary_changes(
+    adapter: Adapter, find: _Finder, full: Mapping[str, Tensor], vocabulary: set[str]
+) -> dict[str, Change]:
+    copies = find.all(adapter.copies)
+    rows = find.all({f"{module}.weight": tensor for module, tensor in adapter.rows.items()})
+    modules = {rows_name: module for module, rows_name in zip(adapter.rows, rows, strict=True)}
+    for name, tensor in copies.items():
+        if name not in rows:
+            raise refusal(adapter.weights, f"LoRA on a vocabulary tensor ({tensor.name})")
+        if name in full and not same_values(full[name], tensor):
+            raise LexigraftError(
+                f"{tensor.name} and {full[name].name} are two different copies of {name}",
+                needed="equal copies: which of them was trained cannot be known",
+                fix="save the adapter again with model.save_pretrained",
+            )
+    for name in rows.keys() - vocabulary:
+        raise refusal(adapter.weights, f"trained rows of {name}, which is no vocabulary tensor")
+    changes = {}
+    for name in vocabulary & (full.keys() | rows.keys()):
+        change = Change(full.get(name, copies.get(name)))
+        if name in rows:
+            ids = adapter.config.ids_of(modules[name]) or _shared_ids(adapter)
+            single = single_rows(modules[name], rows[name], ids, adapter.config.path)
+            change = Change(change.full, single.ids, single.values)
+        changes[name] = change
+    return changes
+
+
+def _shared_ids(adapter: Adapter) -> tuple[int, ...] | None:
+    """The ids of the one trained list: a tied head is trained with the embedding's."""
+    lists = set(adapter.config.token_ids.values())
+    return lists.pop() if len(lists) == 1 else None
+
+
+def _require_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tensor.shape != shape:
+        raise _other_base(tensor, name, shape)
+
+
+def _other_base(tensor: Tensor, name: str, shape: tuple[int, ...]) -> LexigraftError:
+    return LexigraftError(
+        f"{tensor.name} has shape {list(tensor.shape)}, {name} of the base {list(shape)}",
+        needed=_THE_BASE,
+        fix=_NAME_IT,
+    )
+
+
+def _require_width(change: Change, base: Tensor, name: str) -> None:
+    _require_float(base)
+    width = by_row(base).shape[1:]
+    for tensor in (change.full, change.values):
+        if tensor is not None and by_row(tensor).shape[1:] != width:
+            raise _other_base(tensor, name, base.shape)
+
+
+def _require_float(tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise RefusalError(
+            f"{tensor.name} of the base is stored as {tensor.dtype}: it is quantised",
+            needed="the full-precision base that it was made from",
+            fix="name that base instead",
+        )

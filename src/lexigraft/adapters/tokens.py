@@ -1,0 +1,136 @@
+"""Which tokenizer a merged model gets, and whether its ids are the ones the base was trained on.
+
+Equal sizes prove nothing: the proof is the token map, id by id.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lexigraft.errors import LexigraftError
+from lexigraft.families import copy_tokenizer
+from lexigraft.families.tokenmap import (
+    SENTENCEPIECE_FILES,
+    TokenMap,
+    first_difference,
+    joined,
+    read_token_maps,
+)
+from lexigraft.files import require_folder
+
+# Files that hold a vocabulary; missing ones are taken from a folder with the same token map.
+_VOCABULARY_FILES = (
+    "tokenizer.json",
+    *SENTENCEPIECE_FILES,
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """The tokenizer of the result.
+
+    Attributes:
+        folder: whose files are copied.
+        map: its token map.
+        base: the base's token map.
+        trained: tokens (max id + 1) of the tokenizer that the adapter was trained with; None
+            where nobody says.
+        spare: further folders whose token map is the same, for files that `folder` lacks.
+    """
+
+    folder: Path
+    map: TokenMap
+    base: TokenMap
+    trained: int | None
+    spare: tuple[Path, ...]
+
+    @classmethod
+    def among(cls, base: Path, adapter: Path, given: Path | None) -> TokenizerChoice:
+        """Choose between the base's tokenizer, the adapter's, and one that is `given`.
+
+        Raises:
+            LexigraftError: their ids disagree, or a file is missing or damaged.
+        """
+        base_map = TokenMap.read(base)
+        trained_in = given if given is not None else adapter
+        own = _map_of(trained_in)
+        if given is not None:
+            require_folder(given, "a tokenizer")
+            own = TokenMap.read(given)
+            _require_equal(own, given, adapter)
+        if own is None:
+            return cls(base, base_map, base_map, None, ())
+        if own.tokens < base_map.tokens:  # an older adapter on a model that has grown since
+            _require_prefix(own, trained_in, base_map, base)
+            return cls(base, base_map, base_map, own.tokens, ())
+        _require_prefix(base_map, base, own, trained_in)
+        folders = {
+            folder: found
+            for folder in (trained_in, adapter, base)
+            if (found := _map_of(folder)) is not None and found.hash == own.hash
+        }
+        return cls(trained_in, own, base_map, own.tokens, tuple(folders))
+
+    @property
+    def grows(self) -> bool:
+        """True when it has tokens that the base's lacks."""
+        return self.map.tokens > self.base.tokens
+
+    def copy(self, target: Path) -> list[str]:
+        """Write its full set of files into `target`; returns their names.
+
+        A vocabulary file that `folder` lacks (PEFT's trainers save no tokenizer.model) comes
+        from another folder with the same token map; the base's stale copy is never left.
+        """
+        names = copy_tokenizer(self.folder, target)
+        for spare in self.spare:
+            for name in _VOCABULARY_FILES:
+                if (spare / name).is_file() and not (target / name).exists():
+                    shutil.copyfile(spare / name, target / name)
+                    names.append(name)
+        return names
+
+    def missing(self, base: Path) -> list[str]:
+        """Vocabulary files of `base` for which no grown copy is at hand."""
+        folders = {self.folder, *self.spare}
+        return [
+            name
+            for name in _VOCABULARY_FILES
+            if (base / name).is_file() and not any((folder / name).is_file() for folder in folders)
+        ]
+
+
+def _map_of(folder: Path) -> TokenMap | None:
+    return joined(read_token_maps(folder))
+
+
+def _require_equal(own: TokenMap, given: Path, adapter: Path) -> None:
+    other = _map_of(adapter)
+    if other is None or other.hash == own.hash:
+        return
+    longer, shorter = (own, other) if own.tokens >= other.tokens else (other, own)
+    place = first_difference(shorter, longer)
+    place = shorter.tokens if place is None else place
+    raise LexigraftError(
+        f"{given} and the tokenizer in {adapter} differ: id {place} is "
+        f"{own.texts.get(place)!r} there and {other.texts.get(place)!r} here",
+        needed="the tokenizer that the adapter was trained with",
+        fix="leave --tokenizer out, or replace the tokenizer files in the adapter folder",
+    )
+
+
+def _require_prefix(old: TokenMap, old_folder: Path, new: TokenMap, new_folder: Path) -> None:
+    place = first_difference(old, new)
+    if place is not None:
+        raise LexigraftError(
+            f"id {place} is {old.texts[place]!r} in {old_folder} but {new.texts.get(place)!r} in "
+            f"{new_folder}",
+            needed="the same token under every id that both have: rows belong to ids",
+            fix="merge onto the base that this adapter was trained on, or name the right "
+            "tokenizer with --tokenizer",
+        )

@@ -1,0 +1,280 @@
+"""Where each row of a merged vocabulary tensor comes from: base, adapter, rebuilt, or padding.
+
+Rows are addressed by token id. A tensor is a list of spans, one after another, over which the
+rows of single trained tokens are laid. No row is guessed: a new id without a source is a fault.
+Letters: V base tokens, T tokens of the result, R rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lexigraft.checkpoints.growth import Growth, block_rows
+from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
+from lexigraft.checkpoints.rows import by_row, read_rows
+from lexigraft.errors import LexigraftError
+
+Array = npt.NDArray[Any]
+RowReader = Callable[[int, int], Array]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one vocabulary tensor; empty where it does nothing.
+
+    Attributes:
+        full: values of every row that the adapter knows, None where it holds none.
+        ids: token ids whose rows were trained singly, in the order of `values`.
+        values: those rows, shape (len(ids), D).
+    """
+
+    full: Tensor | None = None
+    ids: tuple[int, ...] = ()
+    values: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.full is not None or self.values is not None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) of the result.
+
+    Attributes:
+        start: first row.
+        stop: one past the last row.
+        origin: where they come from, in words.
+        read: gives rows [start, stop) by id, in any float type.
+        copied: the base tensor that holds these rows under the same ids; None if computed.
+    """
+
+    start: int
+    stop: int
+    origin: str
+    read: RowReader
+    copied: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyRows:
+    """A vocabulary tensor of the result.
+
+    Attributes:
+        name: under which it is written.
+        base: the base tensor that it takes type and width from.
+        spans: its rows, in order, without a hole.
+        change: whose single rows lie over the spans.
+    """
+
+    name: str
+    base: Tensor
+    spans: tuple[Span, ...]
+    change: Change
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.spans[-1].stop
+
+    def read(self, start: int, stop: int) -> Array:
+        """Rows [start, stop) as they are written.
+
+        Raises:
+            LexigraftError: a row of the adapter is not finite in the base's type.
+        """
+        return np.concatenate(
+            [
+                self._rows(span, max(start, span.start), min(stop, span.stop))
+                for span in self.spans
+                if max(start, span.start) < min(stop, span.stop)
+            ]
+        )
+
+    def blocks(self) -> Iterator[Array]:
+        """All rows, a block at a time."""
+        for span in self.spans:
+            yield from self._blocks(span)
+
+    def planned(self) -> PlannedTensor:
+        """The tensor to be written: untouched spans of the base are copied as bytes."""
+        row_bytes = by_row(self.base).row_bytes
+        parts = tuple(
+            CopyRows(span.copied, span.start, span.stop)
+            if span.copied is not None and not self._touched(span.start, span.stop).size
+            else Compute((span.stop - span.start) * row_bytes, partial(self._blocks, span))
+            for span in self.spans
+        )
+        shape = (self.rows, *by_row(self.base).shape[1:])
+        if len(self.base.shape) > len(shape):
+            shape = (1, *shape)
+        return PlannedTensor(self.name, self.base.dtype, shape, parts)
+
+    def line(self) -> str:
+        """Where each row comes from, for a person to read."""
+        spans = ", ".join(f"{_ids(span.start, span.stop)} {span.origin}" for span in self.spans)
+        single = f"; {len(self.change.ids):,} single rows the adapter's" if self.change.ids else ""
+        return f"{self.name}: {self.rows:,} rows: {spans}{single}"
+
+    def _blocks(self, span: Span) -> Iterator[Array]:
+        step = block_rows(by_row(self.base))
+        for start in range(span.start, span.stop, step):
+            yield self._rows(span, start, min(start + step, span.stop))
+
+    def _rows(self, span: Span, start: int, stop: int) -> Array:
+        dtype = numpy_dtype(self.base.dtype)
+        with np.errstate(over="ignore"):  # found below, with the name of the file
+            rows = np.array(span.read(start, stop), dtype=dtype)
+            self._lay_single_rows(rows, start, stop)
+        if span.copied is None and not np.isfinite(rows.astype(np.float32)).all():
+            raise LexigraftError(
+                f"{self.name}: rows {_ids(start, stop)} are not finite after the merge",
+                needed=f"finite numbers within the range of {self.base.dtype}",
+                fix="look at the training run of the adapter: its loss became NaN or infinite",
+            )
+        return rows
+
+    def _touched(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Places in `change.ids` whose id lies in [start, stop), ascending."""
+        ids = np.asarray(self.change.ids, np.int64)
+        return np.flatnonzero((ids >= start) & (ids < stop))
+
+    def _lay_single_rows(self, rows: Array, start: int, stop: int) -> None:
+        places = self._touched(start, stop)
+        if not places.size or self.change.values is None:
+            return
+        ids = np.asarray(self.change.ids, np.int64)
+        # Values are read in runs, so that neighbours cost one read.
+        for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+            values = read_rows(self.change.values, int(run[0]), int(run[-1]) + 1)
+            if not np.isfinite(values.astype(np.float32)).all():
+                raise LexigraftError(
+                    f"{self.change.values.name} holds numbers that are not finite",
+                    needed="finite rows",
+                    fix="look at the training run of the adapter: its loss became NaN",
+                )
+            rows[ids[run] - start] = values.astype(rows.dtype)
+
+
+def vocabulary_rows(
+    name: str,
+    base: Tensor,
+    change: Change,
+    growth: Growth,
+    *,
+    full_rows: int = 0,
+    rebuilt: RowReader | None = None,
+    mean: Callable[[], Array],
+) -> VocabularyRows:
+    """The rows of one vocabulary tensor of the result.
+
+    Args:
+        name: under which it is written.
+        base: the base's tensor, R rows before.
+        change: what the adapter does to it; its single ids must lie below `growth.tokens`.
+        growth: from how many rows to how many.
+        full_rows: how many rows of `change.full` count.
+        rebuilt: gives rows [start, stop) of the new ones, counted from 0, where they can be
+            made again exactly.
+        mean: the row of new padding (`growth.survey`), asked for only where there is some.
+
+    Raises:
+        LexigraftError: no source holds the row of a new id.
+    """
+    view = by_row(base)
+    spans: list[Span] = []
+
+    def add(stop: int, origin: str, read: RowReader, copied: Tensor | None = None) -> None:
+        start = spans[-1].stop if spans else 0
+        if start < stop:
+            spans.append(Span(start, stop, origin, read, copied))
+
+    def from_base(start: int, stop: int) -> Array:
+        return read_rows(view, start, stop)
+
+    if change.full is not None:
+        trained = by_row(change.full)
+        add(full_rows, "the adapter's", lambda start, stop: read_rows(trained, start, stop))
+    else:
+        add(growth.first_id, "the base's", from_base, view)
+        if growth.tokens > growth.first_id:
+            origin, read = _new_rows(name, change, growth, view, rebuilt)
+            add(growth.tokens, origin, read)
+    add(growth.rows_before, "the base's", from_base, view)
+    add(growth.rows, "padding (mean)", lambda start, stop: _repeated(mean(), stop - start))
+    return VocabularyRows(name, base, tuple(spans), change)
+
+
+def _new_rows(
+    name: str, change: Change, growth: Growth, view: Tensor, rebuilt: RowReader | None
+) -> tuple[str, RowReader]:
+    first = growth.first_id
+    if rebuilt is not None:
+        return "rebuilt", lambda start, stop: rebuilt(start - first, stop - first)
+    lost = sorted(set(range(first, growth.tokens)) - set(change.ids))
+    if lost:
+        raise LexigraftError(
+            f"no row of {name} for {len(lost):,} new tokens (first id {lost[0]}): the adapter "
+            "holds none, and they cannot be rebuilt from a manifest",
+            needed=f"{name} in the adapter, or the grafted model that it was trained on",
+            fix="lexigraft merge MODEL ADAPTER -o MERGED, where MODEL is the model that was "
+            "trained (its model.safetensors holds these rows)",
+        )
+
+    def laid_over(start: int, stop: int) -> Array:
+        return np.zeros((stop - start, *view.shape[1:]), numpy_dtype(view.dtype))
+
+    return "the adapter's", laid_over
+
+
+def _repeated(row: Array, count: int) -> Array:
+    return np.repeat(row[None], count, axis=0)
+
+
+def _ids(start: int, stop: int) -> str:
+    return f"{start:,}-{stop - 1:,}"
+
+
+def single_rows(module: str, values: Tensor, ids: tuple[int, ...] | None, config: Path) -> Change:
+    """The change of an adapter that trained single rows of `module`.
+
+    Raises:
+        LexigraftError: the config does not say which rows, or not as many as there are.
+    """
+    if ids is None or len(ids) != values.rows:
+        said = "no ids" if ids is None else f"{len(ids)} ids"
+        raise LexigraftError(
+            f"{values.name} holds {values.rows} rows, {config} names {said} for {module}",
+            needed="the token id of every row, in trainable_token_indices or token_indices",
+            fix="copy adapter_config.json and adapter_model.safetensors from the same run",
+        )
+    return Change(None, ids, values)
+
+
+def equal_rows(one: VocabularyRows, other: VocabularyRows) -> bool:
+    """True when two tensors of the result hold the same rows; read in blocks."""
+    if (one.rows, one.base.dtype) != (other.rows, other.base.dtype):
+        return False
+    step = block_rows(by_row(one.base))
+    return all(
+        one.read(start, min(start + step, one.rows)).tobytes()
+        == other.read(start, min(start + step, one.rows)).tobytes()
+        for start in range(0, one.rows, step)
+    )
+
+
+def replaced_blocks(base: Tensor, values: Tensor) -> Iterator[Array]:
+    """`values` in the type of `base`, a block at a time: a tensor that was trained in full.
+
+    Raises:
+        LexigraftError: a value is not finite in the base's type.
+    """
+    whole = Span(0, values.rows, "the adapter's", partial(read_rows, values))
+    return VocabularyRows(base.name, base, (whole,), Change()).blocks()

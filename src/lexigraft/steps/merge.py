@@ -1,0 +1,331 @@
+"""`merge`: stream an adapter into the weights of its base, growing the base where it has to.
+
+The base may be the grafted model that was trained, or the model as it was before the graft: how
+many rows there are and what they hold is read from the adapter's own folder, and a row that
+nobody holds is a fault. Tensors that do not change are copied as bytes; changed ones are made in
+blocks, so that memory stays constant whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from lexigraft.adapters.expand import Expansion, expand
+from lexigraft.adapters.folder import Adapter, LowRank
+from lexigraft.adapters.match import Matched, match
+from lexigraft.adapters.special import changed_special_ids, with_special_ids
+from lexigraft.adapters.tokens import TokenizerChoice
+from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.config import config_rows, edit_config, refuse_quantised
+from lexigraft.checkpoints.fit import require_floats
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
+from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.write import write_plan
+from lexigraft.console import note, progress
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import publish, read_json, refuse_existing, sha256_file, write_json
+from lexigraft.hub import local_folder
+from lexigraft.manifest import Manifest, MergeRecord, versions
+
+NEW_TOKENS = "new_tokens.jsonl"
+# Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
+WRITERS = 2
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` wrote.
+
+    Attributes:
+        output: the merged model.
+        rows: rows of its vocabulary tensors.
+        tokens: max id + 1 of its tokenizer.
+        tied: its head is its input embedding.
+        tensors: how many tensors the adapters changed.
+        adapters: the adapter folders.
+        sources: a line per vocabulary tensor: where each of its rows comes from.
+        plan: with `dry_run`, every tensor with its old and new shape and bytes.
+    """
+
+    output: Path
+    rows: int
+    tokens: int
+    tied: bool
+    tensors: int
+    adapters: tuple[Path, ...]
+    sources: tuple[str, ...]
+    plan: list[dict[str, Any]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable result."""
+        found = {
+            "output": str(self.output),
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "tied": self.tied,
+            "tensors": self.tensors,
+            "adapters": [str(adapter) for adapter in self.adapters],
+            "sources": list(self.sources),
+        }
+        return found if self.plan is None else {**found, "plan": self.plan}
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        plan = [
+            f"{entry['tensor']}: {entry['old_shape']} -> {entry['shape']}, "
+            f"{entry['bytes_copied']:,} bytes copied, {entry['bytes_written']:,} computed"
+            for entry in self.plan or ()
+        ]
+        tie = "tied" if self.tied else "with a head of its own"
+        done = "would write" if self.plan is not None else "wrote"
+        return [
+            *plan,
+            *self.sources,
+            f"{done} {self.output}: {self.rows:,} rows for {self.tokens:,} tokens, {tie}; "
+            f"{self.tensors} tensors changed",
+        ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A merge that has been thought through and not yet begun."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    vocabulary: VocabularyTensors
+    tokenizer: TokenizerChoice
+    matched: Matched
+    expansion: Expansion
+    plan: Plan
+
+
+def merge(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    output: str | Path,
+    tokenizer: str | Path | None = None,
+    prove: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> MergeResult:
+    """Put a PEFT adapter into the weights of its base.
+
+    Args:
+        base: the model that was trained, or the model as it was before it was grafted.
+        adapters: the adapter folder (one for now).
+        output: the folder to write.
+        tokenizer: the tokenizer that the adapter was trained with, where its folder has none.
+        prove: compare the logits of the result with those of base + adapter, unmerged.
+        force: replace `output` if it exists.
+        dry_run: decide everything and write nothing.
+
+    Raises:
+        RefusalError: a kind of adapter or base that is not supported.
+        LexigraftError: base, adapter and tokenizer do not fit together, a row has no source, or
+            a file is missing or damaged.
+    """
+    folder, target = _one_adapter(adapters), Path(output)
+    if not dry_run:
+        refuse_existing(target, force=force)
+    job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
+    _keep_inputs(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
+    if not dry_run:
+        with publish(target, force=force) as partial_folder:
+            _write(job, partial_folder)
+            if prove:
+                _prove(job, partial_folder)
+    return _result(job, target, dry_run=dry_run)
+
+
+def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
+    names = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if len(names) != 1:
+        raise RefusalError(
+            f"{len(names)} adapters",
+            needed="one adapter per merge",
+            fix="merge them one after another, in the order in which they were trained",
+        )
+    return Path(names[0])
+
+
+def _keep_inputs(output: Path, inputs: Sequence[Path]) -> None:
+    for folder in inputs:
+        if output.resolve() == folder.resolve():
+            raise LexigraftError(
+                f"-o {output} is an input of this merge",
+                needed="another folder: inputs are never modified",
+                fix="choose another -o",
+            )
+
+
+def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
+    adapter = Adapter.open(adapter_folder)
+    checkpoint = Checkpoint.open(base)
+    refuse_quantised(checkpoint)
+    vocabulary = vocabulary_of(checkpoint)
+    require_floats(checkpoint, vocabulary)
+    _require_stated_rows(checkpoint, vocabulary)
+    tokenizer = TokenizerChoice.among(base, adapter_folder, given)
+    matched = match(adapter, checkpoint, vocabulary)
+    expansion = expand(
+        adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
+    )
+    plan = _plan(checkpoint, vocabulary, adapter, matched, expansion)
+    return _Job(checkpoint, adapter, vocabulary, tokenizer, matched, expansion, plan)
+
+
+def _require_stated_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
+    stated = config_rows(checkpoint, vocabulary)
+    if stated not in (None, vocabulary.rows):
+        raise LexigraftError(
+            f"{checkpoint.folder / 'config.json'} says vocab_size {stated:,}, the weights have "
+            f"{vocabulary.rows:,} rows",
+            needed="the same number in both",
+            fix=f"lexigraft check {checkpoint.folder}",
+        )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    vocabulary: VocabularyTensors,
+    adapter: Adapter,
+    matched: Matched,
+    expansion: Expansion,
+) -> Plan:
+    plan = Plan.of(checkpoint)
+    changed = [
+        _with_lora(checkpoint.tensors[name], low_rank, adapter)
+        for name, low_rank in matched.linear.items()
+    ]
+    changed += [
+        _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
+    ]
+    for rows in expansion.tensors:
+        if rows.name in checkpoint.tensors:
+            changed.append(rows.planned())
+        else:
+            plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
+    return plan.replace(changed)
+
+
+def _with_lora(weight: Tensor, low_rank: LowRank, adapter: Adapter) -> PlannedTensor:
+    scaling = adapter.config.scaling(low_rank.module, low_rank.rank)
+    transposed = adapter.config.transposed
+
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        from lexigraft.adapters.delta import merged_blocks
+
+        return merged_blocks(weight, low_rank, scaling, transposed=transposed)
+
+    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
+
+
+def _replaced(weight: Tensor, values: Tensor) -> PlannedTensor:
+    from lexigraft.adapters.vocabulary import replaced_blocks
+
+    blocks = partial(replaced_blocks, weight, values)
+    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
+
+
+def _write(job: _Job, folder: Path) -> None:
+    with progress("merging", total=sum(file.bytes for file in job.plan.files)) as advance:
+        write_plan(job.plan, folder, threads=WRITERS, advance=advance)
+    for name in copy_side_files(job.checkpoint, folder):
+        note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
+    _write_configs(job, folder)
+    job.tokenizer.copy(folder)
+    for name in job.tokenizer.missing(job.checkpoint.folder):
+        note(
+            f"{name} is not written: no copy with the new tokens is at hand, and the base's is "
+            f"stale. Name a folder that has it with --tokenizer."
+        )
+    _write_manifest(job, folder)
+    _require_consistent(job, folder)
+
+
+def _write_configs(job: _Job, folder: Path) -> None:
+    source, expansion = job.checkpoint.folder, job.expansion
+    ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
+    for key, token_id in ids.items():
+        note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
+    untied = False if job.vocabulary.tied and not expansion.tied else None
+    config = edit_config(
+        job.checkpoint.config, job.vocabulary, rows=expansion.growth.rows, tied=untied
+    )
+    _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
+    if (source / "generation_config.json").is_file():
+        generation = read_json(source / "generation_config.json")
+        _write_if_changed(
+            source, folder, "generation_config.json", with_special_ids(generation, ids)
+        )
+
+
+def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, Any]) -> None:
+    if content == read_json(source / name):
+        shutil.copyfile(source / name, target / name)
+    else:
+        write_json(target / name, content)
+
+
+def _write_manifest(job: _Job, folder: Path) -> None:
+    inputs = (job.checkpoint.folder, job.adapter.folder)
+    records: list[Any] = []
+    for manifest in map(Manifest.read, inputs):
+        records += [record for record in (manifest or Manifest()).records if record not in records]
+    record = MergeRecord(
+        adapters=[sha256_file(job.adapter.weights)],
+        token_map=job.tokenizer.map.hash,
+        rows=job.expansion.growth.rows,
+        tied=job.expansion.tied,
+        versions=versions(["lexigraft", "torch"]),
+    )
+    Manifest(records=records).plus(record).write(folder)
+    for source in (job.adapter.folder, job.tokenizer.folder, job.checkpoint.folder):
+        if (source / NEW_TOKENS).is_file():
+            shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)
+            break
+
+
+def _require_consistent(job: _Job, folder: Path) -> None:
+    """Reopen what was written: rows of each vocabulary tensor == config >= tokens."""
+    written = Checkpoint.open(folder)
+    vocabulary = vocabulary_of(written)
+    rows, tokens = vocabulary.rows, job.tokenizer.map.tokens
+    if not rows == config_rows(written, vocabulary) == job.expansion.growth.rows >= tokens:
+        raise LexigraftError(
+            f"the result has {rows:,} rows, its config says {config_rows(written, vocabulary)}, "
+            f"its tokenizer has {tokens:,} tokens",
+            needed="rows equal to the config, and one for every token",
+            fix="report this with the two config.json files",
+        )
+
+
+def _prove(job: _Job, folder: Path) -> None:
+    raise NotImplementedError
+
+
+def _result(job: _Job, output: Path, *, dry_run: bool) -> MergeResult:
+    vocabulary = {name: by_row(job.checkpoint.tensors[name]).rows for name in job.vocabulary.names}
+    changed = {rows.name for rows in job.expansion.tensors}
+    kept = [f"{n}: {rows:,} rows: the base's" for n, rows in vocabulary.items() if n not in changed]
+    return MergeResult(
+        output=output,
+        rows=job.expansion.growth.rows,
+        tokens=job.tokenizer.map.tokens,
+        tied=job.expansion.tied,
+        tensors=len({*job.matched.linear, *job.matched.replaced, *changed}),
+        adapters=(job.adapter.folder,),
+        sources=(*kept, *(rows.line() for rows in job.expansion.tensors)),
+        plan=job.plan.to_json() if dry_run else None,
+    )
