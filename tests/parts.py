@@ -15,32 +15,29 @@ ENGLISH = Path(__file__).parent / "data" / "english.txt"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 HAN = "患者冠状动脉潜伏性感染急慢性肺炎支气管糖尿病高血压心肌梗死综合征的和未特指其他结核"
-MEDICAL = [
-    "myocardial infarction",
-    "coronary artery",
-    "pneumonia",
-    "tuberculosis",
-    "hypertension",
-    "潜伏性感染",
-    "冠状动脉",
-    "心肌梗死",
-    "糖尿病",
-    "慢性支气管炎",
-    "高血压",
-    "未特指的肺炎",
-]
+# Medical words are made of shared parts, as real ones are: so tokens are used in many words.
+ROOTS = ["cardi", "neur", "hepat", "nephr", "arthr", "derm", "gastr", "oste", "bronch", "encephal"]
+ENDINGS = ["itis", "osis", "opathy", "ectomy", "ogram", "oma", "algia", "oplasty"]
+ORGANS = ["冠状动脉", "支气管", "心肌", "肝", "肾", "胃", "骨", "脑", "皮肤", "关节"]
+STATES = ["炎", "结核", "梗死", "恶性肿瘤", "损伤", "感染", "溃疡", "畸形", "出血", "综合征"]
+KINDS = ["急性", "慢性", "潜伏性", "先天性", "未特指的", "其他", ""]
 WORDS = "the of a patient with and was treated for in history old year man woman presents".split()
 
 
 def corpus_text(seed: int = 0, documents: int = 200, sentences: int = 8) -> str:
-    """A small mixed medical corpus with many repeated terms; blank lines between documents."""
+    """A small mixed medical corpus of recurring, composed terms; blank lines between documents."""
     rng = random.Random(seed)
     out = []
     for _ in range(documents):
         lines = []
         for _ in range(sentences):
-            words = [rng.choice(MEDICAL if rng.random() < 0.4 else WORDS) for _ in range(10)]
-            run = "".join(rng.choice(MEDICAL[5:]) for _ in range(3))
+            words = [
+                rng.choice(ROOTS) + rng.choice(ENDINGS) if rng.random() < 0.4 else rng.choice(WORDS)
+                for _ in range(10)
+            ]
+            run = "".join(
+                rng.choice(KINDS) + rng.choice(ORGANS) + rng.choice(STATES) for _ in range(3)
+            )
             lines.append(" ".join(words) + ". " + run + "，" + str(rng.randint(0, 999)) + "。")
         out.append("\n".join(lines))
     return "\n\n".join(out) + "\n"

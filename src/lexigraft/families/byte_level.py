@@ -38,6 +38,7 @@ class ByteLevelBPE:
         self.map = TokenMap.read(folder)
         self._data: dict[str, Any] = read_json(folder / "tokenizer.json")
         self._engine = open_engine(self._data)
+        require_own_ids(self._engine, self.map, folder)
         self._bytes = {
             token_id: text.encode() if token_id in self.map.added else token_bytes(text)
             for token_id, text in self.map.texts.items()
@@ -182,6 +183,24 @@ def open_engine(data: Mapping[str, Any]) -> Tokenizer:
             needed="a tokenizer.json that it reads",
             fix="pip install -U tokenizers, or copy the file again",
         ) from None
+
+
+def require_own_ids(engine: Tokenizer, token_map: TokenMap, folder: Path) -> None:
+    """Stop where the engine gives an added token another id than its file says.
+
+    The engine appends added tokens one by one and ignores their ids, so a hole before one of
+    them moves it without a word.
+    """
+    for token_id in sorted(token_map.added):
+        text = token_map.texts[token_id]
+        given = engine.token_to_id(text)
+        if given is not None and given != token_id:
+            raise LexigraftError(
+                f"{folder}: the files give {text!r} id {token_id}, "
+                f"the tokenizers library reads id {given}",
+                needed="added tokens that keep their ids when the tokenizer is loaded",
+                fix=f'enter "{text}": {token_id} in model.vocab of tokenizer.json',
+            )
 
 
 def plain_model(data: Mapping[str, Any]) -> dict[str, Any]:

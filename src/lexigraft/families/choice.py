@@ -45,8 +45,9 @@ def choose(family: Family, units: Mapping[Unit, int], *, limit: int, min_count: 
     """At most `limit` tokens, each emitted at least `min_count` times unless others need it.
 
     Leaves (tokens that are no part of another) below `min_count` are dropped and their places
-    filled by the next candidates, until none is left. Dead tokens above `BRIDGE_SHARE` of the
-    choice go too, with all that is made of them, the least useful first.
+    filled by the next candidates, until none is left. While more than `BRIDGE_SHARE` of the
+    choice are dead, what is made of the least useful dead tokens is dropped, so that these come
+    out themselves again.
     """
     if limit <= 0:
         return Choice([], {}, exhausted=False)
@@ -132,7 +133,7 @@ def _rare_leaves(kept: Sequence[Merge], counts: Mapping[str, int], min_count: in
 
 
 def _excess_bridges(kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str]:
-    """The least useful dead tokens above the allowed share, and all that is made of them."""
+    """What is made of the least useful dead tokens above the allowed share."""
     dead = [merge.token for merge in kept if not counts[merge.token]]
     excess = len(dead) - int(BRIDGE_SHARE * len(kept))
     if excess <= 0:
@@ -141,7 +142,7 @@ def _excess_bridges(kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str
     families = {token: _descendants(token, children) for token in dead}
     use = {token: sum(counts[t] for t in families[token]) for token in dead}
     weakest = sorted(dead, key=lambda token: (use[token], token))[:excess]
-    return set(weakest).union(*(families[token] for token in weakest))
+    return set().union(*(families[token] for token in weakest))
 
 
 def _descendants(token: str, children: Mapping[str, set[str]]) -> set[str]:

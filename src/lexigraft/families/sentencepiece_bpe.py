@@ -30,6 +30,7 @@ from lexigraft.families.byte_level import (
     extend_json,
     open_engine,
     plain_model,
+    require_own_ids,
     template_start,
     write_tokenizer_json,
 )
@@ -56,6 +57,8 @@ class SentencePieceBPE:
         self.map = TokenMap.read(folder)
         self._data: dict[str, Any] | None = read_json(json_file) if json_file else None
         self._engine = open_engine(self._data) if self._data else None
+        if self._engine is not None:
+            require_own_ids(self._engine, self.map, folder)
         self._model_name = model_file.name if model_file else None
         self._proto: Any = None
         self._processor: sentencepiece.SentencePieceProcessor | None = None
