@@ -6,7 +6,19 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexigraft.families.continued_bpe import Merge, continue_bpe, join_pair
+from lexigraft.families.continued_bpe import Merge, continue_bpe
+
+
+def join_pair(sequence, left, right, token):
+    joined = []
+    while sequence:
+        if sequence[:2] == [left, right]:
+            joined.append(token)
+            sequence = sequence[2:]
+        else:
+            joined.append(sequence[0])
+            sequence = sequence[1:]
+    return joined
 
 
 def plain_reference(units, *, join, adoptable, min_count):

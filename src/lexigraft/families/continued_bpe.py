@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ class _Learner:
                 if symbol in self.pending:
                     characters[symbol] += self.weights[place]
                     self.homes[symbol].add(place)
-            self._count(place, sign=1, changed=None)
+            self._count(place)
         for character, count in characters.items():
             if count >= self.min_count:
                 gain = count * (self.pending[character] - 1)
@@ -126,18 +126,13 @@ class _Learner:
             self.joined[pair] = self.join(left, right)
         return self.joined[pair]
 
-    def _count(self, place: int, *, sign: int, changed: set[tuple[str, str]] | None) -> None:
-        """Add (sign 1) or take away (-1) the pairs of one sequence."""
-        sequence, weight = self.sequences[place], sign * self.weights[place]
-        for left, right in pairwise(sequence):
-            if self._joined(left, right) is None:
-                continue
-            pair = (left, right)
-            self.counts[pair] += weight
-            if sign > 0:
-                self.places[pair].add(place)
-            if changed is not None:
-                changed.add(pair)
+    def _count(self, place: int) -> None:
+        """Count the pairs of one sequence."""
+        weight = self.weights[place]
+        for left, right in pairwise(self.sequences[place]):
+            if self._joined(left, right) is not None:
+                self.counts[left, right] += weight
+                self.places[left, right].add(place)
 
     def _open(self, character: str) -> None:
         """Count the pairs of a character that has just become a symbol."""
@@ -154,11 +149,42 @@ class _Learner:
     def _merge(self, left: str, right: str, token: str) -> None:
         changed: set[tuple[str, str]] = set()
         for place in self.places.pop((left, right)):
-            self._count(place, sign=-1, changed=changed)
-            self.sequences[place] = join_pair(self.sequences[place], left, right, token)
-            self._count(place, sign=1, changed=changed)
+            self.sequences[place] = self._merge_in(place, left, right, token, changed)
         self.counts.pop((left, right), None)
         self._push(changed)
+
+    def _merge_in(
+        self, place: int, left: str, right: str, token: str, changed: set[tuple[str, str]]
+    ) -> list[str]:
+        """One sequence with the pair merged; the counts of the neighbouring pairs follow."""
+        sequence = self.sequences[place]
+        merged: list[str] = []
+        at, last = 0, len(sequence) - 1
+        while at <= last:
+            if at < last and sequence[at] == left and sequence[at + 1] == right:
+                if merged:
+                    self._exchange(place, (merged[-1], left), (merged[-1], token), changed)
+                if at + 2 <= last:
+                    after = sequence[at + 2]
+                    self._exchange(place, (right, after), (token, after), changed)
+                merged.append(token)
+                at += 2
+            else:
+                merged.append(sequence[at])
+                at += 1
+        return merged
+
+    def _exchange(
+        self, place: int, old: tuple[str, str], new: tuple[str, str], changed: set[tuple[str, str]]
+    ) -> None:
+        weight = self.weights[place]
+        if self._joined(*old) is not None:
+            self.counts[old] -= weight
+            changed.add(old)
+        if self._joined(*new) is not None:
+            self.counts[new] += weight
+            self.places[new].add(place)
+            changed.add(new)
 
     def _push(self, pairs: set[tuple[str, str]]) -> None:
         for pair in pairs:
@@ -168,17 +194,3 @@ class _Learner:
             elif count <= 0:
                 self.counts.pop(pair, None)
                 self.places.pop(pair, None)
-
-
-def join_pair(sequence: Sequence[str], left: str, right: str, token: str) -> list[str]:
-    """`sequence` with each adjacent (left, right) replaced by `token`, leftmost first."""
-    joined: list[str] = []
-    place, last = 0, len(sequence) - 1
-    while place <= last:
-        if place < last and sequence[place] == left and sequence[place + 1] == right:
-            joined.append(token)
-            place += 2
-        else:
-            joined.append(sequence[place])
-            place += 1
-    return joined
