@@ -3,8 +3,9 @@
 import json
 import shutil
 
-import parts
 import pytest
+
+import parts
 from lexigraft import families
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.proof import HARD_TEXTS

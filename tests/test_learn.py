@@ -6,10 +6,10 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
+
+import pytest
 
 import parts
-import pytest
 from lexigraft import families, learn
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError, RefusalError
