@@ -1,0 +1,144 @@
+"""What is trained, in PEFT's own layout on disk, which plain PEFT loads on the grafted model.
+
+Layout of peft 0.21 (`peft/tuners/trainable_tokens`, `peft/utils/other.py`): despite its name
+`trainable_tokens_delta` holds the rows' values; tied matrices are written once, as the
+embedding's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexigraft.errors import LexigraftError
+from lexigraft.models.new_rows import NewRows
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def lora_config(rank: int, alpha: float) -> Any:
+    """LoRA on every linear layer except the head, without dropout."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def trainable_tensors(model: Any, rows: NewRows | None) -> dict[str, nn.Parameter]:
+    """Every trainable parameter under the key that PEFT gives it on disk.
+
+    Args:
+        model: a PEFT model (LoRA), or a plain model of which only new rows are trained.
+        rows: its new rows, if it has any.
+    """
+    is_lora = hasattr(model, "peft_config")
+    ending = ".token_adapter.trainable_tokens_delta" if is_lora else ".trainable_tokens_delta"
+    keys = {
+        id(parameter): _PREFIX + path + ending
+        for path, parameter in (rows.parameters.items() if rows else ())
+    }
+    return {
+        keys.get(id(parameter), name.replace(".default.", ".")): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def write_adapter(folder: Path, model: Any, rows: NewRows | None, trained_on: str) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`.
+
+    Args:
+        trained_on: the model folder, which PEFT keeps as `base_model_name_or_path`.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: parameter.detach().to("cpu", torch.float32).contiguous()
+        for key, parameter in trainable_tensors(model, rows).items()
+    }
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = _config(model, rows)
+    config.base_model_name_or_path = trained_on
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def _config(model: Any, rows: NewRows | None) -> Any:
+    from peft import LoraConfig, TrainableTokensConfig
+
+    if not hasattr(model, "peft_config"):
+        assert rows is not None
+        return TrainableTokensConfig(
+            token_indices=rows.ids, target_modules=list(rows.parameters), task_type="CAUSAL_LM"
+        )
+    used = model.peft_config["default"]
+    indices = dict.fromkeys(rows.parameters, rows.ids) if rows else None
+    return LoraConfig(
+        r=used.r,
+        lora_alpha=used.lora_alpha,
+        lora_dropout=used.lora_dropout,
+        target_modules=sorted(used.target_modules),
+        fan_in_fan_out=used.fan_in_fan_out,
+        task_type=used.task_type,
+        trainable_token_indices=indices,
+    )
+
+
+def read_adapter(folder: Path, model: Any, rows: NewRows | None) -> None:
+    """Put the values of a written adapter back into the model that is being trained.
+
+    Raises:
+        LexigraftError: the file holds other tensors than those that are trained.
+    """
+    wanted = trainable_tensors(model, rows)
+    stored = _load(folder, set(wanted))
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            if stored[key].shape != parameter.shape:
+                raise LexigraftError(
+                    f"{folder / WEIGHTS_FILE}: {key} is {list(stored[key].shape)}",
+                    needed=f"{list(parameter.shape)}, as in the model that is trained",
+                    fix="start again without --resume (the model or its vocabulary has changed)",
+                )
+            parameter.copy_(stored[key])
+
+
+def require_saved(folder: Path, model: Any, rows: NewRows | None) -> None:
+    """Reload a written adapter and compare it, bit for bit, with what is being trained.
+
+    Raises:
+        LexigraftError: a trained tensor is missing in the file or differs there.
+    """
+    wanted = trainable_tensors(model, rows)
+    stored = _load(folder, set(wanted))
+    for key, parameter in wanted.items():
+        if not torch.equal(stored[key], parameter.detach().to("cpu", torch.float32)):
+            raise LexigraftError(
+                f"{folder / WEIGHTS_FILE}: {key} is not what was trained",
+                needed="every trained tensor, saved bit for bit",
+                fix="check the disk, then train again",
+            )
+
+
+def _load(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    stored: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
+    if set(stored) != wanted:
+        odd = sorted(set(stored) ^ wanted)[0]
+        raise LexigraftError(
+            f"{folder / WEIGHTS_FILE}: {odd} is {'missing' if odd in wanted else 'unexpected'}",
+            needed=f"exactly the {len(wanted)} tensors that are trained",
+            fix="start again without --resume",
+        )
+    return stored

@@ -1,0 +1,148 @@
+"""Bits per byte: the one loss that is comparable across tokenizers.
+
+Every byte of a text is scored once, in windows that are cut at the same byte offsets for every
+model, so that a longer token does not buy a longer context. A window's first token is predicted
+from the start token. Source of the measure: -log2 p(text) / UTF-8 bytes (Gao et al. 2020, The
+Pile, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits of a batch: at most so many floats (128 MiB), so that memory does not grow with rows.
+_LOGITS = 2**25
+# Positions whose softmax is computed at once: its temporaries then stay in the cache's reach.
+_POSITIONS = 64
+_SPACES = " \t\n\r\u3000"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A text under a model: `bits` over `bytes` of UTF-8, spelled in `tokens`."""
+
+    bits: float
+    bytes: int
+    tokens: int
+    new_tokens: int
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte."""
+        return self.bits / self.bytes
+
+    @property
+    def adoption(self) -> float:
+        """Share of new tokens among the tokens of the text."""
+        return self.new_tokens / self.tokens
+
+
+def windows(document: str, size: int) -> list[str]:
+    """`document` in pieces of at most `size` UTF-8 bytes; joined they are the document.
+
+    A piece ends after a line break if the second half of the window holds one, else before the
+    last white space there, else at the last whole character.
+
+    >>> windows("ab cd ef", 5)
+    ['ab', ' cd', ' ef']
+    """
+    pieces = []
+    data = document.encode("utf-8")
+    begin = 0
+    while len(data) - begin > size:
+        cut = begin + _cut(data[begin : begin + size + 1], size)
+        pieces.append(data[begin:cut].decode("utf-8"))
+        begin = cut
+    pieces.append(data[begin:].decode("utf-8"))
+    return pieces
+
+
+def _cut(data: bytes, size: int) -> int:
+    """Where to cut `data`, of `size` + 1 bytes, so that at most `size` remain before."""
+    half = size // 2
+    line = data.rfind(b"\n", half, size)
+    if line >= 0:
+        return line + 1
+    space = max(data.rfind(mark.encode(), half, size + 1) for mark in _SPACES)
+    if space > 0:
+        return space
+    cut = size
+    while cut > 1 and data[cut] & 0xC0 == 0x80:  # inside a character
+        cut -= 1
+    return cut
+
+
+def score(
+    model: Any,
+    texts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    *,
+    start: Sequence[int],
+    new_ids: range = range(0),
+    advance: Callable[[int], None] | None = None,
+) -> Score:
+    """Bits of `texts` under `model`; both are windows, in the same order.
+
+    Args:
+        model: a causal language model (B, T) -> logits (B, T, rows).
+        encoded: ids of each text, without the start.
+        start: ids before each text; at least one.
+        new_ids: which ids count as new.
+        advance: told how many bytes have been scored.
+    """
+    order = sorted(range(len(texts)), key=lambda place: (len(encoded[place]), place))
+    rows = model.get_output_embeddings().weight.shape[0]
+    bits = 0.0
+    was_training = model.training
+    model.eval()
+    for batch in _batches(order, [len(start) + len(ids) for ids in encoded], _LOGITS // rows):
+        bits += _bits_of(model, [encoded[place] for place in batch], start)
+        if advance is not None:
+            advance(sum(len(texts[place].encode()) for place in batch))
+    model.train(was_training)
+    ids = [token for line in encoded for token in line]
+    return Score(
+        bits, sum(len(t.encode()) for t in texts), len(ids), sum(token in new_ids for token in ids)
+    )
+
+
+def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Places in `order` (shortest first) in groups whose padded size fits into `room` tokens."""
+    groups: list[list[int]] = []
+    for place in order:
+        if not groups or (len(groups[-1]) + 1) * lengths[place] > room:
+            groups.append([])
+        groups[-1].append(place)
+    return groups
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _bits_of(model: Any, lines: Sequence[Sequence[int]], start: Sequence[int]) -> float:
+    longest = len(start) + max(map(len, lines))
+    ids = torch.zeros((len(lines), longest), dtype=torch.int64)
+    for place, line in enumerate(lines):
+        # Padding stands on the right, where a causal model cannot see it.
+        ids[place, : len(start) + len(line)] = torch.tensor([*start, *line])
+    ids = ids.to(model.get_output_embeddings().weight.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    total = 0.0
+    for place, line in enumerate(lines):
+        end = len(start) + len(line)
+        total += _sum_nats(logits[place, len(start) - 1 : end - 1], ids[place, len(start) : end])
+    return total / math.log(2)
+
+
+def _sum_nats(logits: Tensor, targets: Tensor) -> float:
+    parts = zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True)
+    return sum(float(nats(some, few).double().sum()) for some, few in parts)
+
+
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, in float32: logits (N, rows), targets (N,) -> (N,)."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")

@@ -1,0 +1,167 @@
+"""A checkpoint folder, or a hub id, as a transformers model: no remote code, no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import read_json, require_folder
+from lexigraft.manifest import Manifest
+
+if TYPE_CHECKING:
+    from lexigraft.families import Family
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.jsonl")
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a model: `model` itself, or the local snapshot of a hub id.
+
+    Raises:
+        LexigraftError: neither a folder nor an id that the hub (or its cache) knows.
+    """
+    path = Path(model)
+    if path.is_dir() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        return require_folder(path, "a model (config.json, safetensors, tokenizer)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(_WANTED)))
+    except (OSError, ValueError) as fault:  # the hub client's errors derive from these
+        raise LexigraftError(
+            f"no folder {model}, and no such model on the hub ({type(fault).__name__})",
+            needed="a model folder or a hub id like owner/name",
+            fix=f"check the name, or download it first: hf download {model}",
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No notices and no progress bars of transformers inside the block; errors still raise."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def device() -> str:
+    """Where models run: `cuda` if there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(folder: Path) -> Any:
+    """The causal language model in `folder`, frozen and in eval mode.
+
+    In float32 on a CPU, which computes fastest in it; in the stored dtype on a GPU.
+
+    Raises:
+        LexigraftError: files are missing, damaged or of an unknown architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _require_safetensors(folder)
+    place = device()
+    dtype = torch.float32 if place == "cpu" else "auto"
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
+        first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
+        raise LexigraftError(
+            f"transformers cannot load {folder} ({type(fault).__name__}: {first})",
+            needed="a causal language model of an architecture that transformers ships",
+            fix=f"lexigraft check {folder}",
+        ) from None
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _require_safetensors(folder: Path) -> None:
+    config = read_json(folder / "config.json")
+    if "auto_map" in config and "model_type" not in config:
+        raise RefusalError(
+            f"{folder} needs code of its own to load (auto_map in config.json)",
+            needed="an architecture that transformers ships",
+            fix="convert the checkpoint to a native transformers architecture",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise LexigraftError(
+            f"no .safetensors file in {folder}",
+            needed="weights as safetensors",
+            fix=f"ls {folder}",
+        )
+
+
+def context_limit(model: Any) -> int:
+    """The most tokens that the positions of a model, or of the config in a folder, allow."""
+    if isinstance(model, Path):
+        config = read_json(model / "config.json")
+        found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    else:
+        found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found or 2**20)
+
+
+def start_and_end(family: Family) -> tuple[list[int], int | None]:
+    """What stands before a document, and the id that ends one, if the files name any.
+
+    The start is what the tokenizer's own template adds (bos), else the end-of-text token.
+
+    Raises:
+        LexigraftError: neither is known, so that a first token could not be predicted.
+    """
+    end = _end_id(family.folder, family.map.ids)
+    start = family.start_ids() or ([] if end is None else [end])
+    if not start:
+        raise LexigraftError(
+            f"{family.folder}: the tokenizer names neither bos nor eos",
+            needed="a token that stands before a text",
+            fix='add "eos_token" to tokenizer_config.json',
+        )
+    return start, end
+
+
+def _end_id(folder: Path, ids: dict[str, int]) -> int | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = read_json(folder / name).get("eos_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and text in ids:
+                return ids[text]
+    if not (folder / "config.json").is_file():
+        return None
+    declared = read_json(folder / "config.json").get("eos_token_id")
+    first = declared[0] if isinstance(declared, list) and declared else declared
+    return first if isinstance(first, int) else None
+
+
+def new_ids(folder: Path, family: Family) -> range:
+    """The ids that lexigraft added, by the folder's manifest; empty where there is none.
+
+    Raises:
+        LexigraftError: the tokenizer beside the manifest is another one.
+    """
+    manifest = Manifest.read(folder)
+    record = manifest and (manifest.last("graft") or manifest.last("learn"))
+    if not record:
+        return range(0)
+    if record.token_map != family.map.hash:
+        raise LexigraftError(
+            f"{folder}: the tokenizer is not the one in its lexigraft.json",
+            needed="the tokenizer that these weights were grafted for",
+            fix=f"lexigraft check {folder}",
+        )
+    return range(record.first_id, record.tokens)

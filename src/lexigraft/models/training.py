@@ -1,0 +1,312 @@
+"""The training loop: transformers' Trainer, told what to optimise, measure and save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lexigraft.errors import LexigraftError
+from lexigraft.files import read_json, write_json
+from lexigraft.models.adapter_files import read_adapter, require_saved, write_adapter
+from lexigraft.models.bits import nats
+from lexigraft.models.load import device, quiet_transformers
+from lexigraft.models.new_rows import NewRows
+from lexigraft.models.packing import Blocks, collate
+
+LOG_FILE = "log.json"
+WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
+FINAL_RATE = 0.1  # of the learning rate, at the end of the cosine
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How blocks become steps.
+
+    Attributes:
+        batch_size: blocks per step.
+        learning_rate, new_row_learning_rate: peaks, of LoRA and of the new rows.
+        save_steps: steps between checkpoints.
+        measure_at: steps after which held-out text is measured.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    new_row_learning_rate: float
+    save_steps: int
+    measure_at: frozenset[int]
+    seed: int
+
+
+@dataclass
+class Progress:
+    """What has happened so far; saved with each checkpoint.
+
+    Attributes:
+        log: one entry per measurement.
+        seconds: spent in training steps, measurements not counted.
+        nats: training loss summed since the last entry.
+    """
+
+    log: list[dict[str, float | None]] = field(default_factory=list)
+    seconds: float = 0.0
+    nats: float = 0.0
+
+    def write(self, folder: Path) -> None:
+        """Save beside a checkpoint."""
+        write_json(folder / LOG_FILE, vars(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Progress:
+        """What a checkpoint's run had done."""
+        return cls(**read_json(folder / LOG_FILE))
+
+
+class Monitor(TrainerCallback):  # type: ignore[misc]
+    """Counts bytes, measures held-out text at the planned steps, writes TensorBoard events."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        schedule: Schedule,
+        measure: Callable[[], dict[str, float | None]],
+        events: Path,
+        advance: Callable[[int], None],
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.progress = Progress()
+        self._blocks, self._schedule, self._measure = blocks, schedule, measure
+        self._writer = SummaryWriter(str(events))
+        self._advance = advance
+        self._began = time.monotonic()
+
+    def text_bytes(self, step: int) -> int:
+        """UTF-8 bytes of text consumed after `step` steps."""
+        return _consumed(self._blocks.text_bytes, step * self._schedule.batch_size)
+
+    def tokens(self, step: int) -> int:
+        """Targets consumed after `step` steps."""
+        return _consumed(self._blocks.tokens, step * self._schedule.batch_size)
+
+    def record(self, step: int) -> None:
+        """Measure now, and note it."""
+        last = int(self.progress.log[-1]["text_bytes"] or 0) if self.progress.log else 0
+        size = self.text_bytes(step)
+        entry: dict[str, float | None] = {
+            "step": step,
+            "text_bytes": size,
+            "tokens": self.tokens(step),
+            "seconds": round(self.progress.seconds, 3),
+            "train_bpb": self.progress.nats / math.log(2) / (size - last) if size > last else None,
+            **self._measure(),
+        }
+        self.progress.log.append(entry)
+        self.progress.nats = 0.0
+        for key, value in entry.items():
+            if key.endswith("bpb") and value is not None:
+                self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the untrained model, unless a checkpoint is resumed."""
+        if not self.progress.log:
+            self.record(0)
+        self._advance(self.text_bytes(state.global_step))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of one step."""
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count one step, and measure if it is one of the planned ones."""
+        step = state.global_step
+        self.progress.seconds += time.monotonic() - self._began
+        self._advance(self.text_bytes(step) - self.text_bytes(step - 1))
+        if step in self._schedule.measure_at:
+            self.record(step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+def _consumed(cumulative: Any, blocks: int) -> int:
+    return int(cumulative[min(blocks, len(cumulative)) - 1]) if blocks else 0
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that reads blocks in order and saves what is trained as a PEFT adapter."""
+
+    def __init__(
+        self, model: Any, rows: NewRows | None, schedule: Schedule, monitor: Monitor, **options: Any
+    ) -> None:
+        self._rows, self._schedule, self._monitor = rows, schedule, monitor
+        self._trained_on: str = options.pop("trained_on")
+        self._saved_once = False
+        super().__init__(model=model, data_collator=collate, callbacks=[monitor], **options)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that every step's targets are counted
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW without weight decay; new rows are a group with a learning rate of their own."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            rows = list(self._rows.parameters.values()) if self._rows else []
+            known = {id(parameter) for parameter in rows}
+            others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+            groups = [
+                {"params": others, "lr": self._schedule.learning_rate},
+                {"params": rows, "lr": self._schedule.new_row_learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], weight_decay=0.0
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up whose first step already moves, then a cosine to `FINAL_RATE`."""
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: rate(step, num_training_steps)
+            )
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean -log p over the targets of the whole step; labels are the next tokens already."""
+        targets = inputs["labels"].flatten()
+        logits = model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).logits
+        total = nats(logits.flatten(0, 1), targets).sum()
+        self._monitor.progress.nats += float(total.detach())
+        count = num_items_in_batch if num_items_in_batch is not None else (targets >= 0).sum()
+        loss = total / count
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        write_adapter(folder, self.model, self._rows, self._trained_on)
+        if not self._saved_once:
+            require_saved(folder, self.model, self._rows)
+            self._saved_once = True
+        self._monitor.progress.write(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_adapter(Path(resume_from_checkpoint), self.model, self._rows)
+
+
+def rate(step: int, steps: int) -> float:
+    """The factor on the learning rate in step `step` of `steps`, counted from 0.
+
+    >>> [round(rate(step, 40), 2) for step in (0, 1, 2, 20, 39)]
+    [0.5, 1.0, 1.0, 0.57, 0.1]
+    """
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - 1 - warm)
+    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; Trainer writes `trainer_state.json` last."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((path / "trainer_state.json").read_text())
+            found.append((int(state["global_step"]), path))
+    return max(found, default=(0, None))[1]
+
+
+def fit(
+    model: Any,
+    rows: NewRows | None,
+    blocks: Blocks,
+    schedule: Schedule,
+    *,
+    folder: Path,
+    trained_on: str,
+    measure: Callable[[], dict[str, float | None]],
+    advance: Callable[[int], None],
+    resume: bool,
+) -> Monitor:
+    """Train `model` on `blocks`, in place.
+
+    Args:
+        folder: where checkpoints and events go.
+        trained_on: the model folder, for PEFT's config.
+        measure: held-out bits per byte of the model as it is now.
+        resume: continue from the newest checkpoint in `folder`, if there is one.
+    """
+    monitor = Monitor(blocks, schedule, measure, folder / "tensorboard", advance)
+    checkpoint = last_checkpoint(folder / "checkpoints") if resume else None
+    if checkpoint is not None:
+        monitor.progress = Progress.read(checkpoint)
+    with _told_apart(), quiet_transformers():
+        trainer = AdapterTrainer(
+            model,
+            rows,
+            schedule,
+            monitor,
+            trained_on=trained_on,
+            train_dataset=blocks,
+            args=_arguments(folder / "checkpoints", schedule),
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return monitor
+
+
+def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
+    on_gpu = device() == "cuda"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size,
+        max_grad_norm=CLIP_NORM,
+        save_strategy="steps",
+        save_steps=schedule.save_steps,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=schedule.seed,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+    )
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """Out of memory said in the user's terms."""
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        raise LexigraftError(
+            f"the GPU's memory is full ({str(fault).splitlines()[0]})",
+            needed="room for one batch",
+            fix="add --batch-size 1, or a smaller --block-size",
+        ) from None

@@ -1,0 +1,239 @@
+"""`eval`: models side by side on the same text, fairly across tokenizers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lexigraft import families
+from lexigraft.console import progress
+from lexigraft.corpus import held_out, read_documents
+from lexigraft.errors import LexigraftError
+from lexigraft.families import Family
+from lexigraft.models.bits import Score, score, windows
+from lexigraft.models.load import context_limit, load_model, new_ids, resolve, start_and_end
+
+_SMALLEST_WINDOW = 64
+_WARM_UP = 3  # decoding steps that are not timed
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """One model: what it makes of the texts.
+
+    Attributes:
+        adoption: share of new tokens among the tokens of the domain text.
+        characters_per_second: domain characters written per second of greedy decoding with a
+            cache, batch 1 (see `writing_speed`); None where it was not measured.
+    """
+
+    path: str
+    domain: Score
+    general: Score | None
+    adoption: float
+    characters_per_second: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys as in the docs: path, domain, general, adoption, characters_per_second."""
+        return {
+            "path": self.path,
+            "domain": _score_json(self.domain),
+            "general": _score_json(self.general) if self.general else None,
+            "adoption": self.adoption,
+            "characters_per_second": self.characters_per_second,
+        }
+
+
+def _score_json(found: Score) -> dict[str, Any]:
+    return {"bpb": found.bpb, "tokens": found.tokens, "bytes": found.bytes}
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """All models, in the order given.
+
+    Attributes:
+        window_bytes: the size of the windows in which the text was scored.
+    """
+
+    models: tuple[ModelScore, ...]
+    window_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "models": [model.to_json() for model in self.models],
+            "window_bytes": self.window_bytes,
+        }
+
+    def lines(self) -> list[str]:
+        """A table, one model per line."""
+        width = max(5, *(len(model.path) for model in self.models))
+        head = f"{'model':{width}}  domain bpb  general bpb  tokens/byte  new tokens  characters/s"
+        return [head, *(_line(model, width) for model in self.models)]
+
+
+def _line(model: ModelScore, width: int) -> str:
+    general = f"{model.general.bpb:11.4f}" if model.general else f"{'-':>11}"
+    speed = model.characters_per_second
+    return (
+        f"{model.path:{width}}  {model.domain.bpb:10.4f}  {general}  "
+        f"{model.domain.tokens / model.domain.bytes:11.4f}  {model.adoption:10.1%}  "
+        + (f"{speed:12.1f}" if speed is not None else f"{'-':>12}")
+    )
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    corpus: Sequence[str | Path],
+    general: Sequence[str | Path] = (),
+    held_out_only: bool = False,
+    max_bytes: int | None = None,
+    window_bytes: int = 1024,
+    speed_characters: int = 200,
+) -> EvalResult:
+    """Bits per byte, tokens per byte, adoption of new tokens and speed of each model.
+
+    Every byte is scored once; windows are cut at the same byte offsets for all models, after a
+    line break or before white space; a window's first token is predicted from what the
+    tokenizer puts before a text, else from the end-of-text token.
+
+    Args:
+        corpus, general: texts of the field, and texts in which nothing should get worse.
+        held_out_only: score only the documents that `train` and `learn` hold out.
+        max_bytes: score at most so much of each text.
+        window_bytes: halved until every window fits the shortest context among the models.
+        speed_characters: characters of domain text to write for the speed; 0 for none.
+
+    Raises:
+        LexigraftError: no text, no model, or a window that fits no context.
+    """
+    if not models:
+        raise LexigraftError(
+            "no model", needed="one or more", fix="lexigraft eval MODEL --corpus F"
+        )
+    folders = [resolve(model) for model in models]
+    readers = [families.load(folder) for folder in folders]
+    domain = _documents(corpus, held_out_only, max_bytes)
+    apart = _documents(general, held_out_only, max_bytes) if general else []
+    size = _window_size([*domain, *apart], folders, readers, window_bytes)
+    texts = [
+        [w for document in found for w in windows(document, size)] for found in (domain, apart)
+    ]
+    total = sum(len(text.encode()) for found in texts for text in found) * len(folders)
+    with progress("scoring", total=total) as advance:
+        found = tuple(
+            _score_model(
+                str(model),
+                folder,
+                reader,
+                texts,
+                speed_characters=speed_characters,
+                advance=advance,
+            )
+            for model, folder, reader in zip(models, folders, readers, strict=True)
+        )
+    return EvalResult(found, size)
+
+
+def _documents(
+    specs: Sequence[str | Path], held_out_only: bool, max_bytes: int | None
+) -> list[str]:
+    found: list[str] = []
+    left = max_bytes if max_bytes is not None else 2**62
+    for document in read_documents(specs):
+        if held_out_only and not held_out(document):
+            continue
+        size = len(document.encode())
+        found.append(document if size <= left else windows(document, left)[0])
+        left -= size
+        if left <= 0:
+            break
+    if not found:
+        raise LexigraftError(
+            f"no document of {', '.join(map(str, specs))} is held out",
+            needed="at least one",
+            fix="leave out --held-out-only, or give more text",
+        )
+    return found
+
+
+def _window_size(
+    documents: Sequence[str], folders: Sequence[Path], readers: Sequence[Family], size: int
+) -> int:
+    """`size`, halved until each window and its start fit into the context of every model."""
+    limits = [
+        context_limit(folder) - len(start_and_end(r)[0])
+        for folder, r in zip(folders, readers, strict=True)
+    ]
+    while size >= _SMALLEST_WINDOW:
+        cut = [window for document in documents for window in windows(document, size)]
+        if all(
+            max(map(len, reader.encode_batch(cut))) <= limit
+            for reader, limit in zip(readers, limits, strict=True)
+        ):
+            return size
+        size //= 2
+    raise LexigraftError(
+        f"a context of {min(limits)} tokens",
+        needed=f"room for windows of {_SMALLEST_WINDOW} bytes",
+        fix="leave out the model with the shortest context",
+    )
+
+
+def _score_model(
+    name: str,
+    folder: Path,
+    reader: Family,
+    texts: Sequence[list[str]],
+    *,
+    speed_characters: int,
+    advance: Callable[[int], None],
+) -> ModelScore:
+    model = load_model(folder)
+    start, _ = start_and_end(reader)
+    ids = new_ids(folder, reader)
+
+    def scored(found: list[str]) -> Score:
+        spelled = reader.encode_batch(found)
+        return score(model, found, spelled, start=start, new_ids=ids, advance=advance)
+
+    domain = scored(texts[0])
+    general = scored(texts[1]) if texts[1] else None
+    speed = writing_speed(model, reader, texts[0], speed_characters) if speed_characters else None
+    return ModelScore(name, domain, general, domain.adoption, speed)
+
+
+def writing_speed(model: Any, reader: Family, texts: Sequence[str], characters: int) -> float:
+    """Characters of `texts` written per second: greedy decoding with a cache, batch 1.
+
+    Every model writes the same characters, the first `characters` of the texts, in its own
+    tokens: each step computes the most likely next token and is then fed the one that the text
+    has. So the figure depends on the tokens a text takes and the time a step takes, not on what
+    a model would rather say. Steps are timed by their median, which a busy machine moves least.
+    """
+    import torch
+
+    text = "".join(texts)[:characters]
+    start, _ = start_and_end(reader)
+    ids = [*start, *reader.encode(text)][: context_limit(model)]
+    place = model.get_output_embeddings().weight.device
+    # transformers 5.24 renamed the argument, and warns of the old name.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    cache, seconds = None, []
+    with torch.inference_mode():
+        for token in ids[:-1]:
+            began = time.perf_counter()
+            step = torch.tensor([[token]], device=place)
+            out = model(input_ids=step, use_cache=True, **{name: cache})
+            int(out.logits[0, -1].argmax())  # waits for the device, as real decoding does
+            cache = out[name]
+            seconds.append(time.perf_counter() - began)
+    written = len(reader.decode(ids[len(start) :]))
+    return written / (len(ids) - len(start)) / median(seconds[_WARM_UP:] or seconds)

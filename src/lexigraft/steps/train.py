@@ -1,0 +1,426 @@
+"""`train`: continued pretraining of the new rows, alone or with LoRA on the body."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from lexigraft import families
+from lexigraft.console import note, progress
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import (
+    LOCK_NAME,
+    fsync_tree,
+    read_json,
+    refuse_existing,
+    replace_folder,
+    sha256_bytes,
+    write_json,
+)
+from lexigraft.manifest import Manifest, TrainRecord, versions
+from lexigraft.models.load import context_limit, load_model, resolve
+from lexigraft.models.preparation import (
+    Job,
+    Settings,
+    measure,
+    new_target_share,
+    occurrences,
+    prepare,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    from lexigraft.models.new_rows import NewRows
+    from lexigraft.models.training import Monitor, Schedule
+
+MODES = ("rows", "lora")
+PLAN_FILE = "plan.json"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did.
+
+    Attributes:
+        text_bytes: UTF-8 bytes of text consumed, general text included.
+        tokens: targets, that is predicted tokens, consumed.
+        seconds: spent in training steps, measurements not counted.
+        domain_bpb, general_bpb: bits per byte of held-out text at the end, None without text.
+        rows_moved: new rows that differ from their start.
+        new_rows: how many new rows there are.
+        log: one entry per measurement, the untrained model first.
+    """
+
+    output: Path
+    mode: str
+    steps: int
+    text_bytes: int
+    tokens: int
+    seconds: float
+    domain_bpb: float | None
+    general_bpb: float | None
+    rows_moved: int
+    new_rows: int
+    log: tuple[dict[str, float | None], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**asdict(self), "output": str(self.output), "log": list(self.log)}
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        found = [
+            f"trained {self.output}: {self.steps:,} steps, {self.text_bytes:,} bytes of text, "
+            f"{self.tokens:,} tokens, {self.seconds:,.0f} s"
+        ]
+        for name, after in (("domain", self.domain_bpb), ("general", self.general_bpb)):
+            before = self.log[0][f"{name}_bpb"]
+            if after is not None and before is not None:
+                found.append(f"{name:8} {before:.3f} -> {after:.3f} bits per byte, held out")
+        if self.new_rows:
+            found.append(f"new rows {self.rows_moved:,} of {self.new_rows:,} moved")
+        return found
+
+
+def train(
+    model: str | Path,
+    *,
+    corpus: Sequence[str | Path],
+    output: str | Path,
+    general: Sequence[str | Path] = (),
+    held_out: Sequence[str | Path] = (),
+    mode: str = "lora",
+    max_steps: int | None = None,
+    max_bytes: int | None = None,
+    max_tokens: int | None = None,
+    block_size: int = 512,
+    batch_size: int = 1,
+    learning_rate: float = 1e-3,
+    new_row_learning_rate: float = 3e-3,
+    lora_rank: int = 16,
+    lora_alpha: float = 32.0,
+    replay: float = 0.1,
+    measurements: int = 4,
+    measured_bytes: int = 16_384,
+    eval_at_bytes: Sequence[int] = (),
+    eval_at_tokens: Sequence[int] = (),
+    save_steps: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    force: bool = False,
+) -> TrainResult:
+    """Train the new rows of `model`, with LoRA on its body unless `mode` is `rows`.
+
+    One pass over the documents of `corpus` that are not held out, in an order that depends on
+    their content alone, unless `max_*` says otherwise (more text than there is: several
+    passes). Old rows and, in mode `rows`, the body stay bit for bit as they are. Works in
+    `OUT.partial`, which `resume` continues after a kill.
+
+    Args:
+        model: a folder that `graft` wrote, or any causal LM (then `mode` must be `lora`).
+        general: general text: mixed in as `replay`, and measured for forgetting.
+        held_out: domain text to measure on; without it, `corpus.held_out` chooses documents of
+            `corpus`, which are then not trained on.
+        max_bytes: UTF-8 bytes of text to consume, general text included.
+        max_tokens: predicted tokens to consume, to the end of a document.
+        block_size: positions per block; `batch_size` blocks make a step.
+        replay: share of general text among the bytes.
+        measurements: how often held-out text is measured on the way, the end included.
+        measured_bytes: at most so much held-out text per measurement, domain and general each.
+        eval_at_bytes, eval_at_tokens: measure also after the first step past each of these.
+        save_steps: steps between checkpoints; without it, ten in all.
+
+    Raises:
+        LexigraftError: no text, no new token in the text, ids without a row, a full disk.
+        RefusalError: `mode="full"`, or an architecture whose rows cannot be trained alone.
+    """
+    _require_mode(mode)
+    output = Path(output)
+    refuse_existing(output, force=force)
+    settings = Settings(
+        mode=mode,
+        max_steps=max_steps,
+        max_bytes=max_bytes,
+        max_tokens=max_tokens,
+        block_size=block_size,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        new_row_learning_rate=new_row_learning_rate,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        replay=replay,
+        seed=seed,
+    )
+    texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
+    job = prepare(resolve(model), texts, settings)
+    _require_rows_to_train(job)
+    points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
+    with _partial(output, job.plan, resume=resume, force=force) as folder:
+        result = _train(job, points, save_steps, folder, output, resume=resume)
+        fsync_tree(folder / "result")
+        replace_folder(folder / "result", output, force=force)
+    return result
+
+
+def _require_mode(mode: str) -> None:
+    if mode == "full":
+        raise RefusalError(
+            "--mode full is not supported yet",
+            needed=f"one of {', '.join(MODES)}",
+            fix="use --mode lora, which trains the body through LoRA",
+        )
+    if mode not in MODES:
+        raise LexigraftError(
+            f"--mode {mode}", needed=f"one of {', '.join(MODES)}", fix="use --mode lora"
+        )
+
+
+def _require_rows_to_train(job: Job) -> None:
+    if job.settings.mode == "rows" and not len(job.ids):
+        raise LexigraftError(
+            f"{job.folder} has no new rows (no lexigraft.json with a graft)",
+            needed="a model that `lexigraft graft` wrote",
+            fix="use --mode lora, or graft new tokens first",
+        )
+
+
+def _points(
+    job: Job, measurements: int, at_bytes: Sequence[int], at_tokens: Sequence[int]
+) -> frozenset[int]:
+    """Steps after which held-out text is measured; the last step is always one of them."""
+    steps, batch = job.steps, job.settings.batch_size
+    found = {round(steps * (place + 1) / measurements) for place in range(measurements)}
+    for wanted, counted in (
+        *((limit, job.blocks.text_bytes) for limit in at_bytes),
+        *((limit, job.blocks.tokens) for limit in at_tokens),
+    ):
+        block = int(counted.searchsorted(wanted))
+        found.add(min(steps, block // batch + 1))
+    return frozenset(found | {steps}) - {0}
+
+
+def _train(
+    job: Job,
+    points: frozenset[int],
+    save_steps: int | None,
+    folder: Path,
+    output: Path,
+    *,
+    resume: bool,
+) -> TrainResult:
+    from lexigraft.models.training import Schedule
+
+    model = load_model(job.folder)
+    _require_room(job, model)
+    trained, rows = _trainable(job, model)
+    schedule = Schedule(
+        steps=job.steps,
+        batch_size=job.settings.batch_size,
+        learning_rate=job.settings.learning_rate,
+        new_row_learning_rate=job.settings.new_row_learning_rate,
+        save_steps=save_steps or max(1, -(-job.steps // 10)),
+        measure_at=points,
+        seed=job.settings.seed,
+    )
+    _tell(job, trained)
+    monitor = _fit(job, trained, rows, schedule, folder, resume=resume)
+    result = _result(job, output, monitor, rows)
+    _write(job, folder / "result", trained, rows, result)
+    return result
+
+
+def _require_room(job: Job, model: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(job.blocks.targets.max())
+    if largest >= rows:
+        raise LexigraftError(
+            f"the text holds token id {largest}, the model has {rows:,} rows",
+            needed="a row for every id of the tokenizer",
+            fix=f"lexigraft check {job.folder}",
+        )
+    limit = context_limit(model)
+    if job.settings.block_size > limit:
+        raise LexigraftError(
+            f"--block-size {job.settings.block_size}",
+            needed=f"at most {limit}, the model's positions",
+            fix=f"use --block-size {limit}",
+        )
+
+
+def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
+    """The model with LoRA and new rows in place, all else frozen."""
+    import torch
+    from peft import get_peft_model
+
+    from lexigraft.models.adapter_files import lora_config
+    from lexigraft.models.new_rows import grow
+
+    trained = model
+    if job.settings.mode == "lora":
+        torch.manual_seed(job.settings.seed)  # LoRA's A starts at random
+        trained = get_peft_model(
+            model, lora_config(job.settings.lora_rank, job.settings.lora_alpha)
+        )
+    rows = grow(model, job.ids.start, job.ids.stop) if len(job.ids) else None
+    return trained, rows
+
+
+def _tell(job: Job, trained: Any) -> None:
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    told = f"training {count:,} weights in {job.steps:,} steps"
+    if len(job.ids):
+        told += f"; {new_target_share(job):.1%} of the predicted tokens are new ones"
+    note(told)
+
+
+def _fit(
+    job: Job,
+    trained: Any,
+    rows: NewRows | None,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    resume: bool,
+) -> Monitor:
+    from lexigraft.models.training import fit
+
+    last = min(len(job.blocks), job.steps * job.settings.batch_size) - 1
+    with progress("training", total=int(job.blocks.text_bytes[last])) as advance:
+        return fit(
+            trained,
+            rows,
+            job.blocks,
+            schedule,
+            folder=folder,
+            trained_on=str(job.folder),
+            measure=lambda: measure(job, trained),
+            advance=advance,
+            resume=resume,
+        )
+
+
+def _result(job: Job, output: Path, monitor: Monitor, rows: NewRows | None) -> TrainResult:
+    log = monitor.progress.log
+    return TrainResult(
+        output=output,
+        mode=job.settings.mode,
+        steps=job.steps,
+        text_bytes=monitor.text_bytes(job.steps),
+        tokens=monitor.tokens(job.steps),
+        seconds=round(monitor.progress.seconds, 3),
+        domain_bpb=log[-1]["domain_bpb"],
+        general_bpb=log[-1]["general_bpb"],
+        rows_moved=int((rows.moved() > 0).sum()) if rows else 0,
+        new_rows=len(job.ids),
+        log=tuple(log),
+    )
+
+
+def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: TrainResult) -> None:
+    """The adapter folder: all that a merge, or PEFT, needs."""
+    from lexigraft.models.adapter_files import write_adapter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    write_adapter(folder, trained, rows, str(job.folder))
+    families.copy_tokenizer(job.folder, folder)
+    listed = job.folder / "new_tokens.jsonl"
+    if listed.is_file():
+        shutil.copyfile(listed, folder / listed.name)
+    before = Manifest.read(job.folder) or Manifest()
+    before.plus(_record(job, before, rows, result)).write(folder)
+    report = {**result.to_json(), "settings": asdict(job.settings)}
+    report.pop("output")
+    if rows is not None:
+        targets, inputs = occurrences(job)
+        report["new_target_share"] = new_target_share(job)
+        report["rows"] = [
+            {"id": token, "targets": targets[i], "inputs": inputs[i], "moved": distance}
+            for i, (token, distance) in enumerate(zip(rows.ids, rows.moved().tolist(), strict=True))
+        ]
+    write_json(folder / "training.json", report)
+    events = folder.parent / "tensorboard"
+    if events.is_dir():
+        shutil.copytree(events, folder / "tensorboard")
+
+
+def _record(job: Job, before: Manifest, rows: NewRows | None, result: TrainResult) -> TrainRecord:
+    hashes = {
+        f"{path}.weight": sha256_bytes(values.detach().cpu().numpy().tobytes())
+        for path, values in (rows.parameters.items() if rows else ())
+    }
+    return TrainRecord(
+        model=before.hash,
+        mode=job.settings.mode,
+        settings=asdict(job.settings),
+        sources=job.texts.sources,
+        steps=result.steps,
+        text_bytes=result.text_bytes,
+        new_rows=hashes,
+        versions=versions(_PACKAGES),
+    )
+
+
+@contextmanager
+def _partial(output: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> Iterator[Path]:
+    """`OUT.partial`, locked: new, or that of the run which `resume` continues.
+
+    It outlives a failure once it holds a checkpoint, and is removed at the end.
+    """
+    from lexigraft.models.training import last_checkpoint
+
+    folder = output.with_name(f"{output.name}.partial")
+    if folder.exists() and force and not resume:
+        shutil.rmtree(folder)
+    if folder.exists() and not resume:
+        raise LexigraftError(
+            f"{folder} holds an unfinished run",
+            needed="to know whether it is still wanted",
+            fix="add --resume to continue it, or --force to start again",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LexigraftError(
+            f"another run is working in {folder}",
+            needed="one run at a time",
+            fix="wait for it, or choose another -o",
+        ) from None
+    try:
+        _keep_plan(folder / PLAN_FILE, plan)
+        yield folder
+        lock.release()
+        shutil.rmtree(folder)
+    except BaseException:
+        lock.release(force=True)
+        if last_checkpoint(folder / "checkpoints") is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            note(f"what was trained is kept in {folder}; --resume continues it")
+        raise
+
+
+def _keep_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Write the plan of a new run; require that a resumed one has the same."""
+    if not path.is_file():
+        write_json(path, plan)
+        return
+    before = read_json(path)
+    if before == plan:
+        return
+    old = {**before.get("settings", {}), **before}
+    new = {**plan["settings"], **plan}
+    key = next(k for k in new if k != "settings" and old.get(k) != new[k])
+    raise LexigraftError(
+        f"the unfinished run had {key} {old.get(key)}, this one has {new[key]}",
+        needed="the same model, texts and settings to continue it",
+        fix="run the same command again with --resume, or --force to start anew",
+    )
