@@ -21,6 +21,9 @@ from lexigraft.errors import LexigraftError
 
 # Of the float32 change; a 5,632 x 2,048 matrix fits. Two writers hold two blocks and two weights.
 BLOCK_BYTES = 64 * 2**20
+# Matrix kernels sum the last rows, where fewer than a tile is left, in another order. Blocks of
+# whole tiles give the bits of the whole product on every shape that we tried.
+TILE_ROWS = 64
 
 
 def merged_blocks(
@@ -41,7 +44,7 @@ def merged_blocks(
     if transposed:
         # The product is formed as B A and then transposed, so that sums run in PEFT's order.
         whole = (left @ right).T
-    step = max(1, BLOCK_BYTES // (4 * weight.shape[1]))
+    step = max(1, BLOCK_BYTES // (4 * weight.shape[1] * TILE_ROWS)) * TILE_ROWS
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
         change = whole[start:stop] if transposed else left[start:stop] @ right

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from lexigraft.adapters.config import AdapterConfig
-from lexigraft.adapters.folder import Adapter
+from lexigraft.adapters.folder import Adapter, same_values
 from lexigraft.adapters.rebuild import rebuilt_rows
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
@@ -17,9 +18,10 @@ from lexigraft.adapters.vocabulary import (
     equal_rows,
     vocabulary_rows,
 )
-from lexigraft.checkpoints.architectures import VocabularyTensors
+from lexigraft.checkpoints.architectures import VocabularyTensors, table
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.errors import LexigraftError
 
@@ -34,11 +36,32 @@ class Expansion:
         tensors: the vocabulary tensors that differ from the base's, to be written.
         growth: from how many rows to how many.
         tied: the head of the result is its input embedding.
+        adapter_rows: rows of the model that the adapter was trained on.
     """
 
     tensors: tuple[VocabularyRows, ...]
     growth: Growth
     tied: bool
+    adapter_rows: int
+
+
+def states_tied(checkpoint: Checkpoint) -> bool:
+    """What config.json says of the tie, or its class's default, whatever the weights hold."""
+    paths = paths_to(checkpoint.config, ("tie_word_embeddings",))
+    if paths:
+        return any(bool(get(checkpoint.config, path)) for path in paths)
+    return bool(table().get(str(checkpoint.config.get("model_type")), {}).get("tied", True))
+
+
+def as_loaded(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
+    """`vocabulary` as loaders see it: a head that is stored beside an equal embedding is tied."""
+    head, embedding = vocabulary.head_name, vocabulary.embeds[0]
+    if head not in vocabulary.heads or not states_tied(checkpoint):
+        return vocabulary
+    if not same_values(checkpoint.tensors[head], checkpoint.tensors[embedding]):
+        return vocabulary
+    heads = tuple(name for name in vocabulary.heads if name != head)
+    return dataclasses.replace(vocabulary, heads=heads, tied=True)
 
 
 def expand(
@@ -104,7 +127,7 @@ def expand(
             tensors.pop(head, None)
         else:
             tensors[head] = separate
-    return Expansion(tuple(tensors.values()), growth, tied)
+    return Expansion(tuple(tensors.values()), growth, tied, known or growth.rows)
 
 
 def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change]) -> int:

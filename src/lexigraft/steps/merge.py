@@ -8,6 +8,7 @@ blocks, so that memory stays constant whatever the model's size.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lexigraft.adapters.expand import Expansion, expand
+from lexigraft.adapters.expand import Expansion, as_loaded, expand, states_tied
 from lexigraft.adapters.folder import Adapter, LowRank
 from lexigraft.adapters.match import Matched, match
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
@@ -55,6 +56,7 @@ class MergeResult:
         adapters: the adapter folders.
         sources: a line per vocabulary tensor: where each of its rows comes from.
         plan: with `dry_run`, every tensor with its old and new shape and bytes.
+        difference: with `prove`, the largest difference of a logit to the unmerged model's.
     """
 
     output: Path
@@ -65,10 +67,11 @@ class MergeResult:
     adapters: tuple[Path, ...]
     sources: tuple[str, ...]
     plan: list[dict[str, Any]] | None = None
+    difference: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The machine-readable result."""
-        found = {
+        found: dict[str, Any] = {
             "output": str(self.output),
             "rows": self.rows,
             "tokens": self.tokens,
@@ -77,7 +80,11 @@ class MergeResult:
             "adapters": [str(adapter) for adapter in self.adapters],
             "sources": list(self.sources),
         }
-        return found if self.plan is None else {**found, "plan": self.plan}
+        if self.plan is not None:
+            found["plan"] = self.plan
+        if self.difference is not None:
+            found["max_logit_difference"] = self.difference
+        return found
 
     def lines(self) -> list[str]:
         """What a person reads."""
@@ -88,9 +95,15 @@ class MergeResult:
         ]
         tie = "tied" if self.tied else "with a head of its own"
         done = "would write" if self.plan is not None else "wrote"
+        proof = (
+            [f"logits equal the unmerged model's within {self.difference:.1e}"]
+            if self.difference is not None
+            else []
+        )
         return [
             *plan,
             *self.sources,
+            *proof,
             f"{done} {self.output}: {self.rows:,} rows for {self.tokens:,} tokens, {tie}; "
             f"{self.tensors} tensors changed",
         ]
@@ -140,12 +153,12 @@ def merge(
         refuse_existing(target, force=force)
     job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
     _keep_inputs(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
-    if not dry_run:
-        with publish(target, force=force) as partial_folder:
-            _write(job, partial_folder)
-            if prove:
-                _prove(job, partial_folder)
-    return _result(job, target, dry_run=dry_run)
+    if dry_run:
+        return _result(job, target, plan=job.plan.to_json())
+    with publish(target, force=force) as partial_folder:
+        _write(job, partial_folder)
+        difference = _prove(job, partial_folder) if prove else None
+    return _result(job, target, difference=difference)
 
 
 def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
@@ -173,7 +186,7 @@ def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
     adapter = Adapter.open(adapter_folder)
     checkpoint = Checkpoint.open(base)
     refuse_quantised(checkpoint)
-    vocabulary = vocabulary_of(checkpoint)
+    vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
     require_floats(checkpoint, vocabulary)
     _require_stated_rows(checkpoint, vocabulary)
     tokenizer = TokenizerChoice.among(base, adapter_folder, given)
@@ -211,6 +224,10 @@ def _plan(
     changed += [
         _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
     ]
+    if expansion.tied and expansion.tensors and vocabulary.head_name in checkpoint.tensors:
+        # A stored copy of the embedding: loaders tie the two again.
+        plan = plan.drop(vocabulary.head_name)
+        plan = dataclasses.replace(plan, files=tuple(file for file in plan.files if file.tensors))
     for rows in expansion.tensors:
         if rows.name in checkpoint.tensors:
             changed.append(rows.planned())
@@ -259,7 +276,7 @@ def _write_configs(job: _Job, folder: Path) -> None:
     ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
     for key, token_id in ids.items():
         note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
-    untied = False if job.vocabulary.tied and not expansion.tied else None
+    untied = False if states_tied(job.checkpoint) and not expansion.tied else None
     config = edit_config(
         job.checkpoint.config, job.vocabulary, rows=expansion.growth.rows, tied=untied
     )
@@ -311,11 +328,33 @@ def _require_consistent(job: _Job, folder: Path) -> None:
         )
 
 
-def _prove(job: _Job, folder: Path) -> None:
-    raise NotImplementedError
+def _prove(job: _Job, folder: Path) -> float:
+    """The largest difference between a logit of the result and of base + adapter.
+
+    Raises:
+        LexigraftError: more than rounding explains.
+    """
+    from lexigraft.models.proof import compare_merged
+
+    found = compare_merged(
+        job.checkpoint.folder,
+        job.adapter.folder,
+        folder,
+        base_tokens=job.tokenizer.base.tokens,
+        tokens=job.tokenizer.map.tokens,
+        adapter_rows=job.expansion.adapter_rows,
+        dtype=job.checkpoint.tensors[job.vocabulary.embeds[0]].dtype,
+    )
+    if not found.difference <= found.limit:
+        raise LexigraftError(
+            f"logits of the result differ from those of base + adapter by {found.difference:.3g}",
+            needed=f"at most {found.limit:.3g}",
+            fix="check that BASE is the model that this adapter was trained on",
+        )
+    return found.difference
 
 
-def _result(job: _Job, output: Path, *, dry_run: bool) -> MergeResult:
+def _result(job: _Job, output: Path, **found: Any) -> MergeResult:
     vocabulary = {name: by_row(job.checkpoint.tensors[name]).rows for name in job.vocabulary.names}
     changed = {rows.name for rows in job.expansion.tensors}
     kept = [f"{n}: {rows:,} rows: the base's" for n, rows in vocabulary.items() if n not in changed]
@@ -327,5 +366,5 @@ def _result(job: _Job, output: Path, *, dry_run: bool) -> MergeResult:
         tensors=len({*job.matched.linear, *job.matched.replaced, *changed}),
         adapters=(job.adapter.folder,),
         sources=(*kept, *(rows.line() for rows in job.expansion.tensors)),
-        plan=job.plan.to_json() if dry_run else None,
+        **found,
     )
