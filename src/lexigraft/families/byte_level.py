@@ -8,7 +8,7 @@ their tokens get ids from the highest id + 1 (added tokens counted). `vocab.json
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,12 @@ class ByteLevelBPE:
     name = "byte-level BPE"
     implicit = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self.folder = folder
         self.map = TokenMap.read(folder)
-        self._data: dict[str, Any] = read_json(folder / "tokenizer.json")
-        self._engine = open_engine(self._data)
+        self._data = data
+        self._engine = engine_of_file(folder / "tokenizer.json")
         require_own_ids(self._engine, self.map, folder)
-        self._bytes = {
-            token_id: text.encode() if token_id in self.map.added else token_bytes(text)
-            for token_id, text in self.map.texts.items()
-        }
 
     @cached_property
     def content_hash(self) -> str:
@@ -73,6 +69,13 @@ class ByteLevelBPE:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token."""
         return self._bytes[token_id]
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {
+            token_id: text.encode() if token_id in self.map.added else token_bytes(text)
+            for token_id, text in self.map.texts.items()
+        }
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -170,12 +173,23 @@ class ByteLevelBPE:
         return extend_json(self._data, [merge.token for merge in merges], pairs, self.map.tokens)
 
 
+def engine_of_file(path: Path) -> Tokenizer:
+    """The engine of a `tokenizer.json`, without truncation and padding: those belong to a use."""
+    engine = _opened(lambda: Tokenizer.from_file(str(path)))
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
+
+
 def open_engine(data: Mapping[str, Any]) -> Tokenizer:
-    """A `tokenizers` engine without truncation and padding, which belong to a use, not a text."""
-    kept = {**data, "truncation": None, "padding": None}
+    """The engine of `tokenizer.json` data."""
+    return _opened(lambda: Tokenizer.from_str(json.dumps(data, ensure_ascii=False)))
+
+
+def _opened(opener: Callable[[], Tokenizer]) -> Tokenizer:
     try:
-        return Tokenizer.from_str(json.dumps(kept, ensure_ascii=False))
-    except BaseException as fault:
+        return opener()
+    except BaseException as fault:  # a panic of the native code is no Exception
         if isinstance(fault, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise LexigraftError(

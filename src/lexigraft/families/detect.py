@@ -69,7 +69,7 @@ def _from_json(folder: Path, json_file: Path, model_file: Path | None) -> Family
         raise _refusal(json_file, "BPE with dropout, whose ids are random")
     open_safely(json_file)
     if model.get("byte_fallback"):
-        return _from_model(folder, model_file, json_file)
+        return _from_model(folder, model_file, data)
     if _has_byte_level(data):
         if model_file is not None and not is_tiktoken(model_file.read_bytes()):
             raise RefusalError(
@@ -81,11 +81,11 @@ def _from_json(folder: Path, json_file: Path, model_file: Path | None) -> Family
             raise _refusal(model_file, "a tiktoken rank file")
         from lexigraft.families.byte_level import ByteLevelBPE
 
-        return ByteLevelBPE(folder)
+        return ByteLevelBPE(folder, data)
     raise _refusal(json_file, "BPE without byte-level and without byte fallback")
 
 
-def _from_model(folder: Path, model_file: Path | None, json_file: Path | None) -> Family:
+def _from_model(folder: Path, model_file: Path | None, data: dict[str, Any] | None) -> Family:
     if model_file is not None:
         proto = parse_sentencepiece(model_file.read_bytes(), model_file)
         if proto.trainer_spec.model_type != _BPE:
@@ -96,7 +96,7 @@ def _from_model(folder: Path, model_file: Path | None, json_file: Path | None) -
         open_safely(model_file)
     from lexigraft.families.sentencepiece_bpe import SentencePieceBPE
 
-    return SentencePieceBPE(folder, model_file=model_file, json_file=json_file)
+    return SentencePieceBPE(folder, model_file=model_file, data=data)
 
 
 def _refusal(path: Path, kind: str) -> RefusalError:

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.byte_level import (
     content_hash,
+    engine_of_file,
     extend_json,
     open_engine,
     plain_model,
@@ -52,11 +53,13 @@ class SentencePieceBPE:
     name = "SentencePiece BPE"
     implicit = True
 
-    def __init__(self, folder: Path, *, model_file: Path | None, json_file: Path | None) -> None:
+    def __init__(
+        self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
+    ) -> None:
         self.folder = folder
         self.map = TokenMap.read(folder)
-        self._data: dict[str, Any] | None = read_json(json_file) if json_file else None
-        self._engine = open_engine(self._data) if self._data else None
+        self._data = data
+        self._engine = engine_of_file(folder / "tokenizer.json") if data else None
         if self._engine is not None:
             require_own_ids(self._engine, self.map, folder)
         self._model_name = model_file.name if model_file else None
