@@ -35,17 +35,18 @@ def require_extension(base: Path, old: TokenMap, vocab: Path, new: TokenMap) -> 
             needed="an extension of the base's tokenizer, in which every old id keeps its text",
             fix=f"lexigraft learn {base} --corpus TEXT -o VOCAB",
         )
-    filled = min((i for i in new.texts.keys() - old.texts.keys() if i < old.tokens), default=None)
+    tokens = old.tokens
+    filled = min((i for i in new.texts.keys() - old.texts.keys() if i < tokens), default=None)
     if filled is not None:
         raise RefusalError(
             f"{vocab} puts {new.texts[filled]!r} at id {filled}, a gap below the base's last id "
-            f"{old.tokens - 1}",
-            needed=f"new tokens from id {old.tokens} on",
+            f"{tokens - 1}",
+            needed=f"new tokens from id {tokens} on",
             fix=f"lexigraft learn {base} --corpus TEXT -o VOCAB",
         )
-    if new.tokens == old.tokens:
+    if new.tokens == tokens:
         raise LexigraftError(
-            f"{vocab} adds no token to the {old.tokens:,} of {base}",
+            f"{vocab} adds no token to the {tokens:,} of {base}",
             needed="an extended tokenizer",
             fix=f"lexigraft learn {base} --corpus TEXT -o VOCAB",
         )
