@@ -66,11 +66,25 @@ def write_adapter(folder: Path, model: Any, rows: NewRows | None, trained_on: st
         key: parameter.detach().to("cpu", torch.float32).contiguous()
         for key, parameter in trainable_tensors(model, rows).items()
     }
+    tensors |= {key: tensors[of].clone() for key, of in _copies(model, rows).items()}
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = _config(model, rows)
     config.base_model_name_or_path = trained_on
     config.inference_mode = True
     config.save_pretrained(folder)
+
+
+def _copies(model: Any, rows: NewRows | None) -> dict[str, str]:
+    """Key -> the key whose values it repeats.
+
+    A TRAINABLE_TOKENS adapter names the rows of a tied head too (LoRA's token indices do not);
+    without them PEFT warns of a missing key.
+    """
+    if rows is None or rows.tied_head is None or hasattr(model, "peft_config"):
+        return {}
+    (embedding,) = rows.parameters
+    ending = ".trainable_tokens_delta"
+    return {_PREFIX + rows.tied_head + ending: _PREFIX + embedding + ending}
 
 
 def _config(model: Any, rows: NewRows | None) -> Any:
@@ -101,7 +115,7 @@ def read_adapter(folder: Path, model: Any, rows: NewRows | None) -> None:
         LexigraftError: the file holds other tensors than those that are trained.
     """
     wanted = trainable_tensors(model, rows)
-    stored = _load(folder, set(wanted))
+    stored = _load(folder, {*wanted, *_copies(model, rows)})
     with torch.no_grad():
         for key, parameter in wanted.items():
             if stored[key].shape != parameter.shape:
@@ -120,7 +134,7 @@ def require_saved(folder: Path, model: Any, rows: NewRows | None) -> None:
         LexigraftError: a trained tensor is missing in the file or differs there.
     """
     wanted = trainable_tensors(model, rows)
-    stored = _load(folder, set(wanted))
+    stored = _load(folder, {*wanted, *_copies(model, rows)})
     for key, parameter in wanted.items():
         if not torch.equal(stored[key], parameter.detach().to("cpu", torch.float32)):
             raise LexigraftError(

@@ -76,11 +76,13 @@ class NewRows:
         parameters: module path of each vocabulary matrix -> its new rows (N, D), float32. Tied
             matrices have one entry, the embedding's.
         before: the same rows as they were.
+        tied_head: module path of a head that shares the embedding's rows, else None.
     """
 
     first_id: int
     parameters: dict[str, nn.Parameter]
     before: dict[str, Tensor]
+    tied_head: str | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -122,7 +124,7 @@ def grow(model: Any, first_id: int, tokens: int) -> NewRows:
     grown = GrownEmbedding(embedding, parameters[embedding_path], first_id)
     _replace(model, embedding_path, grown)
     _replace(model, head_path, GrownHead(head, list(parameters.values())[-1], first_id))
-    return NewRows(first_id, parameters, before)
+    return NewRows(first_id, parameters, before, head_path if tied else None)
 
 
 def _rows_of(module: nn.Module, first_id: int, tokens: int) -> nn.Parameter:
