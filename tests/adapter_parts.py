@@ -44,7 +44,7 @@ def extended_tokenizer(base: Path, folder: Path, added: int = ADDED) -> Path:
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    words = [f"{a}{b}" for a in HAN for b in HAN][:added]
+    words = list(dict.fromkeys(f"{a}{b}" for a in HAN for b in HAN))[:added]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

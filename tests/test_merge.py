@@ -1,0 +1,620 @@
+"""merge: laws 10, 11, 14, 15, 16 and 17 on real PEFT adapters of tiny real models."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapter_parts
+from adapter_parts import ADDED, FORMS, NEW, TOKENS
+from lexigraft import merge
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families import TokenMap
+from lexigraft.manifest import Manifest
+
+torch.set_num_threads(1)
+
+AXES = {
+    "form": list(FORMS),
+    "tied": [False, True],
+    "padded": [False, True],
+    "ungrafted": [True, False],
+    "shards": [False, True],
+    "dtype": ["float32", "bfloat16"],
+    "whole": [True, False],
+}
+PAIRS = adapter_parts.pairwise(AXES)
+FULL = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+
+
+def folder_hash(folder):
+    state = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def weights(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def missing_rows(case):
+    """The tensor whose new rows nobody holds: an ungrafted base, and an adapter without them."""
+    if not case["ungrafted"] or (case["whole"] and not case["padded"]):
+        return None
+    form, tied = case["form"], case["tied"]
+    if form in ("lora", "saved-head"):
+        return "model.embed_tokens.weight"
+    if form == "saved-embed" or (form == "rows" and not tied):
+        return "lm_head.weight"
+    return None
+
+
+def check_case(root, case):
+    options = {k: v for k, v in case.items() if k not in ("form", "ungrafted")}
+    scene = adapter_parts.scene(root, case["form"], **options)
+    before = [folder_hash(folder) for folder in (scene.base, scene.grafted, scene.adapter)]
+    start, output = scene.start(ungrafted=case["ungrafted"]), root / "merged"
+    lost = missing_rows(case)
+    if lost:
+        with pytest.raises(LexigraftError, match=f"no row of {lost}") as caught:
+            merge(start, scene.adapter, output=output)
+        assert "model.safetensors" in caught.value.fix
+        assert not output.exists()
+        return
+    result = merge(start, scene.adapter, output=output)
+    assert before == [folder_hash(f) for f in (scene.base, scene.grafted, scene.adapter)]
+
+    unmerged = adapter_parts.unmerged(scene.grafted, scene.adapter)
+    expected = adapter_parts.logits(unmerged, result.rows)
+    merged = adapter_parts.load(output)
+    assert merged.config.vocab_size == result.rows
+    if case["dtype"] == "float32":
+        got = adapter_parts.logits(merged, result.rows)
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() < 1e-4
+    with torch.no_grad():
+        peft = unmerged.merge_and_unload().state_dict()
+    ours = merged.state_dict()
+    for name, tensor in peft.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
+    head_differs = not torch.equal(peft["lm_head.weight"], peft["model.embed_tokens.weight"])
+    assert result.tied == (not head_differs)
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] == result.tied
+    assert ("lm_head.weight" in weights(output)) == (not result.tied)
+    assert TokenMap.read(output).hash == TokenMap.read(scene.adapter).hash
+
+
+def applies(case):
+    return case["tied"] or case["form"] != "saved-shared"  # which is about tied models
+
+
+@pytest.mark.parametrize("case", filter(applies, PAIRS), ids=adapter_parts.label)
+def test_merged_is_what_peft_computes_unmerged(tmp_path, case):
+    check_case(tmp_path, case)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", filter(applies, FULL), ids=adapter_parts.label)
+def test_merged_is_what_peft_computes_unmerged_everywhere(tmp_path, case):
+    check_case(tmp_path, case)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 8}},
+        {"alpha_pattern": {"v_proj": 32}},
+        {"r": 3, "lora_alpha": 1, "use_rslora": True, "rank_pattern": {"v_proj": 5}},
+        {"init_lora_weights": "gaussian", "target_modules": "all-linear"},
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scaling_is_peft_s(tmp_path, lora, dtype):
+    scene = adapter_parts.scene(tmp_path, "lora", tied=True, dtype=dtype, whole=False, **lora)
+    merge(scene.grafted, scene.adapter, output=tmp_path / "merged")
+    unmerged = adapter_parts.unmerged(scene.grafted, scene.adapter)
+    with torch.no_grad():
+        peft = unmerged.merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
+
+
+def test_an_adapter_stored_in_half_precision_merges_as_peft_loads_it(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-both", tied=False, dtype="bfloat16")
+    adapter_parts.edit_tensors(
+        scene.adapter, lambda tensors: {n: t.to(torch.bfloat16) for n, t in tensors.items()}
+    )
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    with torch.no_grad():
+        peft = adapter_parts.unmerged(scene.grafted, scene.adapter).merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
+
+
+def test_conv1d_weights_are_changed_transposed(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    base = adapter_parts.parts.write_byte_level(tmp_path / "base", vocab_size=TOKENS)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    lora = LoraConfig(
+        r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(adapter_parts.load(base), lora)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    result = merge(base, tmp_path / "adapter", output=tmp_path / "merged", prove=True)
+    assert result.difference < 1e-4
+    peft = PeftModel.from_pretrained(adapter_parts.load(base), tmp_path / "adapter")
+    with torch.no_grad():
+        expected = peft.merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+# What is on disk: layouts that other tools and versions write
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def test_names_with_the_adapter_s_own_name_are_read(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    merge(scene.base, scene.adapter, output=tmp_path / "new")
+
+    def old_style(tensors):
+        for ending in ("lora_A", "lora_B", "modules_to_save"):
+            tensors = renamed(tensors, f".{ending}.weight", f".{ending}.default.weight")
+        return tensors
+
+    adapter_parts.edit_tensors(scene.adapter, old_style)
+    merge(scene.base, scene.adapter, output=tmp_path / "old")
+    assert (tmp_path / "old/model.safetensors").read_bytes() == (
+        tmp_path / "new/model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kept", [("modules_to_save",), ("plain",), ("modules_to_save", "original_module")]
+)
+def test_one_copy_of_a_saved_module_is_as_good_as_three(tmp_path, kept):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    merge(scene.base, scene.adapter, output=tmp_path / "three")
+
+    def thin(tensors):
+        def is_kept(name):
+            if "embed_tokens" not in name and "lm_head" not in name:
+                return True
+            kind = next((k for k in ("modules_to_save", "original_module") if k in name), "plain")
+            return kind in kept
+
+        return {name: tensor for name, tensor in tensors.items() if is_kept(name)}
+
+    adapter_parts.edit_tensors(scene.adapter, thin)
+    merge(scene.base, scene.adapter, output=tmp_path / "thin")
+    assert (tmp_path / "thin/model.safetensors").read_bytes() == (
+        tmp_path / "three/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_plain_embedding_alone_stands_for_a_tied_head_too(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "plain", tied=True)
+    adapter_parts.edit_tensors(
+        scene.adapter, lambda tensors: {n: t for n, t in tensors.items() if "lm_head" not in n}
+    )
+    result = merge(scene.base, scene.adapter, output=tmp_path / "merged", prove=True)
+    assert result.tied
+    assert result.difference < 1e-4
+
+
+def test_rows_of_a_tied_head_alone_untie_it(tmp_path):
+    """PEFT's own merge writes them into the shared matrix; the trained model did not."""
+    scene = adapter_parts.scene(tmp_path, "saved-head", tied=True)
+    result = merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    ours, trained = weights(tmp_path / "merged"), weights(scene.adapter)
+    assert not result.tied
+    saved = trained["base_model.model.lm_head.modules_to_save.weight"]
+    assert torch.equal(ours["lm_head.weight"], saved)
+    assert not torch.equal(ours["model.embed_tokens.weight"], saved)
+
+
+def test_a_stored_copy_of_a_tied_embedding_stays_tied(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True)
+    tensors = load_file(scene.base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, scene.base / "model.safetensors", metadata={"format": "pt"})
+    result = merge(scene.base, scene.adapter, output=tmp_path / "merged", prove=True)
+    assert result.tied
+    assert "lm_head.weight" not in weights(tmp_path / "merged")
+
+
+# Rows and tokens
+
+
+def test_an_adapter_smaller_than_its_padded_base_keeps_the_tail(tmp_path):
+    """The trainer shrank the matrices to the tokenizer (151,936 rows of Qwen to 151,666)."""
+    base = adapter_parts.write_base(tmp_path / "base", tied=False, rows=448)
+    shrunk = adapter_parts.write_grafted(base, tmp_path / "shrunk", rows=TOKENS + ADDED)
+    adapter = adapter_parts.write_adapter(base, shrunk, tmp_path / "adapter", "saved-both")
+    result = merge(base, adapter, output=tmp_path / "merged", prove=True)
+    assert result.rows == 448
+    assert result.difference < 1e-4
+    ours, old = weights(tmp_path / "merged"), weights(base)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(ours[name][TOKENS + ADDED :], old[name][TOKENS + ADDED :])
+
+
+def test_rows_are_those_of_the_adapter_not_of_its_tokenizer(tmp_path):
+    """Tokenizer 384, trained with rows padded to a multiple of 64."""
+    base = adapter_parts.write_base(tmp_path / "base", tied=True)
+    grafted = adapter_parts.write_grafted(base, tmp_path / "grafted", rows=448)
+    adapter = adapter_parts.write_adapter(base, grafted, tmp_path / "adapter", "saved-both")
+    assert merge(base, adapter, output=tmp_path / "merged", prove=True).rows == 448
+
+
+def test_an_older_adapter_on_a_grown_model_leaves_the_new_rows(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "lora", tied=False)
+    old = adapter_parts.write_adapter(scene.base, scene.base, tmp_path / "old", "saved-both")
+    merge(scene.grafted, old, output=tmp_path / "merged")
+    ours, grown, trained = weights(tmp_path / "merged"), weights(scene.grafted), weights(old)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(ours[name][:TOKENS], trained[f"base_model.model.{name}"][:TOKENS])
+        assert torch.equal(ours[name][TOKENS:], grown[name][TOKENS:])
+    assert TokenMap.read(tmp_path / "merged").tokens == TOKENS + ADDED
+
+
+def test_no_row_is_guessed_without_a_tokenizer(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (scene.adapter / name).unlink()
+    with pytest.raises(LexigraftError, match="no tokenizer") as caught:
+        merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    assert "--tokenizer" in caught.value.fix
+    result = merge(scene.base, scene.adapter, output=tmp_path / "merged", tokenizer=scene.grafted)
+    assert result.tokens == TOKENS + ADDED
+    assert (tmp_path / "merged/tokenizer.json").read_bytes() == (
+        scene.grafted / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_trained_rows_without_a_tokenizer_ask_for_it(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True, whole=False)
+    (scene.adapter / "tokenizer.json").unlink()
+    with pytest.raises(LexigraftError, match=f"row of id {NEW[-1]}") as caught:
+        merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    assert "--tokenizer" in caught.value.fix
+
+
+def permuted(adapter):
+    path = adapter / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    one, other = (token for token, token_id in vocabulary.items() if token_id in (300, 301))
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(data))
+
+
+def test_permuted_ids_of_equal_size_are_caught(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    permuted(scene.adapter)
+    for start in (scene.base, scene.grafted):
+        with pytest.raises(LexigraftError, match="id 300 is"):
+            merge(start, scene.adapter, output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_sibling_vocabulary_is_caught(tmp_path):
+    """Base + tokens {a..} and an adapter trained on base + tokens {p..}: same sizes, other words."""
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    data = json.loads((scene.adapter / "tokenizer.json").read_text())
+    for token in data["added_tokens"]:
+        if token["id"] >= TOKENS:
+            token["content"] += "x"
+    (scene.adapter / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(LexigraftError, match=f"id {TOKENS} is"):
+        merge(scene.grafted, scene.adapter, output=tmp_path / "merged")
+
+
+def test_a_given_tokenizer_that_is_not_the_adapter_s_is_caught(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    other = adapter_parts.extended_tokenizer(scene.base, tmp_path / "other", added=ADDED + 3)
+    with pytest.raises(LexigraftError, match=f"id {TOKENS + ADDED} is"):
+        merge(scene.base, scene.adapter, output=tmp_path / "merged", tokenizer=other)
+
+
+def test_fewer_rows_than_tokens_is_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    longer = adapter_parts.extended_tokenizer(scene.base, tmp_path / "longer", added=ADDED + 5)
+    shutil.copyfile(longer / "tokenizer.json", scene.adapter / "tokenizer.json")
+    with pytest.raises(LexigraftError, match="384 rows for a tokenizer of 389"):
+        merge(scene.base, scene.adapter, output=tmp_path / "merged")
+
+
+# The output
+
+
+def test_the_tokenizer_is_the_adapter_s_and_old_copies_are_gone(tmp_path):
+    """A SentencePiece base: the adapter has only tokenizer.json, VOCAB has both files."""
+    import sentencepiece.sentencepiece_model_pb2 as proto
+
+    base = adapter_parts.parts.write_sentencepiece(tmp_path / "base", vocab_size=400)
+    tokens = TokenMap.read(base).tokens
+    adapter_parts.parts.write_model(base, tokens=tokens, tied=True)
+    adapter_parts.parts.write_sentencepiece(base, vocab_size=400)
+    vocab = shutil.copytree(base, tmp_path / "vocab")
+    data = json.loads((vocab / "tokenizer.json").read_text())
+    model = proto.ModelProto.FromString((vocab / "tokenizer.model").read_bytes())
+    for place in range(4):
+        piece = f"zq{'x' * place}"
+        data["model"]["vocab"][piece] = tokens + place
+        model.pieces.add(piece=piece, score=-1000.0 - place)
+    (vocab / "tokenizer.json").write_text(json.dumps(data))
+    (vocab / "tokenizer.model").write_bytes(model.SerializeToString())
+    grown = adapter_parts.load(base)
+    grown.resize_token_embeddings(tokens + 4, mean_resizing=False)
+    grown.save_pretrained(tmp_path / "grafted")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(vocab / name, tmp_path / "grafted" / name)
+    adapter = adapter_parts.write_adapter(base, tmp_path / "grafted", tmp_path / "adapter", "plain")
+
+    merge(base, adapter, output=tmp_path / "alone")
+    assert not (tmp_path / "alone/tokenizer.model").exists()
+    merge(base, adapter, output=tmp_path / "given", tokenizer=vocab)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        assert (tmp_path / "given" / name).read_bytes() == (vocab / name).read_bytes()
+
+
+def test_an_unchanged_token_map_keeps_the_base_s_sentencepiece_file(tmp_path):
+    base = adapter_parts.parts.write_sentencepiece(tmp_path / "base", vocab_size=400)
+    adapter_parts.parts.write_model(base, tokens=TokenMap.read(base).tokens, tied=True)
+    adapter_parts.parts.write_sentencepiece(base, vocab_size=400)
+    adapter = adapter_parts.write_adapter(base, base, tmp_path / "adapter", "lora")
+    merge(base, adapter, output=tmp_path / "merged")
+    assert (tmp_path / "merged/tokenizer.model").read_bytes() == (
+        base / "tokenizer.model"
+    ).read_bytes()
+
+
+def test_side_files_travel_and_config_changes_key_by_key(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    config = json.loads((scene.base / "config.json").read_text())
+    config["a_key_of_tomorrow"] = {"kept": [1, 2]}
+    (scene.base / "config.json").write_text(json.dumps(config))
+    (scene.base / "README.md").write_text("the base")
+    (scene.adapter / "new_tokens.jsonl").write_text('{"id": 372}\n')
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    written = json.loads((tmp_path / "merged/config.json").read_text())
+    assert written == {**config, "vocab_size": TOKENS + ADDED, "tie_word_embeddings": False}
+    assert (tmp_path / "merged/README.md").read_text() == "the base"
+    assert (tmp_path / "merged/new_tokens.jsonl").read_text() == '{"id": 372}\n'
+    assert (tmp_path / "merged/generation_config.json").read_bytes() == (
+        scene.base / "generation_config.json"
+    ).read_bytes()
+
+
+def test_an_end_token_that_the_training_changed_reaches_the_configs(tmp_path, capsys):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    path = scene.adapter / "tokenizer_config.json"
+    changed = json.loads(path.read_text())
+    changed["eos_token"] = "<|im_end|>"
+    path.write_text(json.dumps(changed))
+    expected = TokenMap.read(scene.base).ids["<|im_end|>"]
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "merged" / name).read_text())["eos_token_id"] == expected
+    assert "eos_token_id becomes" in capsys.readouterr().err
+
+
+def test_the_manifest_names_the_adapter_by_its_hash(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    record = Manifest.read(tmp_path / "merged").last("merge")
+    digest = hashlib.sha256((scene.adapter / "adapter_model.safetensors").read_bytes())
+    assert record.adapters == [digest.hexdigest()]
+    assert (record.rows, record.tied) == (TOKENS + ADDED, False)
+
+
+def test_a_merged_model_can_be_merged_again(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    merge(scene.base, scene.adapter, output=tmp_path / "once")
+    second = adapter_parts.write_adapter(
+        tmp_path / "once", tmp_path / "once", tmp_path / "second", "lora"
+    )
+    result = merge(tmp_path / "once", second, output=tmp_path / "twice", prove=True)
+    assert result.difference < 1e-4
+    assert len(Manifest.read(tmp_path / "twice").records) == 2
+
+
+def test_the_result_says_where_each_row_comes_from(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True, whole=False)
+    result = merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    assert result.to_json()["rows"] == TOKENS + ADDED
+    assert result.to_json()["adapters"] == [str(scene.adapter)]
+    line = next(line for line in result.lines() if line.startswith("model.embed_tokens.weight"))
+    assert f"0-{TOKENS - 1} the base's" in line
+    assert f"{TOKENS}-{TOKENS + ADDED - 1} the adapter's" in line
+
+
+def test_two_runs_give_the_same_bytes_whatever_the_thread_count(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False, shards=True)
+    merge(scene.base, scene.adapter, output=tmp_path / "one")
+    torch.set_num_threads(2)
+    try:
+        merge(scene.base, scene.adapter, output=tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
+    assert folder_hash(tmp_path / "one") == folder_hash(tmp_path / "two")
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_torch(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    code = (
+        "import sys, lexigraft\n"
+        "result = lexigraft.merge(*sys.argv[1:3], output=sys.argv[3], dry_run=True)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print('\\n'.join(result.lines()))\n"
+    )
+    output = tmp_path / "merged"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, scene.base, scene.adapter, output],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert f"model.embed_tokens.weight: [{TOKENS}, 32] -> [{TOKENS + ADDED}, 32]" in shown
+    assert "lm_head.weight: None -> " in shown
+    assert not output.exists()
+
+
+def test_killed_in_the_middle_leaves_no_output(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False, shards=True)
+    code = (
+        "import os, signal, sys\n"
+        "from lexigraft.steps import merge as step\n"
+        "write_plan, done = step.write_plan, 0\n"
+        "def advance(count):\n"
+        "    global done\n"
+        "    done += count\n"
+        "    if done > 100_000:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def killed(plan, folder, **options):\n"
+        "    write_plan(plan, folder, **{**options, 'advance': advance})\n"
+        "step.write_plan = killed\n"
+        "step.merge(*sys.argv[1:3], output=sys.argv[3])\n"
+    )
+    output, before = tmp_path / "merged", folder_hash(scene.base)
+    run = subprocess.run(
+        [sys.executable, "-c", code, scene.base, scene.adapter, output], check=False, timeout=120
+    )
+    assert run.returncode == -9
+    assert not output.exists()
+    assert list(tmp_path.glob("merged.partial-*"))
+    assert folder_hash(scene.base) == before
+    merge(scene.base, scene.adapter, output=output)
+    assert not list(tmp_path.glob("merged.partial-*"))
+
+
+# What is refused, and what is wrong
+
+
+def refused(base, adapter, output, match):
+    with pytest.raises(LexigraftError, match=match) as caught:
+        merge(base, adapter, output=output)
+    assert not output.exists()
+    assert caught.value.needed
+    assert caught.value.fix
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("lora", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "LoRA on a vocabulary tensor"),
+        ({"bias": "all"}, "biases"),
+        ({"init_lora_weights": "olora"}, "olora"),
+    ],
+    ids=["dora", "embedding", "head", "bias", "olora"],
+)
+def test_other_forms_of_lora_are_refused_by_name(tmp_path, lora, named):
+    base = adapter_parts.write_base(tmp_path / "base", tied=False)
+    adapter = adapter_parts.write_adapter(base, base, tmp_path / "adapter", "lora", **lora)
+    fault = refused(base, adapter, tmp_path / "merged", named)
+    assert isinstance(fault, RefusalError)
+
+
+def test_other_kinds_of_adapter_are_refused_by_name(tmp_path):
+    from peft import IA3Config, get_peft_model
+
+    base = adapter_parts.write_base(tmp_path / "base", tied=False)
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    get_peft_model(adapter_parts.load(base), config).save_pretrained(tmp_path / "adapter")
+    refused(base, tmp_path / "adapter", tmp_path / "merged", "IA3")
+
+
+def test_two_adapters_are_refused(tmp_path):
+    with pytest.raises(RefusalError, match="2 adapters"):
+        merge(tmp_path, [tmp_path, tmp_path], output=tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "lora", tied=True, whole=False)
+    config = json.loads((scene.grafted / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (scene.grafted / "config.json").write_text(json.dumps(config))
+    refused(scene.grafted, scene.adapter, tmp_path / "merged", "quantised")
+
+
+def test_an_adapter_tensor_that_fits_nothing_is_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "lora", tied=True, whole=False)
+    adapter_parts.edit_tensors(scene.adapter, lambda t: renamed(t, "layers.1.", "layers.7."))
+    refused(scene.grafted, scene.adapter, tmp_path / "merged", r"layers\.7\..* fits no tensor")
+
+
+def test_a_base_of_another_size_is_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "lora", tied=True, whole=False)
+    other = adapter_parts.parts.write_model(
+        tmp_path / "other", tokens=TOKENS + ADDED, hidden=64, tied=True
+    )
+    adapter_parts.extended_tokenizer(scene.base, other)
+    refused(other, scene.adapter, tmp_path / "merged", "the base has")
+
+
+def test_rows_that_are_not_numbers_are_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True)
+
+    def spoil(tensors):
+        return {n: t * float("nan") if "delta" in n else t for n, t in tensors.items()}
+
+    adapter_parts.edit_tensors(scene.adapter, spoil)
+    refused(scene.base, scene.adapter, tmp_path / "merged", "not finite")
+
+
+def test_ids_and_rows_of_different_number_are_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True)
+    adapter_parts.edit_adapter_config(scene.adapter, token_indices=list(NEW[1:]))
+    refused(scene.base, scene.adapter, tmp_path / "merged", "holds 12 rows, .* names 11 ids")
+
+
+def test_vocab_size_edited_by_hand_is_an_error(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    config = json.loads((scene.base / "config.json").read_text())
+    config["vocab_size"] = TOKENS + ADDED
+    (scene.base / "config.json").write_text(json.dumps(config))
+    refused(scene.base, scene.adapter, tmp_path / "merged", "vocab_size 384")
+
+
+def test_an_existing_output_and_an_input_as_output_are_errors(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(LexigraftError, match="exists"):
+        merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    merge(scene.base, scene.adapter, output=tmp_path / "merged", force=True)
+    assert Checkpoint.open(tmp_path / "merged")
+    with pytest.raises(LexigraftError, match="input"):
+        merge(scene.base, scene.adapter, output=scene.base, force=True)
