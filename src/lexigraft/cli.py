@@ -105,9 +105,6 @@ def learn(
     corpus: Corpus,
     output: Output,
     general: General = _NONE,
-    terms: Annotated[
-        list[str], typer.Option(help="File of words to prefer, one a line. Repeatable.")
-    ] = _NONE,
     tokens: Annotated[
         str, typer.Option(help="How many: a number, a percentage, or auto.")
     ] = "auto",
@@ -133,7 +130,6 @@ def learn(
         base,
         corpus=corpus,
         general=general,
-        terms=terms,
         tokens=tokens,
         min_count=min_count,
         allow_more=allow_more,

@@ -24,7 +24,6 @@ class LearnPart(_Part):
     """Options of `learn`."""
 
     tokens: int | str = "auto"
-    terms: list[str] = []
     min_count: int | None = Field(default=None, ge=1)
     allow_more: bool = False
     train_bytes: int | None = Field(default=None, ge=1)
@@ -43,10 +42,16 @@ class TrainStage(_Part):
     mode: Literal["rows", "lora"] = "lora"
     max_bytes: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     block_size: int | None = Field(default=None, ge=8)
     batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     new_row_learning_rate: float | None = Field(default=None, gt=0)
+    lora_rank: int | None = Field(default=None, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    replay: float | None = Field(default=None, ge=0, lt=1)
+    measurements: int | None = Field(default=None, ge=1)
+    measured_bytes: int | None = Field(default=None, ge=1)
 
     def options(self) -> dict[str, Any]:
         """The options that the recipe sets, as keyword arguments of `train`."""
@@ -89,12 +94,10 @@ class Recipe(_Part):
 
         return self.model_copy(
             update={
-                "base": at(self.base),
+                # a hub id has the form of a relative path: it is one unless the folder is there
+                "base": at(self.base) if (folder / self.base).exists() else self.base,
                 "corpus": [at(spec) for spec in self.corpus],
                 "general": [at(spec) for spec in self.general],
-                "learn": self.learn.model_copy(
-                    update={"terms": [at(spec) for spec in self.learn.terms]}
-                ),
                 "eval": self.eval.model_copy(
                     update={
                         "corpus": [at(spec) for spec in self.eval.corpus],

@@ -1,0 +1,87 @@
+"""Rows of facts as text: columns for a terminal, pipes for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lexigraft.report.facts import model_rows
+from lexigraft.runfile import RunState
+
+HEADERS = (
+    "model",
+    "tokens/byte",
+    "domain bpb",
+    "general bpb",
+    "generated characters/s",
+    "trained on bytes",
+    "trained tokens",
+    "training seconds",
+)
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table of models."""
+
+    def number(key: str, form: str) -> str:
+        value = row.get(key)
+        return "-" if not value else format(value, form)
+
+    return (
+        row["model"],
+        number("tokens_per_byte", ".3f"),
+        number("domain_bpb", ".3f"),
+        number("general_bpb", ".3f"),
+        number("characters_per_second", ".1f"),
+        number("training_text_bytes", ",.0f"),
+        number("training_tokens", ",.0f"),
+        number("training_seconds", ".0f"),
+    )
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table for a terminal: the first column to the left, numbers to the right.
+
+    >>> columns(("a", "b"), [("long", "1")])
+    ['a     b', 'long  1']
+    """
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (header, *rows)
+    ]
+
+
+def pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown.
+
+    >>> pipes(("a", "b"), [("x|y", "1")])
+    ['| a | b |', '|---|---:|', '| x\\\\|y | 1 |']
+    """
+    rule = ["---", *["---:"] * (len(header) - 1)]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+    return [line(header), "|" + "|".join(rule) + "|", *map(line, rows)]
+
+
+def model_table(state: RunState) -> list[str]:
+    """The measured models of a run, side by side."""
+    return columns(HEADERS, [cells(row) for row in model_rows(state)])
+
+
+def sample_lines(state: RunState) -> list[str]:
+    """Texts in the pieces of the base and of the extended tokenizer."""
+    lines = []
+    for sample in state.result("samples").get("samples", []):
+        before, after = sample["before"], sample["after"]
+        lines += [
+            f"{sample['text']}: {len(before)} -> {len(after)} tokens",
+            f"  before  {' | '.join(before)}",
+            f"  after   {' | '.join(after)}",
+        ]
+    return lines

@@ -1,0 +1,89 @@
+"""`run.json`: what has been done in a run folder, so that it can go on after a kill.
+
+It holds times, so it is no part of what two runs must agree on byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lexigraft.errors import LexigraftError
+from lexigraft.files import fsync_path, read_json
+from lexigraft.recipe import Recipe
+
+RUN_FILE = "run.json"
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StageState(_Data):
+    """A finished stage.
+
+    Attributes:
+        key: hash of everything that it was made from.
+        output: hash of what it wrote; empty for stages that only measure.
+        seconds: how long it took.
+        result: what the verb returned.
+    """
+
+    key: str
+    output: str
+    seconds: float
+    result: dict[str, Any]
+
+
+class Running(_Data):
+    """A stage that was begun: if it is found at the start of a run, the run was killed in it."""
+
+    stage: str
+    key: str
+
+
+class RunState(_Data):
+    """The content of `run.json`: the recipe, and the finished stages in their order."""
+
+    format: Literal[1] = 1
+    recipe: Recipe
+    stages: dict[str, StageState] = {}
+    running: Running | None = None
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a stage returned; empty if it is not done."""
+        state = self.stages.get(stage)
+        return state.result if state else {}
+
+    def save(self, folder: Path) -> None:
+        """Write `run.json` whole or not at all."""
+        path, partial = folder / RUN_FILE, folder / f"{RUN_FILE}.partial"
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
+        fsync_path(partial)
+        os.replace(partial, path)  # noqa: PTH105 - the call that is atomic on every system
+        fsync_path(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunState | None:
+        """The state of a run folder; None where no run was begun.
+
+        Raises:
+            LexigraftError: the file is damaged or of a newer format.
+        """
+        path = folder / RUN_FILE
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            raise LexigraftError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                needed="a run.json as lexigraft wrote it",
+                fix="run the recipe again with --force, or with another -o",
+            ) from None
