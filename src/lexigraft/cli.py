@@ -196,6 +196,64 @@ def _roles(pairs: list[str]) -> dict[str, str] | None:
 
 
 @app.command()
+def train(
+    model: Annotated[Path, typer.Argument(help="Grafted model.")],
+    *,
+    corpus: Corpus,
+    output: Output,
+    general: General = _NONE,
+    held_out: Annotated[
+        list[str], typer.Option(help="Text to measure on, instead of a part of the corpus.")
+    ] = _NONE,
+    mode: Annotated[
+        str, typer.Option(help="rows: new rows only; lora: new rows and LoRA on the body.")
+    ] = "lora",
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.", min=8)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Blocks per step.", min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of LoRA.")] = 1e-3,
+    new_row_learning_rate: Annotated[float, typer.Option(help="Peak rate of new rows.")] = 3e-3,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
+    replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the new rows, with LoRA on the rest of the model."""
+    from lexigraft.steps.train import train as verb
+
+    result = verb(
+        model,
+        corpus=corpus,
+        output=output,
+        general=general,
+        held_out=held_out,
+        mode=mode,
+        max_steps=max_steps,
+        max_bytes=max_bytes,
+        max_tokens=max_tokens,
+        block_size=block_size,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        new_row_learning_rate=new_row_learning_rate,
+        lora_rank=lora_rank,
+        replay=replay,
+        save_steps=save_steps,
+        resume=resume,
+        seed=seed,
+        force=force,
+    )
+    _show(result, as_json)
+
+
+@app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folder.")],
@@ -241,6 +299,38 @@ def check(
     result = verb(path, base=base, adapter=adapter)
     _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Model folders, side by side.")],
+    *,
+    corpus: Corpus,
+    general: General = _NONE,
+    held_out_only: Annotated[
+        bool, typer.Option("--held-out-only", help="Only what learn and train left out.")
+    ] = False,
+    max_bytes: Annotated[int | None, typer.Option(help="At most so much of each text.")] = None,
+    window_bytes: Annotated[int, typer.Option(help="Text is cut into windows.", min=64)] = 1024,
+    speed_characters: Annotated[
+        int, typer.Option(help="Characters to write for the speed; 0 for none.", min=0)
+    ] = 200,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bits per byte, tokens per byte and speed of models, whatever their tokenizers."""
+    from lexigraft.steps.evaluate import evaluate as verb
+
+    result = verb(
+        models,
+        corpus=corpus,
+        general=general,
+        held_out_only=held_out_only,
+        max_bytes=max_bytes,
+        window_bytes=window_bytes,
+        speed_characters=speed_characters,
+    )
+    _show(result, as_json)
 
 
 @app.command()
