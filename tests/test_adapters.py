@@ -134,6 +134,24 @@ def test_token_ids_keep_the_order_of_the_stored_rows(tmp_path):
     assert AdapterConfig.read(both).ids_of("lm_head") == (2, 0)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"r": "eight"},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": [4]},
+        {"alpha_pattern": {"q_proj": None}},
+        {"trainable_token_indices": {"embed_tokens": 3}},
+        {"trainable_token_indices": [-1]},
+        {"modules_to_save": 3},
+    ],
+    ids=str,
+)
+def test_damaged_configs_are_errors(tmp_path, values):
+    with pytest.raises(LexigraftError, match="damaged"):
+        AdapterConfig.read(config(tmp_path, **values))
+
+
 def test_token_ids_that_occur_twice_are_an_error(tmp_path):
     with pytest.raises(LexigraftError, match="no set"):
         AdapterConfig.read(config(tmp_path, trainable_token_indices=[3, 3]))

@@ -174,6 +174,75 @@ def test_conv1d_weights_are_changed_transposed(tmp_path):
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
+def image_text_model(folder):
+    """A tiny Llava, saved under the older order of names that published checkpoints have."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=TOKENS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=5, tie_word_embeddings=False
+    )
+    Llava(config).save_pretrained(folder)
+    return Llava, adapter_parts.parts.write_byte_level(folder, vocab_size=TOKENS)
+
+
+def test_an_adapter_of_an_image_text_model_finds_its_tensors(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    kind, base = image_text_model(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = get_peft_model(kind.from_pretrained(base), lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", output=tmp_path / "merged")
+    with torch.no_grad():
+        peft = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / "adapter")
+        expected = peft.merge_and_unload().state_dict()
+    ours = kind.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_saved_modules_outside_the_vocabulary_are_replaced(tmp_path):
+    base = adapter_parts.write_base(tmp_path / "base", tied=True, dtype="bfloat16")
+    adapter = adapter_parts.write_adapter(
+        base,
+        base,
+        tmp_path / "adapter",
+        "lora",
+        modules_to_save=["input_layernorm", "mlp"],
+        target_modules=["q_proj"],
+    )
+    result = merge(base, adapter, output=tmp_path / "merged")
+    assert result.tensors == 2 * (1 + 1 + 3)
+    with torch.no_grad():
+        peft = adapter_parts.unmerged(base, adapter).merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
+
+
 # What is on disk: layouts that other tools and versions write
 
 
@@ -343,6 +412,36 @@ def test_a_given_tokenizer_that_is_not_the_adapter_s_is_caught(tmp_path):
     other = adapter_parts.extended_tokenizer(scene.base, tmp_path / "other", added=ADDED + 3)
     with pytest.raises(LexigraftError, match=f"id {TOKENS + ADDED} is"):
         merge(scene.base, scene.adapter, output=tmp_path / "merged", tokenizer=other)
+
+
+def test_new_ids_that_are_not_those_of_the_manifest_are_caught(tmp_path):
+    """Swapped new ids of equal size: nothing but the manifest can tell."""
+    from lexigraft import graft
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    graft(scene.base, scene.grafted, output=tmp_path / "model", pad_to=1)
+    shutil.copyfile(tmp_path / "model/lexigraft.json", scene.adapter / "lexigraft.json")
+    merge(scene.base, scene.adapter, output=tmp_path / "right")
+    path = scene.adapter / "tokenizer.json"
+    data = json.loads(path.read_text())
+    one, other = data["added_tokens"][-2:]
+    one["content"], other["content"] = other["content"], one["content"]
+    path.write_text(json.dumps(data))
+    refused(scene.base, scene.adapter, tmp_path / "merged", "not the one that its manifest names")
+
+
+def test_another_base_with_the_same_tokenizer_is_noticed(tmp_path, capsys):
+    from lexigraft import graft
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    graft(scene.base, scene.grafted, output=tmp_path / "model", pad_to=1)
+    shutil.copyfile(tmp_path / "model/lexigraft.json", scene.adapter / "lexigraft.json")
+    other = adapter_parts.parts.write_model(tmp_path / "other", tokens=TOKENS, seed=9)
+    adapter_parts.parts.write_byte_level(other, vocab_size=TOKENS)
+    merge(scene.base, scene.adapter, output=tmp_path / "right")
+    assert "another base" not in capsys.readouterr().err
+    merge(other, scene.adapter, output=tmp_path / "merged")
+    assert "the result is that of another base" in capsys.readouterr().err
 
 
 def test_fewer_rows_than_tokens_is_an_error(tmp_path):

@@ -218,14 +218,28 @@ def _read(path: Path, data: dict[str, Any]) -> AdapterConfig:
         path=path,
         rank=int(data["r"]) if is_lora and data.get("r") is not None else None,
         alpha=float(data.get("lora_alpha") or 0.0) if is_lora else 0.0,
-        rank_pattern={str(k): int(v) for k, v in (data.get("rank_pattern") or {}).items()},
-        alpha_pattern={str(k): float(v) for k, v in (data.get("alpha_pattern") or {}).items()},
+        rank_pattern=_pattern(data, "rank_pattern", int),
+        alpha_pattern=_pattern(data, "alpha_pattern", float),
         rs_lora=bool(data.get("use_rslora")),
         transposed=bool(data.get("fan_in_fan_out")),
-        modules_to_save=tuple(map(str, data.get("modules_to_save") or ())),
+        modules_to_save=_names(data.get("modules_to_save") or ()),
         token_ids=_token_ids(data),
         shared_when_tied=bool(data.get("ensure_weight_tying")),
     )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(map(str, value))
+
+
+def _pattern(data: dict[str, Any], name: str, kind: type[int] | type[float]) -> dict[str, Any]:
+    values = {str(key): kind(value) for key, value in (data.get(name) or {}).items()}
+    try:
+        for pattern in values:
+            re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as fault:
+        raise ValueError(f"{name} holds no regular expression: {fault.pattern!r}") from None
+    return values
 
 
 def _token_ids(data: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,12 @@ from lexigraft.errors import LexigraftError, RefusalError
 # A checkpoint of the bare base model lacks the name that the full model gives it, and vice versa
 # (gpt2 on the hub stores `h.0...`, transformers writes `transformer.h.0...`).
 _BASE_MODEL_NAMES = ("model.", "transformer.")
+# Image-text models: names in memory (transformers 5), and the older order that checkpoints keep.
+_OLDER_NAMES = (
+    ("model.language_model.", "language_model.model."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "language_model.lm_head."),
+)
 _THE_BASE = "the base that this adapter was trained on"
 _NAME_IT = "name that base: base_model_name_or_path in adapter_config.json says which"
 
@@ -98,9 +104,9 @@ class _Finder:
 
     def name(self, target: str, key: str) -> str:
         """The tensor of the base called `target`; `key` is what the adapter's file calls it."""
-        names = [name for name in _spellings(target) if self._has(name)]
-        if len(names) == 1 or (names and names[0] == target):
-            return names[0]
+        names = dict.fromkeys(name for name in _spellings(target) if self._has(name))
+        if target in names or len(names) == 1:
+            return next(iter(names))
         raise LexigraftError(
             f"{key} in the adapter fits no tensor of {self.checkpoint.folder} (looked for "
             f"{target})",
@@ -116,6 +122,9 @@ def _spellings(target: str) -> Iterable[str]:
     yield target
     for prefix in _BASE_MODEL_NAMES:
         yield target.removeprefix(prefix) if target.startswith(prefix) else prefix + target
+    for new, old in _OLDER_NAMES:
+        if target.startswith(new):
+            yield old + target.removeprefix(new)
 
 
 def _linear(

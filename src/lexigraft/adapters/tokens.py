@@ -16,9 +16,11 @@ from lexigraft.families.tokenmap import (
     TokenMap,
     first_difference,
     joined,
+    prefix_hash,
     read_token_maps,
 )
 from lexigraft.files import require_folder
+from lexigraft.manifest import Manifest
 
 # Files that hold a vocabulary; missing ones are taken from a folder with the same token map.
 _VOCABULARY_FILES = (
@@ -69,12 +71,10 @@ class TokenizerChoice:
             _require_prefix(own, trained_in, base_map, base)
             return cls(base, base_map, base_map, own.tokens, ())
         _require_prefix(base_map, base, own, trained_in)
-        folders = {
-            folder: found
-            for folder in (trained_in, adapter, base)
-            if (found := _map_of(folder)) is not None and found.hash == own.hash
-        }
-        return cls(trained_in, own, base_map, own.tokens, tuple(folders))
+        spare = [] if given is None else [adapter]
+        if own.hash == base_map.hash:
+            spare.append(base)
+        return cls(trained_in, own, base_map, own.tokens, tuple(spare))
 
     @property
     def grows(self) -> bool:
@@ -103,6 +103,26 @@ class TokenizerChoice:
             for name in _VOCABULARY_FILES
             if (base / name).is_file() and not any((folder / name).is_file() for folder in folders)
         ]
+
+
+def require_recorded(manifest: Manifest | None, choice: TokenizerChoice, adapter: Path) -> None:
+    """The tokenizer that an adapter was trained with is the one that its manifest names.
+
+    New ids have no counterpart in the base, so that nothing else can tell swapped ones.
+
+    Raises:
+        LexigraftError: it is another one.
+    """
+    record = manifest.last("graft") or manifest.last("learn") if manifest else None
+    if record is None or choice.trained is None or choice.trained < record.tokens:
+        return
+    if prefix_hash(choice.map, record.tokens) != record.token_map:
+        raise LexigraftError(
+            f"the tokenizer of {adapter} is not the one that its manifest names: some of its "
+            f"{record.tokens:,} ids mean other tokens",
+            needed="the tokenizer that the adapter was trained with",
+            fix=f"copy the tokenizer files of the trained model into {adapter}",
+        )
 
 
 def _map_of(folder: Path) -> TokenMap | None:

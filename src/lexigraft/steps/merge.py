@@ -8,27 +8,24 @@ blocks, so that memory stays constant whatever the model's size.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from lexigraft.adapters.expand import Expansion, as_loaded, expand, states_tied
-from lexigraft.adapters.folder import Adapter, LowRank
+from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.match import Matched, match
+from lexigraft.adapters.planning import merged_plan
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
-from lexigraft.adapters.tokens import TokenizerChoice
+from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows, edit_config, refuse_quantised
 from lexigraft.checkpoints.fit import require_floats
-from lexigraft.checkpoints.header import Tensor
-from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
+from lexigraft.checkpoints.growth import survey
+from lexigraft.checkpoints.plan import Plan
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
@@ -148,7 +145,7 @@ def merge(
         LexigraftError: base, adapter and tokenizer do not fit together, a row has no source, or
             a file is missing or damaged.
     """
-    folder, target = _one_adapter(adapters), Path(output)
+    folder, target = local_folder(_one_adapter(adapters)), Path(output)
     if not dry_run:
         refuse_existing(target, force=force)
     job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
@@ -190,11 +187,13 @@ def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
     require_floats(checkpoint, vocabulary)
     _require_stated_rows(checkpoint, vocabulary)
     tokenizer = TokenizerChoice.among(base, adapter_folder, given)
+    require_recorded(adapter.manifest, tokenizer, adapter_folder)
     matched = match(adapter, checkpoint, vocabulary)
     expansion = expand(
         adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
     )
-    plan = _plan(checkpoint, vocabulary, adapter, matched, expansion)
+    _say_if_other_base(checkpoint, adapter, tokenizer)
+    plan = merged_plan(checkpoint, vocabulary, adapter, matched, expansion)
     return _Job(checkpoint, adapter, vocabulary, tokenizer, matched, expansion, plan)
 
 
@@ -209,50 +208,20 @@ def _require_stated_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) 
         )
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    vocabulary: VocabularyTensors,
-    adapter: Adapter,
-    matched: Matched,
-    expansion: Expansion,
-) -> Plan:
-    plan = Plan.of(checkpoint)
-    changed = [
-        _with_lora(checkpoint.tensors[name], low_rank, adapter)
-        for name, low_rank in matched.linear.items()
-    ]
-    changed += [
-        _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
-    ]
-    if expansion.tied and expansion.tensors and vocabulary.head_name in checkpoint.tensors:
-        # A stored copy of the embedding: loaders tie the two again.
-        plan = plan.drop(vocabulary.head_name)
-        plan = dataclasses.replace(plan, files=tuple(file for file in plan.files if file.tensors))
-    for rows in expansion.tensors:
-        if rows.name in checkpoint.tensors:
-            changed.append(rows.planned())
-        else:
-            plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
-    return plan.replace(changed)
-
-
-def _with_lora(weight: Tensor, low_rank: LowRank, adapter: Adapter) -> PlannedTensor:
-    scaling = adapter.config.scaling(low_rank.module, low_rank.rank)
-    transposed = adapter.config.transposed
-
-    def blocks() -> Iterator[npt.NDArray[Any]]:
-        from lexigraft.adapters.delta import merged_blocks
-
-        return merged_blocks(weight, low_rank, scaling, transposed=transposed)
-
-    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
-
-
-def _replaced(weight: Tensor, values: Tensor) -> PlannedTensor:
-    from lexigraft.adapters.vocabulary import replaced_blocks
-
-    blocks = partial(replaced_blocks, weight, values)
-    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
+def _say_if_other_base(
+    checkpoint: Checkpoint, adapter: Adapter, tokenizer: TokenizerChoice
+) -> None:
+    """Notice old rows that are not those that the trained model was grafted from."""
+    record = adapter.manifest.last("graft") if adapter.manifest else None
+    if record is None or record.base.token_map != tokenizer.base.hash:
+        return
+    for name, sha256 in record.base_rows.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is not None and survey(tensor, record.first_id).sha256 != sha256:
+            note(
+                f"{name} of {checkpoint.folder} is not that of the model which was grafted and "
+                f"trained ({record.base.name}): the result is that of another base"
+            )
 
 
 def _write(job: _Job, folder: Path) -> None:
