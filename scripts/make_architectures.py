@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402 - after the environment is set
 import transformers  # noqa: E402
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.models.auto import configuration_auto, modeling_auto  # noqa: E402
 
 from lexigraft.console import note  # noqa: E402
@@ -129,8 +130,26 @@ def entry(model_type: str, name: str) -> dict[str, Any]:
         "default": default,
         "tied": bool(head is not None and head.weight is source.weight),
     }
-    reason = _irregular(changed, found)
-    return {"class": name, "refused": reason} if reason else found
+    if reason := _irregular(changed, found):
+        return {"class": name, "refused": reason}
+    for role in ("embeds", "heads", "biases"):
+        found[role] = names_on_disk(model, found[role])
+    return found
+
+
+def names_on_disk(model: Any, names: list[str]) -> list[str]:
+    """The names under which `save_pretrained` writes tensors, then those they have in memory.
+
+    The two differ where transformers renamed modules after checkpoints had been published.
+    """
+    state = model.state_dict()
+    try:
+        saved = revert_weight_conversion(model, dict(state))
+    except Exception:  # a conversion that needs values; it renames none of these tensors
+        return names
+    own = [state[name] for name in names if name in state]
+    disk = [key for key, tensor in saved.items() if any(tensor is other for other in own)]
+    return [*disk, *(name for name in names if name not in disk)]
 
 
 def _irregular(changed: dict[str, tuple[int, ...]], found: dict[str, Any]) -> str:
@@ -155,12 +174,12 @@ def _joined(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def main() -> None:
-    """Write the table, or print the entries named on the command line."""
+def make(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The table, or those of its entries."""
     transformers.utils.logging.set_verbosity_error()
     table: dict[str, dict[str, Any]] = {}
     for model_type, name in classes():
-        if sys.argv[1:] and model_type not in sys.argv[1:]:
+        if only and model_type not in only:
             continue
         try:
             found = entry(model_type, name)
@@ -168,7 +187,13 @@ def main() -> None:
             note(f"left out: {model_type} {name}: {type(fault).__name__}")
             continue
         table[model_type] = _joined(table.get(model_type), found)
-    lines = [f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)]
+    return {key: table[key] for key in sorted(table)}
+
+
+def main() -> None:
+    """Write the table, or print the entries named on the command line."""
+    table = make(sys.argv[1:])
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     if sys.argv[1:]:
         sys.stdout.write(text)

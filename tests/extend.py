@@ -31,6 +31,8 @@ def _extend_json(path: Path, added: int, literal: int) -> None:
     vocabulary = model["vocab"]
     words = [token for token in vocabulary if token.isalpha() and token.isascii()]
     next_id = max([*vocabulary.values(), *(t["id"] for t in data["added_tokens"])]) + 1
+    # The engine numbers added tokens by itself unless the model's vocabulary holds them.
+    vocabulary.update({token["content"]: token["id"] for token in data["added_tokens"]})
     pairs = ((a, b) for a in words for b in words if a + b not in vocabulary)
     for token_id in range(next_id, next_id + added - literal):
         left, right = next(pairs)
@@ -42,6 +44,7 @@ def _extend_json(path: Path, added: int, literal: int) -> None:
         token = {"id": token_id, "content": f"<term {token_id}>", "special": False}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         data["added_tokens"].append({**token, **flags})
+        vocabulary[token["content"]] = token_id
     path.write_text(json.dumps(data, ensure_ascii=False))
 
 

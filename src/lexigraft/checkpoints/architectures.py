@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are indexed by token id, and where its config says how many.
 
-`architectures.json` is generated from transformers by scripts/make_architectures.py. On disk a
-name may lack the table's first component (`wte.weight` of GPT-2) or order its components
-otherwise (`language_model.model.embed_tokens.weight`); a type that the table lacks goes by shape
+`architectures.json` is generated from transformers by scripts/make_architectures.py; it holds the
+names under which transformers saves a tensor and those it has in memory. On disk a name may also
+lack the table's first component (`wte.weight` of GPT-2). A type that the table lacks goes by shape
 and by the last two components that the table's names have. What stays ambiguous is an error.
 """
 
@@ -259,10 +259,11 @@ def _head_name(heads: Sequence[str], embeds: Sequence[str], entry: Mapping[str, 
     if stored:
         return stored[0]
     wanted: list[str] = list(entry["heads"]) if entry else []
-    name = wanted[0] if wanted else "lm_head.weight"
-    if embeds and embeds[0].startswith("language_model.") and not name.startswith("language_"):
-        return f"language_model.{name}"  # the older order of names of image-text models
-    return name
+    if not wanted:
+        return "lm_head.weight"
+    # Names on disk come first, those in memory last: the head follows the embedding's choice.
+    in_memory = bool(entry and set(embeds) & set(entry["embeds"][1:]))
+    return wanted[-1] if in_memory else wanted[0]
 
 
 def _size_path(config: Mapping[str, Any]) -> tuple[str, ...]:

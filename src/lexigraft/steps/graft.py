@@ -278,7 +278,7 @@ def _prepare(
     vocabulary = vocabulary_of(checkpoint, tensor_roles)
     require_floats(checkpoint, vocabulary)
     family = families.load(base)
-    new_map = TokenMap.read(require_folder(vocab, "the extended tokenizer"))
+    new_map = families.load(require_folder(vocab, "the extended tokenizer")).map
     require_extension(base, family.map, vocab, new_map)
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)

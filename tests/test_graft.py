@@ -1,0 +1,571 @@
+"""`graft`: laws 6 to 11, 17 and 18 on tiny real models. `pytest tests/test_graft.py`."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import parts
+from extend import extend
+from lexigraft.checkpoints.architectures import vocabulary_of
+from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from lexigraft.checkpoints.header import header_bytes
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import TokenMap
+from lexigraft.files import sha256_file
+from lexigraft.manifest import Manifest
+from lexigraft.steps.graft import graft
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A byte-level tokenizer and its number of tokens."""
+    folder = parts.write_byte_level(tmp_path_factory.mktemp("tokenizer"), vocab_size=330)
+    return folder, TokenMap.read(folder).tokens
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """make(added, padding=..., **model) -> (BASE, VOCAB)."""
+
+    def build(added: int, *, padding: int = 0, **model):
+        folder, tokens = tokenizer
+        base = Path(shutil.copytree(folder, tmp_path / "base"))
+        parts.write_model(base, tokens=tokens, rows=tokens + padding, **model)
+        return base, extend(base, tmp_path / "vocab", added, literal=min(1, added))
+
+    return build
+
+
+def logits(folder: Path, ids: list[int]):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        str(path.relative_to(folder)): (sha256_file(path), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# -- laws 7 to 11
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("added", "padding", "pad_to", "dtype", "shard_size"),
+    [
+        (5, 28, 1, "float32", None),  # lands on the base's padding rows
+        (40, 28, 64, "bfloat16", "20KB"),  # fills them and grows
+        (7, 0, 64, "float16", None),
+        (7, 0, 1, "bfloat16", "20KB"),
+        (1, 1, 1, "float32", "20KB"),  # fills exactly
+    ],
+)
+def test_laws_of_the_checkpoint(tied, added, padding, pad_to, dtype, shard_size, make, tmp_path):
+    base, vocab = make(added, padding=padding, tied=tied, dtype=dtype, shard_size=shard_size)
+    inputs = snapshot(base), snapshot(vocab)
+    result = graft(base, vocab, output=tmp_path / "model", pad_to=pad_to)
+    assert (snapshot(base), snapshot(vocab)) == inputs
+
+    before, after = Checkpoint.open(base), Checkpoint.open(tmp_path / "model")
+    old, new = vocabulary_of(before), vocabulary_of(after)
+    tokens = TokenMap.read(base).tokens
+    total = tokens + added
+    expected_rows = max(tokens + padding, -(-total // pad_to) * pad_to)
+    assert result.to_json() | {"seconds": 0} == {
+        "output": str(tmp_path / "model"),
+        "rows_before": tokens + padding,
+        "rows_after": expected_rows,
+        "tokens": total,
+        "added": added,
+        "init": "mean",
+        "tied": tied,
+        "bytes_copied": result.bytes_copied,
+        "bytes_written": sum((after.folder / name).stat().st_size for name in after.shards),
+        "seconds": 0,
+    }
+    assert after.tensors.keys() == before.tensors.keys()  # law 10: tied stays tied
+    assert (old.tied, new.tied) == (tied, tied)
+    assert after.config["vocab_size"] == new.rows == expected_rows  # laws 8, 11
+    changed = {"vocab_size": expected_rows}
+    assert after.config == before.config | changed
+    for name in before.tensors:
+        a, b = before.read(name), after.read(name)
+        if name not in old.names:
+            assert a.tobytes() == b.tobytes()
+            continue
+        assert a[:tokens].tobytes() == b[:tokens].tobytes()  # law 7
+        assert a[total:].tobytes() == b[total : len(a)].tobytes()  # the base's padding rows
+        mean = a[:tokens].astype(np.float64).mean(axis=0)
+        padding_rows = b[max(len(a), total) :]
+        assert (padding_rows == mean.astype(DTYPES[dtype])).all()  # law 9
+        assert len(np.unique(b[tokens:total], axis=0)) == added  # initialised, and not alike
+
+    plain = logits(base, list(range(20)))[:, :tokens]
+    grown = logits(tmp_path / "model", list(range(20)))
+    np.testing.assert_allclose(grown[:, :tokens], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_means_of_the_pieces_of_each_matrix(tied, make, tmp_path):
+    base, vocab = make(12, tied=tied)
+    graft(base, vocab, output=tmp_path / "model")
+    from tokenizers import Tokenizer
+
+    engine = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokens, new = TokenMap.read(base).tokens, TokenMap.read(vocab)
+    before, after = Checkpoint.open(base), Checkpoint.open(tmp_path / "model")
+    for name in vocabulary_of(before).names:
+        old_rows, rows = before.read(name), after.read(name)
+        for token_id in range(tokens, new.tokens):
+            pieces = engine.encode(new.texts[token_id]).ids
+            np.testing.assert_allclose(
+                rows[token_id], old_rows[pieces].mean(axis=0), rtol=1e-5, atol=1e-7
+            )
+
+
+def test_padding_rows_of_a_head_take_little_probability(make, tmp_path):
+    base, vocab = make(3, tied=False)
+    result = graft(base, vocab, output=tmp_path / "model", pad_to=256)
+    scores = logits(tmp_path / "model", list(range(40))).astype(np.float64)
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    padding = result.rows_after - result.tokens
+    assert padding > 100
+    assert (shares[:, result.tokens :].sum(axis=1) <= padding / result.rows_after).all()
+
+
+def test_generation_settings_and_chat_template_stay(make, tmp_path):
+    base, vocab = make(3)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    generation = json.loads((base / "generation_config.json").read_text()) | {"top_k": 7}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    graft(base, vocab, output=tmp_path / "model")
+    from transformers import AutoTokenizer, GenerationConfig
+
+    old, new = (
+        AutoTokenizer.from_pretrained(base),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    settings = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert settings.top_k == 7
+    assert new.decode([settings.eos_token_id]) == old.decode([generation["eos_token_id"]])
+    assert (new.eos_token, new.pad_token) == (old.eos_token, old.pad_token)
+    assert new.chat_template == template
+    assert len(new) == len(old) + 3
+
+
+def test_side_files_are_copied_and_other_weights_are_not(make, tmp_path, capsys):
+    base, vocab = make(3)
+    for name in (
+        "README.md",
+        "modeling_own.py",
+        "extra/notes.txt",
+        "onnx/model.onnx",
+        ".gitattributes",
+    ):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("x")
+    for name in ("model.gguf", "consolidated.safetensors", "tekken.json", "merges.txt"):
+        (base / name).write_text("x" if name != "merges.txt" else "")
+    (base / "tekken.json").unlink()
+    graft(base, vocab, output=tmp_path / "model")
+    out = tmp_path / "model"
+    kept = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert kept == {
+        *("README.md", "modeling_own.py", "extra/notes.txt", "config.json", "lexigraft.json"),
+        *("generation_config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"),
+    }
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("model.gguf", "consolidated.safetensors", "onnx/"))
+
+
+def test_the_manifest_binds_rows_and_tokenizer(make, tmp_path):
+    base, vocab = make(6, padding=2, dtype="bfloat16")
+    (vocab / "new_tokens.jsonl").write_text('{"id": 1}\n')
+    out = tmp_path / "model"
+    graft(base, vocab, output=out, seed=3)
+    manifest = Manifest.read(out)
+    record = manifest.last("graft")
+    tokens = TokenMap.read(base).tokens
+    after = Checkpoint.open(out)
+    for name in vocabulary_of(after).names:
+        rows = after.read(name)
+        assert record.base_rows[name] == hashlib.sha256(rows[:tokens].tobytes()).hexdigest()
+        fresh = rows[tokens : tokens + 6].tobytes()
+        assert record.new_rows[name] == hashlib.sha256(fresh).hexdigest()
+    assert record.base.token_map == TokenMap.read(base).hash
+    assert record.token_map == TokenMap.read(out).hash == TokenMap.read(vocab).hash
+    assert (record.first_id, record.tokens, record.rows, record.pad_to, record.seed) == (
+        *(tokens, tokens + 6, after.config["vocab_size"], 64, 3),
+    )
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["lexigraft"] == {"manifest": manifest.hash, "init": "mean", "seed": 3}
+    assert settings["eos_token"] == "<|endoftext|>"
+    assert (out / "new_tokens.jsonl").read_text() == '{"id": 1}\n'
+    assert not any(str(tmp_path) in path.read_text() for path in out.glob("*.json"))
+
+
+def test_sharded_and_single_give_the_same_tensors(make, tmp_path):
+    base, vocab = make(40, padding=3)
+    single = tmp_path / "single"
+    graft(base, vocab, output=single)
+    (base / SINGLE).unlink()
+    tokens = TokenMap.read(base).tokens
+    parts.write_model(base, tokens=tokens, rows=tokens + 3, shard_size="20KB")
+    graft(base, vocab, output=tmp_path / "sharded")
+    one, many = Checkpoint.open(single), Checkpoint.open(tmp_path / "sharded")
+    assert len(many.shards) > 2
+    assert one.tensors.keys() == many.tensors.keys()
+    assert all(one.read(name).tobytes() == many.read(name).tobytes() for name in one.tensors)
+    index = json.loads((many.folder / INDEX).read_text())
+    assert index["metadata"]["total_size"] == many.bytes
+    names = sorted(path.name for path in base.glob("model-*"))
+    assert many.shards == names
+
+
+def test_sentencepiece_tokenizers_without_a_fast_file(tmp_path):
+    base = parts.write_sentencepiece(tmp_path / "base", fast=False)
+    tokens = TokenMap.read(base).tokens
+    parts.write_model(base, tokens=tokens, eos=2)
+    vocab = extend(base, tmp_path / "vocab", 9)
+    result = graft(base, vocab, output=tmp_path / "model")
+    assert (result.tokens, result.rows_after) == (tokens + 9, 448)
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_no_stale_tokenizer_file_is_left(tmp_path):
+    base = parts.write_sentencepiece(tmp_path / "base", fast=True)
+    parts.write_model(base, tokens=400, eos=2)
+    vocab = extend(base, tmp_path / "vocab", 9)
+    graft(base, vocab, output=tmp_path / "model")
+    assert (base / "tokenizer.json").exists()
+    assert not (tmp_path / "model" / "tokenizer.json").exists()
+    assert TokenMap.read(tmp_path / "model").tokens == 409
+
+
+@pytest.mark.parametrize("init", ["mean", "mean-all", "first", "last", "random"])
+def test_every_method_can_be_asked_for(init, make, tmp_path):
+    base, vocab = make(4)
+    result = graft(base, vocab, output=tmp_path / "model", init=init, seed=5)
+    assert result.init == init
+    again = graft(base, vocab, output=tmp_path / "again", init=init, seed=5)
+    assert again.init == init
+    assert filecmp.cmp(tmp_path / "model" / SINGLE, tmp_path / "again" / SINGLE, shallow=False)
+
+
+def test_link_shares_untouched_shards(make, tmp_path):
+    base, vocab = make(4, tied=True, layers=4, shard_size="40KB")
+    plain = graft(base, vocab, output=tmp_path / "plain")
+    linked = graft(base, vocab, output=tmp_path / "linked", link=True)
+    for name in Checkpoint.open(base).shards:
+        assert filecmp.cmp(tmp_path / "plain" / name, tmp_path / "linked" / name, shallow=False)
+    shared = [p for p in (tmp_path / "linked").glob("*.safetensors") if p.samefile(base / p.name)]
+    assert shared
+    saved = sum(path.stat().st_size for path in shared)
+    assert plain.bytes_written - linked.bytes_written == saved
+
+
+def test_a_dry_run_tells_the_truth_and_writes_nothing(make, tmp_path):
+    base, vocab = make(40, padding=4, tied=False, shard_size="20KB")
+    before = sorted(tmp_path.rglob("*"))
+    dry = graft(base, vocab, output=tmp_path / "model", dry_run=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    real = graft(base, vocab, output=tmp_path / "model")
+    assert (dry.bytes_copied, dry.bytes_written) == (real.bytes_copied, real.bytes_written)
+    plan = {entry["tensor"]: entry for entry in dry.to_json()["plan"]}
+    after = Checkpoint.open(tmp_path / "model")
+    assert {name: entry["shape"] for name, entry in plan.items()} == {
+        name: list(tensor.shape) for name, tensor in after.tensors.items()
+    }
+    assert sum(entry["bytes_copied"] for entry in plan.values()) == real.bytes_copied
+    assert any("lm_head.weight" in line for line in dry.lines())
+    assert "plan" not in real.to_json()
+
+
+# -- law 6
+
+
+def test_the_same_inputs_give_the_same_bytes(make, tmp_path):
+    base, vocab = make(30, shard_size="20KB", dtype="bfloat16")
+    code = (
+        "import os, sys\n"
+        "os.cpu_count = lambda: int(sys.argv[4])\n"
+        "from lexigraft.steps.graft import graft\n"
+        "graft(sys.argv[1], sys.argv[2], output=sys.argv[3])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    for seed, threads in (("0", "1"), ("1", "4")):
+        command = [sys.executable, "-c", code, base, vocab, tmp_path / f"out{seed}", threads]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    one, other = snapshot(tmp_path / "out0"), snapshot(tmp_path / "out1")
+    assert {name: h for name, (h, _) in one.items()} == {name: h for name, (h, _) in other.items()}
+
+
+# -- bad input: one message, nothing written
+
+
+def refused(base, vocab, out, **options) -> LexigraftError:
+    before = {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")}
+    with pytest.raises(LexigraftError) as fault:
+        graft(base, vocab, output=out, **options)
+    assert {path: path.stat().st_mtime_ns for path in out.parent.rglob("*")} == before
+    assert fault.value.needed
+    assert fault.value.fix
+    return fault.value
+
+
+def test_a_foreign_tokenizer_is_named_by_its_first_differing_id(make, tmp_path):
+    base, vocab = make(5)
+    path = vocab / "tokenizer.json"
+    data = json.loads(path.read_text())
+    moved = next(token for token, i in data["model"]["vocab"].items() if i == 270)
+    data["model"]["vocab"]["zyx"] = data["model"]["vocab"].pop(moved)
+    data["model"]["merges"] = []
+    path.write_text(json.dumps(data))
+    fault = refused(base, vocab, tmp_path / "model")
+    assert "270" in fault.found
+    assert repr(moved) in fault.found
+    assert "'zyx'" in fault.found
+
+
+def test_a_smaller_tokenizer_is_named_by_the_first_missing_id(tokenizer, make, tmp_path):
+    base, vocab = make(5)
+    tokens = TokenMap.read(base).tokens
+    shutil.copyfile(vocab / "tokenizer.json", base / "tokenizer.json")
+    parts.write_model(base, tokens=tokens + 5)
+    fault = refused(base, tokenizer[0], tmp_path / "model")
+    assert f"id {tokens} is" in fault.found
+    assert "nothing" in fault.found
+
+
+def test_nothing_to_add(make, tmp_path):
+    base, _ = make(5)
+    fault = refused(base, extend(base, tmp_path / "same", 0), tmp_path / "model")
+    assert "adds no token" in fault.found
+
+
+def test_a_config_edited_by_hand_names_the_three_numbers(make, tmp_path):
+    base, vocab = make(5)
+    config = json.loads((base / "config.json").read_text())
+    rows = config["vocab_size"]
+    config["vocab_size"] = rows + 14
+    (base / "config.json").write_text(json.dumps(config))
+    fault = refused(base, vocab, tmp_path / "model")
+    assert f"{rows} rows" in fault.found
+    assert f"says {rows + 14}" in fault.found
+    assert f"VOCAB has {rows + 5}" in fault.found
+    assert f"vocab_size to {rows}" in fault.fix
+    config["vocab_size"] = rows
+    (base / "config.json").write_text(json.dumps(config))
+    assert graft(base, vocab, output=tmp_path / "model").tokens == rows + 5
+
+
+def test_a_half_edited_base_is_explained(make, tmp_path):
+    """Tokenizer and config were replaced, the weights were not."""
+    base, vocab = make(5)
+    rows = Checkpoint.open(base).config["vocab_size"]
+    shutil.copyfile(vocab / "tokenizer.json", base / "tokenizer.json")
+    fault = refused(base, extend(base, tmp_path / "more", 2), tmp_path / "model")
+    assert f"{rows} rows" in fault.found
+    assert f"{rows + 5} tokens" in fault.found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {"model_type": "gemma3n"},
+        {"model_type": "mllama"},
+    ],
+)
+def test_what_cannot_be_grown_is_refused(settings, make, tmp_path):
+    base, vocab = make(5)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | settings))
+    assert isinstance(refused(base, vocab, tmp_path / "model"), RefusalError)
+
+
+def test_output_exists(make, tmp_path):
+    base, vocab = make(5)
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    assert "exists" in refused(base, vocab, out).found
+    graft(base, vocab, output=out, force=True)
+    assert not (out / "mine.txt").exists()
+    for place in (base, vocab):
+        assert "itself" in refused(base, vocab, place, force=True).found
+
+
+@pytest.mark.parametrize("options", [{"init": "best"}, {"pad_to": 0}])
+def test_options_out_of_range(options, make, tmp_path):
+    base, vocab = make(5)
+    refused(base, vocab, tmp_path / "model", **options)
+
+
+@pytest.mark.parametrize("what", ["base", "vocab"])
+def test_missing_folders(what, make, tmp_path):
+    base, vocab = make(5)
+    given = {"base": base, "vocab": vocab} | {what: tmp_path / "nowhere"}
+    assert "nowhere" in refused(given["base"], given["vocab"], tmp_path / "model").found
+
+
+def test_odd_entries_of_a_folder_are_passed_over(make, tmp_path):
+    base, vocab = make(5)
+    (base / "empty").mkdir()
+    os.mkfifo(base / "pipe")  # neither a file nor a folder: passed over
+    (base / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    result = graft(base, vocab, output=tmp_path / "model")
+    assert result.tokens == TokenMap.read(vocab).tokens
+    assert not (tmp_path / "model" / "pipe").exists()
+
+
+def test_no_pickle_is_opened(make, tmp_path):
+    """Law 18: a hostile pickle beside the weights is neither run nor copied."""
+    import pickle
+
+    base, vocab = make(5)
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    (base / "training_args.bin").write_bytes(pickle.dumps(Evil()))
+    graft(base, vocab, output=tmp_path / "model")
+    assert not (tmp_path / "owned").exists()
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
+# -- law 17
+
+
+def large(base: Path, tokens: int, gigabytes: float) -> Path:
+    """Give `base` weights that take a while to copy: zeros, which take no room here."""
+    width = 64
+    rest = int(gigabytes * 1e9) // 2 // width
+    tensors = [
+        ("model.embed_tokens.weight", "BF16", (tokens, width)),
+        ("model.layers.0.mlp.up_proj.weight", "BF16", (rest, width)),
+    ]
+    head = header_bytes(tensors, {"format": "pt"})
+    (base / SINGLE).write_bytes(head)
+    os.truncate(base / SINGLE, len(head) + 2 * width * (tokens + rest))
+    config = {"model_type": "llama", "vocab_size": tokens, "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def kill_during(base: Path, vocab: Path, out: Path, after: float) -> bool:
+    """Start graft, kill it `after` seconds from when its partial folder appears."""
+    code = "import sys; from lexigraft.steps.graft import graft; "
+    code += "graft(sys.argv[1], sys.argv[2], output=sys.argv[3])"
+    with subprocess.Popen([sys.executable, "-c", code, base, vocab, out]) as child:
+        while child.poll() is None and not list(out.parent.glob(f"{out.name}.partial-*")):
+            time.sleep(0.002)
+        time.sleep(after)
+        child.send_signal(signal.SIGKILL)
+    return child.returncode == -signal.SIGKILL
+
+
+def assert_killed_cleanly(base, vocab, out, after):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in base.iterdir()}
+    names = {path.name: sha256_file(path) for path in base.iterdir() if path.name != SINGLE}
+    was_killed = kill_during(base, vocab, out, after)
+    assert out.exists() != was_killed
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in base.iterdir()}
+    assert names == {p.name: sha256_file(p) for p in base.iterdir() if p.name != SINGLE}
+    return was_killed
+
+
+def test_a_disk_that_is_too_small_is_foreseen(make, tmp_path):
+    base, vocab = make(5)
+    try:
+        large(base, TokenMap.read(base).tokens, 2 * shutil.disk_usage(tmp_path).free / 1e9)
+    except OSError:
+        pytest.skip("this file system holds no sparse file larger than itself")
+    out = tmp_path / "out" / "model"
+    out.parent.mkdir()
+    with pytest.raises(LexigraftError, match="GB free"):
+        graft(base, vocab, output=out)
+    assert not list(out.parent.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_kill_in_the_middle_leaves_no_output(make, tmp_path):
+    base, vocab = make(5)
+    large(base, TokenMap.read(base).tokens, 1.0)
+    out = tmp_path / "out" / "model"
+    out.parent.mkdir()
+    assert assert_killed_cleanly(base, vocab, out, 0.05)
+    assert list(out.parent.glob("model.partial-*"))
+    large(base, TokenMap.read(base).tokens, 0.001)
+    graft(base, vocab, output=out)
+    assert [path.name for path in out.parent.iterdir()] == ["model"]  # the dead partial is gone
+
+
+@pytest.mark.matrix
+def test_kill_at_many_moments(make, tmp_path):
+    base, vocab = make(5)
+    large(base, TokenMap.read(base).tokens, 0.4)
+    killed = 0
+    for number in range(20):
+        out = tmp_path / "out" / f"model{number}"
+        out.parent.mkdir(exist_ok=True)
+        killed += assert_killed_cleanly(base, vocab, out, number * 0.02)
+        shutil.rmtree(out.parent)
+    assert killed >= 5
+
+
+# -- targets
+
+
+def test_peak_memory_does_not_grow_with_the_model(make, tmp_path):
+    base, vocab = make(5)
+    code = (
+        "import resource, sys; from lexigraft.steps.graft import graft; "
+        "graft(sys.argv[1], sys.argv[2], output=sys.argv[3], force=True); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for gigabytes in (0.01, 0.5):
+        large(base, TokenMap.read(base).tokens, gigabytes)
+        command = [sys.executable, "-c", code, base, vocab, tmp_path / "model"]
+        # A shell between us and the child: Linux hands a parent's peak down to its children.
+        done = subprocess.run(
+            ["sh", "-c", '"$@"', "sh", *map(str, command)], capture_output=True, check=True
+        )
+        peaks.append(int(done.stdout) / (2**20 if sys.platform == "darwin" else 2**10))
+    assert peaks[1] < peaks[0] + 20
+    assert peaks[1] < 250
