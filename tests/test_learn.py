@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import parts
 from lexigraft import families, learn
@@ -436,3 +438,33 @@ def test_real_tokenizers_keep_the_laws(name, tmp_path):
         for line in (text[:20_000] + english[:20_000]).splitlines():
             if before.encode(line, add_special_tokens=False) == base.encode(line):
                 assert after.encode(line, add_special_tokens=False) == extended.encode(line)
+
+
+# --- any corpus ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: make_base(kind, root / kind) for kind in ("byte", "sp-both")}
+
+
+ALPHABET = st.sampled_from(["ab", "cardi", "itis", "冠状", "动脉", "潜", "伏", "𠮷", "о", "т", "ع", "e\u0301",
+                            " ", "  ", "\n", "7", "é", "-", "，", "🙂", "<|endoftext|>", "<s>", "\u2581"])  # fmt: skip
+TEXTS = st.lists(ALPHABET, min_size=1, max_size=40).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["byte", "sp-both"])
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(corpus=st.lists(TEXTS, min_size=1, max_size=12), unseen=st.lists(TEXTS, max_size=12))
+def test_any_corpus_gives_a_lawful_tokenizer(kind, bases, tmp_path_factory, corpus, unseen):
+    folder = tmp_path_factory.mktemp("any")
+    lines = (json.dumps({"text": text}) for text in [*corpus * 3, "plain words"])
+    (folder / "c.jsonl").write_text("\n".join(lines))
+    result = learn(bases[kind], corpus=[folder / "c.jsonl"], tokens=20, min_count=2,
+                   output=folder / "v")  # fmt: skip
+    base, extended = families.load(bases[kind]), families.load(folder / "v")
+    assert prove(base, extended, [*corpus, *unseen]).drift == 0
+    for text in unseen:
+        assert len(extended.encode(text)) <= len(base.encode(text))
+    assert result.bridges <= 0.05 * result.added
