@@ -1,4 +1,4 @@
-"""What an extension does to texts: lengths, how often each new token comes out, the size curve."""
+"""What an extension does to texts: how often each new token comes out, and the size curve."""
 
 from __future__ import annotations
 
@@ -6,54 +6,29 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from lexigraft.families import Family
 from lexigraft.families.choice import Choice
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.proof import Proof
 
 _BATCH = 512
 _CURVE_POINTS = 10
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of one text under both tokenizers, and its UTF-8 bytes."""
-
-    tokens_before: int
-    tokens_after: int
-    bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """Tokens after per token before."""
-        return self.tokens_after / max(1, self.tokens_before)
-
-    def to_json(self) -> dict[str, int]:
-        """Plain data."""
-        return {
-            "tokens_before": self.tokens_before,
-            "tokens_after": self.tokens_after,
-            "bytes": self.bytes,
-        }
-
-
-def lengths(base: Family, extended: Family, texts: Sequence[str]) -> Lengths:
-    """Tokens of `texts` under both tokenizers."""
-    before = sum(map(len, base.encode_batch(texts)))
-    after = sum(map(len, extended.encode_batch(texts)))
-    return Lengths(before, after, sum(len(text.encode()) for text in texts))
-
-
-def emissions(extended: Family, first_id: int, documents: Iterable[str]) -> Counter[str]:
-    """New token -> how often it comes out of `documents`, by the engine itself."""
+def emissions(
+    extended: Family, first_id: int, documents: Iterable[str]
+) -> tuple[Counter[str], int]:
+    """New token -> how often it comes out of `documents`, by the engine itself; and all tokens."""
     counts: Counter[int] = Counter()
+    total = 0
     stream = iter(documents)
     while batch := list(islice(stream, _BATCH)):
         for ids in extended.encode_batch(batch):
+            total += len(ids)
             counts.update(token_id for token_id in ids if token_id >= first_id)
-    return Counter({extended.map.texts[token_id]: n for token_id, n in counts.items()})
+    return Counter({extended.map.texts[token_id]: n for token_id, n in counts.items()}), total
 
 
 def curve(base: Family, merges: Sequence[Merge], texts: Sequence[str]) -> list[tuple[int, float]]:
@@ -78,19 +53,29 @@ def curve(base: Family, merges: Sequence[Merge], texts: Sequence[str]) -> list[t
 
 
 def new_tokens(
-    base: Family, extended: Family, choice: Choice, counts: Mapping[str, int], general: list[str]
+    base: Family,
+    extended: Family,
+    choice: Choice,
+    *,
+    counts: Mapping[str, int],
+    domain_tokens: int,
+    general: Proof | None,
 ) -> Iterator[str]:
-    """The lines of `new_tokens.jsonl`, in the order of the ids."""
-    elsewhere = emissions(extended, base.map.tokens, general)
-    total = sum(counts.values())
-    total_elsewhere = sum(map(len, extended.encode_batch(general)))
+    """The lines of `new_tokens.jsonl`, in the order of the ids.
+
+    Args:
+        counts: new token -> occurrences in the learning text, of `domain_tokens` tokens.
+        general: what was read of the general text, where there is any.
+    """
     for merge in choice.merges:
         token_id = extended.map.ids[merge.token]
         data = extended.token_bytes(token_id)
         pieces = base.pieces(merge.token)
         count = counts[merge.token]
         specificity = (
-            log_odds(count, total, elsewhere[merge.token], total_elsewhere) if general else None
+            log_odds(count, domain_tokens, general.emitted[token_id], general.lengths.tokens_after)
+            if general
+            else None
         )
         row = {
             "id": token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,20 +25,65 @@ HARD_TEXTS = (
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Tokens of one text under both tokenizers, and its UTF-8 bytes."""
+
+    tokens_before: int
+    tokens_after: int
+    bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Tokens after per token before."""
+        return self.tokens_after / max(1, self.tokens_before)
+
+    def plus(self, other: Lengths) -> Lengths:
+        """Both texts as one."""
+        return Lengths(
+            self.tokens_before + other.tokens_before,
+            self.tokens_after + other.tokens_after,
+            self.bytes + other.bytes,
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """Plain data."""
+        return {
+            "tokens_before": self.tokens_before,
+            "tokens_after": self.tokens_after,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True)
 class Proof:
-    """What was proved.
+    """What was proved and counted.
 
     Attributes:
         texts: how many texts were compared.
         drift: texts whose ids differ although no new token is used in them (always 0 here).
         engines: names of the engines compared with each other.
         base_differences: texts on which the base's own engines differ.
+        lengths: all texts together, by the first engine.
+        emitted: new id -> how often it came out.
     """
 
     texts: int
     drift: int
     engines: tuple[str, ...]
     base_differences: int
+    lengths: Lengths
+    emitted: Counter[int]
+
+    def plus(self, other: Proof) -> Proof:
+        """Both proofs as one."""
+        return Proof(
+            self.texts + other.texts,
+            self.drift + other.drift,
+            self.engines,
+            self.base_differences + other.base_differences,
+            self.lengths.plus(other.lengths),
+            self.emitted + other.emitted,
+        )
 
 
 def contexts(tokens: Iterable[str]) -> Iterator[str]:
@@ -64,7 +110,8 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
         for token_id, text in extended.map.texts.items()
         if token_id >= first_id
     }
-    count = drift = differences = 0
+    count = drift = differences = size = length_before = length_after = 0
+    emitted: Counter[int] = Counter()
     readers = list(base.engines().items())
     new_readers = extended.engines()
     stream = iter(texts)
@@ -73,6 +120,10 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
         after = [new_readers[name](batch) for name, _ in readers]
         for place, text in enumerate(batch):
             count += 1
+            size += len(text.encode())
+            length_before += len(before[0][place])
+            length_after += len(after[0][place])
+            emitted.update(token_id for token_id in after[0][place] if token_id >= first_id)
             for old, new in zip(before, after, strict=True):
                 _prove_coarser(text, old[place], new[place], expansion)
                 drift += old[place] != new[place] and max(new[place]) < first_id
@@ -82,7 +133,8 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
             else:
                 differences += 1
             _prove_decoding(base, extended, text, before[0][place], after[0][place])
-    return Proof(count, drift, tuple(name for name, _ in readers), differences)
+    lengths = Lengths(length_before, length_after, size)
+    return Proof(count, drift, tuple(name for name, _ in readers), differences, lengths, emitted)
 
 
 def _prove_ids(base: Family, extended: Family) -> None:

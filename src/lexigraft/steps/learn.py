@@ -19,8 +19,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, measure
 from lexigraft.families.choice import Choice, choose
 from lexigraft.families.continued_bpe import Unit
-from lexigraft.families.measure import Lengths
-from lexigraft.families.proof import HARD_TEXTS, Proof, contexts, prove
+from lexigraft.families.proof import HARD_TEXTS, Lengths, Proof, contexts, prove
 from lexigraft.files import publish, refuse_existing
 from lexigraft.hub import local_folder
 from lexigraft.manifest import BaseTokenizer, LearnRecord, Manifest, Probe, TextSource, versions
@@ -160,14 +159,19 @@ def learn(
         family.extend(choice.merges, partial)
         extended = families.load(partial)
         samples = Samples.take(text.held_out, corpus, general)
-        proof = prove(family, extended, _proof_texts(extended, choice, samples))
-        counts = measure.emissions(
+        hard = prove(family, extended, _hard_texts(extended, choice))
+        domain_proof = prove(family, extended, samples.domain)
+        general_proof = prove(family, extended, samples.general) if general else None
+        proof = hard.plus(domain_proof).plus(general_proof or _NOTHING_READ)
+        counts, total = measure.emissions(
             extended, family.map.tokens, filter(text.learned_from, read_documents(corpus))
         )
         _require_reachable(choice, extended, counts)
         record = _record(family, extended, settings, corpus, general)
         (Manifest.read(family.folder) or Manifest()).plus(record).write(partial)
-        rows = measure.new_tokens(family, extended, choice, counts, samples.general)
+        rows = measure.new_tokens(
+            family, extended, choice, counts=counts, domain_tokens=total, general=general_proof
+        )
         (partial / NEW_TOKENS).write_text("".join(f"{row}\n" for row in rows), "utf-8")
         return LearnResult(
             output=output,
@@ -176,9 +180,9 @@ def learn(
             tokens_after=extended.map.tokens,
             first_id=family.map.tokens,
             min_count=least,
-            domain=measure.lengths(family, extended, samples.domain),
+            domain=domain_proof.lengths,
             domain_is_held_out=bool(text.held_out),
-            general=measure.lengths(family, extended, samples.general) if general else None,
+            general=general_proof.lengths if general_proof else None,
             drift=proof.drift,
             dead=sum(not counts[merge.token] for merge in choice.merges),
             bridges=len(choice.bridges),
@@ -325,10 +329,12 @@ def _say_if_short(tokens: int | str, limit: int, least: int, choice: Choice) -> 
         )
 
 
-def _proof_texts(extended: Family, choice: Choice, samples: Samples) -> Iterator[str]:
+_NOTHING_READ = Proof(0, 0, (), 0, Lengths(0, 0, 0), Counter())
+
+
+def _hard_texts(extended: Family, choice: Choice) -> Iterator[str]:
     words = (extended.token_bytes(extended.map.ids[merge.token]) for merge in choice.merges)
-    texts = (word.decode("utf-8", "replace") for word in words)
-    return chain(HARD_TEXTS, contexts(texts), samples.domain, samples.general)
+    return chain(HARD_TEXTS, contexts(word.decode("utf-8", "replace") for word in words))
 
 
 def _require_reachable(choice: Choice, extended: Family, counts: Mapping[str, int]) -> None:
