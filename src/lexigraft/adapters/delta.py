@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import LowRank
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError
 
-# Of the float32 change; a 5,632 x 2,048 matrix fits. Two writers hold two blocks and two weights.
-BLOCK_BYTES = 64 * 2**20
+# Of the float32 change. Each writer holds one, the weights of the same rows, and A and B.
+BLOCK_BYTES = 8 * 2**20
 # Matrix kernels sum the last rows, where fewer than a tile is left, in another order. Blocks of
 # whole tiles give the bits of the whole product on every shape that we tried.
 TILE_ROWS = 64
@@ -49,10 +50,11 @@ def merged_blocks(
         stop = min(start + step, weight.rows)
         change = whole[start:stop] if transposed else left[start:stop] @ right
         block = to_torch(read_rows(weight, start, stop), weight.dtype)
-        block += change * scaling
-        if not bool(torch.isfinite(block).all()):
+        block += change.mul(scaling) if transposed else change.mul_(scaling)
+        merged = to_numpy(block, weight.dtype)
+        if not all_finite(merged, weight.dtype):
             raise not_finite(weight.name, low_rank.a.path)
-        yield to_numpy(block, weight.dtype)
+        yield merged
 
 
 def not_finite(name: str, path: Any) -> LexigraftError:

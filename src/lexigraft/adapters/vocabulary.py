@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lexigraft.adapters.finite import all_finite
 from lexigraft.checkpoints.growth import Growth, block_rows
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
@@ -133,7 +134,7 @@ class VocabularyRows:
         with np.errstate(over="ignore"):  # found below, with the name of the file
             rows = np.array(span.read(start, stop), dtype=dtype)
             self._lay_single_rows(rows, start, stop)
-        if span.copied is None and not np.isfinite(rows.astype(np.float32)).all():
+        if span.copied is None and not all_finite(rows, self.base.dtype):
             raise LexigraftError(
                 f"{self.name}: rows {_ids(start, stop)} are not finite after the merge",
                 needed=f"finite numbers within the range of {self.base.dtype}",
@@ -154,7 +155,7 @@ class VocabularyRows:
         # Values are read in runs, so that neighbours cost one read.
         for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
             values = read_rows(self.change.values, int(run[0]), int(run[-1]) + 1)
-            if not np.isfinite(values.astype(np.float32)).all():
+            if not all_finite(values, self.change.values.dtype):
                 raise LexigraftError(
                     f"{self.change.values.name} holds numbers that are not finite",
                     needed="finite rows",
