@@ -138,6 +138,10 @@ def test_token_ids_keep_the_order_of_the_stored_rows(tmp_path):
     "values",
     [
         {"r": "eight"},
+        {"r": 2.5},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": float("inf")},
         {"rank_pattern": {"(": 4}},
         {"rank_pattern": [4]},
         {"alpha_pattern": {"q_proj": None}},

@@ -717,3 +717,104 @@ def test_an_existing_output_and_an_input_as_output_are_errors(tmp_path):
     assert Checkpoint.open(tmp_path / "merged")
     with pytest.raises(LexigraftError, match="input"):
         merge(scene.base, scene.adapter, output=scene.base, force=True)
+
+
+def test_the_proof_tells_a_wrong_result(tmp_path):
+    from lexigraft.models.proof import compare_merged
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    numbers = {
+        "base_tokens": TOKENS,
+        "tokens": TOKENS + ADDED,
+        "adapter_rows": TOKENS + ADDED,
+        "dtype": "F32",
+    }
+    right = compare_merged(scene.base, scene.adapter, tmp_path / "merged", **numbers)
+    wrong = compare_merged(scene.base, scene.adapter, scene.grafted, **numbers)
+    assert right.difference < right.limit < wrong.difference
+
+
+STRANGE = [None, True, -1, 2**70, "", "\x1b[31m", [], [[]], {}, {"a": {}}, 1e308, "x" * 1000]
+
+
+def mutate(rng, data):
+    """One value of nested JSON replaced, removed, or put under a strange key."""
+    place = data
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not keys:
+            return
+        key = rng.choice(keys)
+        if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.7:
+            place = place[key]
+            continue
+        kind = rng.random()
+        if kind < 0.7:
+            place[key] = rng.choice(STRANGE)
+        elif kind < 0.85:
+            del place[key]
+        elif isinstance(place, dict):
+            place[rng.choice(["use_dora", "zz", "r"])] = rng.choice(STRANGE)
+        return
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_config.json",
+        "config.json",
+        "tokenizer.json",
+        "lexigraft.json",
+        "tokenizer_config.json",
+    ],
+)
+def test_mutated_json_is_merged_or_named(tmp_path, name):
+    import random
+
+    from lexigraft import graft
+
+    scene = adapter_parts.scene(tmp_path, "rows-both", tied=True)
+    graft(scene.base, scene.grafted, output=tmp_path / "model", pad_to=1)
+    shutil.copyfile(tmp_path / "model/lexigraft.json", scene.adapter / "lexigraft.json")
+    path = (scene.base if name == "config.json" else scene.adapter) / name
+    plain, rng = json.loads(path.read_text()), random.Random(name)
+    outcomes = set()
+    for _ in range(150):
+        data = json.loads(json.dumps(plain))
+        mutate(rng, data)
+        path.write_text(json.dumps(data))
+        try:
+            merge(scene.base, scene.adapter, output=tmp_path / "out", force=True)
+            outcomes.add("merged")
+        except LexigraftError:
+            outcomes.add("named")
+    assert "merged" in outcomes
+    if name != "tokenizer_config.json":  # of which hardly any key matters here
+        assert "named" in outcomes
+    assert not list(tmp_path.glob("out.partial-*"))
+
+
+@pytest.mark.matrix
+def test_mutated_headers_are_merged_or_named(tmp_path):
+    import random
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    path = scene.adapter / "adapter_model.safetensors"
+    plain, rng = path.read_bytes(), random.Random(3)
+    end = 8 + int.from_bytes(plain[:8], "little")
+    for _ in range(300):
+        data = bytearray(plain)
+        for _ in range(rng.choice([1, 1, 4])):
+            data[rng.randrange(end)] = rng.choice(
+                [0, 255, 0x22, 0x30 + rng.randrange(10), rng.randrange(256)]
+            )
+        path.write_bytes(
+            bytes(data[: rng.choice([len(data), len(data), rng.randrange(len(data))])])
+        )
+        try:
+            merge(scene.base, scene.adapter, output=tmp_path / "out", force=True)
+        except LexigraftError as fault:
+            assert fault.fix
+    assert not list(tmp_path.glob("out.partial-*"))

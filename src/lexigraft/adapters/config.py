@@ -121,7 +121,7 @@ class AdapterConfig:
         _refuse_inits(path, data)
         try:
             return _read(path, data)
-        except (TypeError, ValueError, AttributeError) as fault:
+        except (TypeError, ValueError, AttributeError, OverflowError) as fault:
             raise _damaged(path, str(fault)) from None
 
     def names_saved_module(self, module: str) -> bool:
@@ -216,8 +216,8 @@ def _read(path: Path, data: dict[str, Any]) -> AdapterConfig:
     is_lora = data["peft_type"] == "LORA"
     return AdapterConfig(
         path=path,
-        rank=int(data["r"]) if is_lora and data.get("r") is not None else None,
-        alpha=float(data.get("lora_alpha") or 0.0) if is_lora else 0.0,
+        rank=_number("r", data.get("r"), int) if is_lora else None,
+        alpha=_number("lora_alpha", data.get("lora_alpha"), float) if is_lora else 0.0,
         rank_pattern=_pattern(data, "rank_pattern", int),
         alpha_pattern=_pattern(data, "alpha_pattern", float),
         rs_lora=bool(data.get("use_rslora")),
@@ -232,8 +232,15 @@ def _names(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(map(str, value))
 
 
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or kind(value) != value:
+        raise ValueError(f"{name} is {value!r}")
+    return kind(value)
+
+
 def _pattern(data: dict[str, Any], name: str, kind: type[int] | type[float]) -> dict[str, Any]:
-    values = {str(key): kind(value) for key, value in (data.get(name) or {}).items()}
+    values = {key: _number(name, value, kind) for key, value in (data.get(name) or {}).items()}
     try:
         for pattern in values:
             re.compile(rf"(.*\.)?({pattern})$")
