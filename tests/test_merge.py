@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -299,12 +300,13 @@ def test_a_plain_embedding_alone_stands_for_a_tied_head_too(tmp_path):
     assert result.difference < 1e-4
 
 
-def test_rows_of_a_tied_head_alone_untie_it(tmp_path):
+def test_rows_of_a_tied_head_alone_untie_it(tmp_path, capsys):
     """PEFT's own merge writes them into the shared matrix; the trained model did not."""
     scene = adapter_parts.scene(tmp_path, "saved-head", tied=True)
     result = merge(scene.base, scene.adapter, output=tmp_path / "merged")
     ours, trained = weights(tmp_path / "merged"), weights(scene.adapter)
     assert not result.tied
+    assert "tie_word_embeddings becomes false" in capsys.readouterr().err
     saved = trained["base_model.model.lm_head.modules_to_save.weight"]
     assert torch.equal(ours["lm_head.weight"], saved)
     assert not torch.equal(ours["model.embed_tokens.weight"], saved)
@@ -557,15 +559,28 @@ def test_the_result_says_where_each_row_comes_from(tmp_path):
     assert f"{TOKENS}-{TOKENS + ADDED - 1} the adapter's" in line
 
 
-def test_two_runs_give_the_same_bytes_whatever_the_thread_count(tmp_path):
+def test_the_bytes_depend_on_no_thread_count_and_no_hash_seed(tmp_path):
     scene = adapter_parts.scene(tmp_path, "saved-both", tied=False, shards=True)
-    merge(scene.base, scene.adapter, output=tmp_path / "one")
-    torch.set_num_threads(2)
-    try:
-        merge(scene.base, scene.adapter, output=tmp_path / "two")
-    finally:
-        torch.set_num_threads(1)
-    assert folder_hash(tmp_path / "one") == folder_hash(tmp_path / "two")
+    hashes = set()
+    for seed, threads in (("1", "1"), ("2", "2")):
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "lexigraft",
+                "merge",
+                scene.base,
+                scene.adapter,
+                "-o",
+                tmp_path / seed,
+                "-q",
+            ],
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads},
+            check=True,
+            timeout=120,
+        )
+        hashes.add(folder_hash(tmp_path / seed))
+    assert len(hashes) == 1
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_torch(tmp_path):
@@ -715,8 +730,9 @@ def test_an_existing_output_and_an_input_as_output_are_errors(tmp_path):
         merge(scene.base, scene.adapter, output=tmp_path / "merged")
     merge(scene.base, scene.adapter, output=tmp_path / "merged", force=True)
     assert Checkpoint.open(tmp_path / "merged")
-    with pytest.raises(LexigraftError, match="input"):
-        merge(scene.base, scene.adapter, output=scene.base, force=True)
+    for output in (scene.base, scene.adapter, tmp_path, scene.base / "merged"):
+        with pytest.raises(LexigraftError, match="input"):
+            merge(scene.base, scene.adapter, output=output, force=True)
 
 
 def test_the_proof_tells_a_wrong_result(tmp_path):

@@ -181,7 +181,7 @@ def _replacements(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, T
     only beside the trained copy.
     """
     saved, plain = _by_target(keys, tensors, "saved"), _by_target(keys, tensors, "full")
-    for target in saved.keys() & plain.keys():
+    for target in sorted(saved.keys() & plain.keys()):
         _require_agreement(target, saved[target], plain[target])
     found = plain | saved
     for target, tensor in _by_target(keys, tensors, "original").items():

@@ -185,10 +185,10 @@ def _vocabulary_changes(
                 needed="equal copies: which of them was trained cannot be known",
                 fix="save the adapter again with model.save_pretrained",
             )
-    for name in rows.keys() - vocabulary:
+    for name in sorted(rows.keys() - vocabulary):
         raise refusal(adapter.weights, f"trained rows of {name}, which is no vocabulary tensor")
     changes = {}
-    for name in vocabulary & (full.keys() | rows.keys()):
+    for name in sorted(vocabulary & (full.keys() | rows.keys())):
         change = Change(full.get(name, copies.get(name)))
         if name in rows:
             ids = adapter.config.ids_of(modules[name]) or _shared_ids(adapter)

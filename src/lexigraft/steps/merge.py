@@ -87,7 +87,7 @@ class MergeResult:
         """What a person reads."""
         plan = [
             f"{entry['tensor']}: {entry['old_shape']} -> {entry['shape']}, "
-            f"{entry['bytes_copied']:,} bytes copied, {entry['bytes_written']:,} computed"
+            f"{entry['bytes_copied']:,} of {entry['bytes_written']:,} bytes copied"
             for entry in self.plan or ()
         ]
         tie = "tied" if self.tied else "with a head of its own"
@@ -170,10 +170,11 @@ def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
 
 
 def _keep_inputs(output: Path, inputs: Sequence[Path]) -> None:
-    for folder in inputs:
-        if output.resolve() == folder.resolve():
+    target = output.resolve()
+    for folder in map(Path.resolve, inputs):
+        if target == folder or target in folder.parents or folder in target.parents:
             raise LexigraftError(
-                f"-o {output} is an input of this merge",
+                f"-o {output} is, holds or lies in the input {folder}",
                 needed="another folder: inputs are never modified",
                 fix="choose another -o",
             )
@@ -246,6 +247,11 @@ def _write_configs(job: _Job, folder: Path) -> None:
     for key, token_id in ids.items():
         note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
     untied = False if states_tied(job.checkpoint) and not expansion.tied else None
+    if untied is False:
+        note(
+            f"head and embedding differ now: {job.vocabulary.head_name} is written, and "
+            "tie_word_embeddings becomes false"
+        )
     config = edit_config(
         job.checkpoint.config, job.vocabulary, rows=expansion.growth.rows, tied=untied
     )
