@@ -499,6 +499,19 @@ def test_an_unchanged_token_map_keeps_the_base_s_sentencepiece_file(tmp_path):
     ).read_bytes()
 
 
+def test_a_bare_vocabulary_gets_the_settings_of_the_base(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    (scene.adapter / "tokenizer_config.json").unlink()
+    (scene.base / "chat_template.jinja").write_text("{{ messages }}")
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    for name, source in (
+        ("tokenizer.json", scene.adapter),
+        ("tokenizer_config.json", scene.base),
+        ("chat_template.jinja", scene.base),
+    ):
+        assert (tmp_path / "merged" / name).read_bytes() == (source / name).read_bytes()
+
+
 def test_side_files_travel_and_config_changes_key_by_key(tmp_path):
     scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
     config = json.loads((scene.base / "config.json").read_text())

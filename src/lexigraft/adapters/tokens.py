@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lexigraft.checkpoints.side_files import place_tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import (
@@ -81,19 +82,21 @@ class TokenizerChoice:
         """True when it has tokens that the base's lacks."""
         return self.map.tokens > self.base.tokens
 
-    def copy(self, target: Path) -> list[str]:
-        """Write its full set of files into `target`; returns their names.
+    def copy(self, base: Path, target: Path) -> None:
+        """Write its full set of files into `target`, byte for byte.
 
         A vocabulary file that `folder` lacks (PEFT's trainers save no tokenizer.model) comes
-        from another folder with the same token map; the base's stale copy is never left.
+        from another folder with the same token map; the base's stale copy is never left. A
+        folder with a bare vocabulary gets the settings and chat template of the base.
         """
-        names = copy_tokenizer(self.folder, target)
+        if (self.folder / "tokenizer_config.json").is_file():
+            copy_tokenizer(self.folder, target)
+        else:
+            place_tokenizer(base, self.folder, target)
         for spare in self.spare:
             for name in _VOCABULARY_FILES:
                 if (spare / name).is_file() and not (target / name).exists():
                     shutil.copyfile(spare / name, target / name)
-                    names.append(name)
-        return names
 
     def missing(self, base: Path) -> list[str]:
         """Vocabulary files of `base` for which no grown copy is at hand."""

@@ -231,7 +231,7 @@ def _write(job: _Job, folder: Path) -> None:
     for name in copy_side_files(job.checkpoint, folder):
         note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
     _write_configs(job, folder)
-    job.tokenizer.copy(folder)
+    job.tokenizer.copy(job.checkpoint.folder, folder)
     for name in job.tokenizer.missing(job.checkpoint.folder):
         note(
             f"{name} is not written: no copy with the new tokens is at hand, and the base's is "
