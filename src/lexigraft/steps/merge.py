@@ -54,6 +54,7 @@ class MergeResult:
         sources: a line per vocabulary tensor: where each of its rows comes from.
         plan: with `dry_run`, every tensor with its old and new shape and bytes.
         difference: with `prove`, the largest difference of a logit to the unmerged model's.
+        limit: what of it rounding to the stored type explains; more is a fault.
     """
 
     output: Path
@@ -65,6 +66,7 @@ class MergeResult:
     sources: tuple[str, ...]
     plan: list[dict[str, Any]] | None = None
     difference: float | None = None
+    limit: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The machine-readable result."""
@@ -93,7 +95,10 @@ class MergeResult:
         tie = "tied" if self.tied else "with a head of its own"
         done = "would write" if self.plan is not None else "wrote"
         proof = (
-            [f"logits equal the unmerged model's within {self.difference:.1e}"]
+            [
+                f"largest difference of a logit to base + adapter, unmerged: {self.difference:.1e} "
+                f"(rounding explains {self.limit:.1e})"
+            ]
             if self.difference is not None
             else []
         )
@@ -154,8 +159,8 @@ def merge(
         return _result(job, target, plan=job.plan.to_json())
     with publish(target, force=force) as partial_folder:
         _write(job, partial_folder)
-        difference = _prove(job, partial_folder) if prove else None
-    return _result(job, target, difference=difference)
+        proof = _prove(job, partial_folder) if prove else {}
+    return _result(job, target, **proof)
 
 
 def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
@@ -303,8 +308,8 @@ def _require_consistent(job: _Job, folder: Path) -> None:
         )
 
 
-def _prove(job: _Job, folder: Path) -> float:
-    """The largest difference between a logit of the result and of base + adapter.
+def _prove(job: _Job, folder: Path) -> dict[str, float]:
+    """The largest difference between a logit of the result and of base + adapter, and its limit.
 
     Raises:
         LexigraftError: more than rounding explains.
@@ -326,7 +331,7 @@ def _prove(job: _Job, folder: Path) -> float:
             needed=f"at most {found.limit:.3g}",
             fix="check that BASE is the model that this adapter was trained on",
         )
-    return found.difference
+    return {"difference": found.difference, "limit": found.limit}
 
 
 def _result(job: _Job, output: Path, **found: Any) -> MergeResult:
