@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import parts
 from lexigraft import LexigraftError, families
+from lexigraft.hub import local_folder
 from lexigraft.models.adapter_files import (
     lora_config,
     read_adapter,
@@ -19,7 +20,7 @@ from lexigraft.models.adapter_files import (
     write_adapter,
 )
 from lexigraft.models.bits import score, windows
-from lexigraft.models.load import load_model, quiet_transformers, resolve, start_and_end
+from lexigraft.models.load import load_model, quiet_transformers, start_and_end
 from lexigraft.models.new_rows import grow
 from lexigraft.models.packing import IGNORED, collate, pack
 from lexigraft.models.reading import encoded, reading, shuffled
@@ -248,7 +249,7 @@ def test_reading_an_adapter_back_restores_every_value(tmp_path):
 
 def test_what_cannot_be_loaded_is_said_in_one_message(tmp_path, base):
     with pytest.raises(LexigraftError) as fault:
-        resolve(tmp_path / "absent")
+        local_folder(tmp_path / "absent")
     assert "no folder" in fault.value.found
     with pytest.raises(LexigraftError) as fault:
         load_model(parts.write_byte_level(tmp_path / "tokenizer"))

@@ -13,19 +13,20 @@ from lexigraft.errors import LexigraftError
 
 __version__ = "0.1.0"
 
-_VERBS = {
-    "learn": "lexigraft.steps.learn",
-    "graft": "lexigraft.steps.graft",
-    "train": "lexigraft.steps.train",
-    "merge": "lexigraft.steps.merge",
-    "check": "lexigraft.steps.check",
-    "evaluate": "lexigraft.steps.evaluate",
-    "report": "lexigraft.report",
-    "run": "lexigraft.pipeline",
-    "demo": "lexigraft.pipeline",
-}
+__all__ = [
+    "LexigraftError",
+    "check",
+    "demo",
+    "evaluate",
+    "graft",
+    "learn",
+    "merge",
+    "report",
+    "run",
+    "train",
+]
 
-__all__ = ["LexigraftError", "__version__", *_VERBS]
+_HOMES = {"report": "lexigraft.report", "run": "lexigraft.pipeline", "demo": "lexigraft.pipeline"}
 
 if TYPE_CHECKING:
     from lexigraft.pipeline import demo, run
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return getattr(importlib.import_module(_VERBS[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module(_HOMES.get(name, f"lexigraft.steps.{name}")), name)
     raise AttributeError(f"module 'lexigraft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
@@ -130,7 +129,7 @@ def _read_file(path: Path) -> Iterator[str]:
         ) from None
 
 
-def _text_lines(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _text_lines(path: Path, stream: Iterable[bytes]) -> Iterator[str]:
     """Decoded lines without their ends; says once per file what was cleaned."""
     returns = 0
     for number, raw in enumerate(stream, 1):

@@ -8,34 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import read_json, require_folder
+from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
 
 if TYPE_CHECKING:
     from lexigraft.families import Family
-
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.jsonl")
-
-
-def resolve(model: str | Path) -> Path:
-    """The folder of a model: `model` itself, or the local snapshot of a hub id.
-
-    Raises:
-        LexigraftError: neither a folder nor an id that the hub (or its cache) knows.
-    """
-    path = Path(model)
-    if path.is_dir() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        return require_folder(path, "a model (config.json, safetensors, tokenizer)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=list(_WANTED)))
-    except (OSError, ValueError) as fault:  # the hub client's errors derive from these
-        raise LexigraftError(
-            f"no folder {model}, and no such model on the hub ({type(fault).__name__})",
-            needed="a model folder or a hub id like owner/name",
-            fix=f"check the name, or download it first: hf download {model}",
-        ) from None
 
 
 @contextlib.contextmanager

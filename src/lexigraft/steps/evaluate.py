@@ -15,8 +15,9 @@ from lexigraft.console import progress
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
+from lexigraft.hub import local_folder
 from lexigraft.models.bits import Score, score, windows
-from lexigraft.models.load import context_limit, load_model, new_ids, resolve, start_and_end
+from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
 
 _SMALLEST_WINDOW = 64
 _WARM_UP = 3  # decoding steps that are not timed
@@ -118,7 +119,7 @@ def evaluate(
         raise LexigraftError(
             "no model", needed="one or more", fix="lexigraft eval MODEL --corpus F"
         )
-    folders = [resolve(model) for model in models]
+    folders = [local_folder(model) for model in models]
     readers = [families.load(folder) for folder in folders]
     domain = _documents(corpus, held_out_only, max_bytes)
     apart = _documents(general, held_out_only, max_bytes) if general else []

@@ -33,6 +33,7 @@ from lexigraft.embeddings import Array, Pieces, resolve, spell, starter
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.files import publish, read_json, refuse_existing, require_folder, write_json
+from lexigraft.hub import local_folder
 from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
 
 
@@ -142,7 +143,7 @@ def graft(
         RefusalError: weights, tokenizer or model of a kind that is not supported.
     """
     start = time.perf_counter()
-    base, vocab, output = Path(base), Path(vocab), Path(output)
+    base, vocab, output = local_folder(base), local_folder(vocab), Path(output)
     if not dry_run:
         refuse_existing(output, force=force)
         _refuse_overwriting(output, {"BASE": base, "VOCAB": vocab})

@@ -23,8 +23,9 @@ from lexigraft.files import (
     sha256_bytes,
     write_json,
 )
+from lexigraft.hub import local_folder
 from lexigraft.manifest import Manifest, TrainRecord, versions
-from lexigraft.models.load import context_limit, load_model, resolve
+from lexigraft.models.load import context_limit, load_model
 from lexigraft.models.preparation import (
     Job,
     Settings,
@@ -159,7 +160,7 @@ def train(
         seed=seed,
     )
     texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
-    job = prepare(resolve(model), texts, settings)
+    job = prepare(local_folder(model), texts, settings)
     _require_rows_to_train(job)
     points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
     with _partial(output, job.plan, resume=resume, force=force) as folder:
