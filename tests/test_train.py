@@ -15,11 +15,12 @@ from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
+from lexigraft.models.adapter_files import lora_config, make_trainable
 from lexigraft.models.bits import score, windows
 from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import Settings, measure, prepare, read_texts
-from lexigraft.models.training import Schedule, fit, last_checkpoint, rate
-from lexigraft.steps.train import _trainable
+from lexigraft.models.training import Schedule, fit, rate
+from lexigraft.models.unfinished import last_checkpoint
 
 torch.set_num_threads(1)
 QUICK = {"block_size": 64, "max_bytes": 6000, "measurements": 2, "measured_bytes": 3000}
@@ -106,7 +107,8 @@ def test_only_what_should_move_moves(place, tmp_path, tied, mode):
     """Law 12, on the model in memory: old rows and body bit for bit, and every row seen moved."""
     job = job_of(place, tied, mode=mode, block_size=32)
     model = load_model(job.folder)
-    trained, rows = _trainable(job, model)
+    lora = lora_config(4, 8.0) if mode == "lora" else None
+    trained, rows = make_trainable(model, job.ids, lora)
     frozen = {n: p.detach().clone() for n, p in trained.named_parameters() if not p.requires_grad}
     assert len(frozen) >= 20
     schedule = Schedule(5, 1, 1e-3, 3e-3, 5, frozenset({5}), 0)
@@ -281,11 +283,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
         f"output={str(out)!r}, **{options!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
-    while child.poll() is None and last_checkpoint(partial / "checkpoints") is None:
+    while child.poll() is None and last_checkpoint(partial) is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not out.exists() and last_checkpoint(partial / "checkpoints") is not None
+    assert not out.exists() and last_checkpoint(partial) is not None
     corpus = [place / "corpus.txt"]
     with pytest.raises(LexigraftError, match="unfinished run"):
         train(place / "tied", corpus=corpus, output=out, **options)
@@ -298,3 +300,23 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
         for key in set(one) - {"seconds"}:
             assert one[key] == (other[key] and pytest.approx(other[key], rel=1e-6)), key
     assert not partial.exists()
+
+
+def test_a_folder_in_which_a_run_is_alive_is_left_alone(place, tmp_path):
+    from filelock import FileLock
+
+    from lexigraft.files import LOCK_NAME
+
+    partial = tmp_path / "out.partial"
+    (partial / "checkpoints").mkdir(parents=True)
+    with FileLock(partial / LOCK_NAME), pytest.raises(LexigraftError, match="another run"):
+        train(
+            place / "tied",
+            corpus=[place / "corpus.txt"],
+            output=tmp_path / "out",
+            max_steps=1,
+            force=True,
+        )
+    assert (partial / "checkpoints").is_dir()
+    train(place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", max_steps=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]  # a dead one is cleared away

@@ -7,6 +7,7 @@ embedding's.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lexigraft.errors import LexigraftError
-from lexigraft.models.new_rows import NewRows
+from lexigraft.models.new_rows import NewRows, grow
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -31,6 +32,28 @@ def lora_config(rank: int, alpha: float) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def make_trainable(
+    model: Any, ids: range, lora: Any = None, *, seed: int = 0
+) -> tuple[Any, NewRows | None]:
+    """A frozen model with new rows, and LoRA if a config is given, as its only parameters.
+
+    Args:
+        ids: the new ids; none for a model that was not grown.
+        lora: what `lora_config` returns, or None to train rows alone.
+        seed: of LoRA's random start.
+    """
+    trained = model
+    if lora is not None:
+        from peft import get_peft_model
+
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():  # of names that PEFT uses and transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
+            trained = get_peft_model(model, lora)
+    # After LoRA, which would otherwise take the wrapped head for one more linear layer.
+    return trained, grow(model, ids.start, ids.stop) if len(ids) else None
 
 
 def trainable_tensors(model: Any, rows: NewRows | None) -> dict[str, nn.Parameter]:

@@ -17,7 +17,7 @@ from lexigraft.corpus import read_documents, sources
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.files import sha256_json
-from lexigraft.manifest import TextSource
+from lexigraft.manifest import Manifest, TextSource
 from lexigraft.models.bits import Score, score, windows
 from lexigraft.models.load import new_ids, start_and_end
 from lexigraft.models.packing import Blocks, pack
@@ -148,6 +148,7 @@ def prepare(folder: Path, texts: Texts, settings: Settings) -> Job:
     plan = {
         "settings": asdict(settings),
         "tokenizer": family.map.hash,
+        "model": (Manifest.read(folder) or Manifest()).hash,
         "texts": sha256_json(
             {name: [s.sha256 for s in found] for name, found in texts.sources.items()}
         ),

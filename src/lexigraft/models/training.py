@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from lexigraft.models.bits import nats
 from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.packing import Blocks, collate
+from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 
 LOG_FILE = "log.json"
 WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
@@ -231,16 +231,6 @@ def rate(step: int, steps: int) -> float:
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; Trainer writes `trainer_state.json` last."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads((path / "trainer_state.json").read_text())
-            found.append((int(state["global_step"]), path))
-    return max(found, default=(0, None))[1]
-
-
 def fit(
     model: Any,
     rows: NewRows | None,
@@ -262,7 +252,7 @@ def fit(
         resume: continue from the newest checkpoint in `folder`, if there is one.
     """
     monitor = Monitor(blocks, schedule, measure, folder / "tensorboard", advance)
-    checkpoint = last_checkpoint(folder / "checkpoints") if resume else None
+    checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         monitor.progress = Progress.read(checkpoint)
     with _told_apart(), quiet_transformers():
@@ -273,7 +263,7 @@ def fit(
             monitor,
             trained_on=trained_on,
             train_dataset=blocks,
-            args=_arguments(folder / "checkpoints", schedule),
+            args=_arguments(folder / CHECKPOINTS, schedule),
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return monitor

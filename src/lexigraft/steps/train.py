@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from lexigraft import families
 from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
-    LOCK_NAME,
     fsync_tree,
-    read_json,
     refuse_existing,
     replace_folder,
     sha256_bytes,
@@ -35,13 +30,13 @@ from lexigraft.models.preparation import (
     prepare,
     read_texts,
 )
+from lexigraft.models.unfinished import unfinished
 
 if TYPE_CHECKING:
     from lexigraft.models.new_rows import NewRows
     from lexigraft.models.training import Monitor, Schedule
 
 MODES = ("rows", "lora")
-PLAN_FILE = "plan.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -163,7 +158,7 @@ def train(
     job = prepare(local_folder(model), texts, settings)
     _require_rows_to_train(job)
     points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
-    with _partial(output, job.plan, resume=resume, force=force) as folder:
+    with unfinished(output, job.plan, resume=resume, force=force) as folder:
         result = _train(job, points, save_steps, folder, output, resume=resume)
         fsync_tree(folder / "result")
         replace_folder(folder / "result", output, force=force)
@@ -216,11 +211,14 @@ def _train(
     *,
     resume: bool,
 ) -> TrainResult:
+    from lexigraft.models.adapter_files import lora_config, make_trainable
     from lexigraft.models.training import Schedule
 
     model = load_model(job.folder)
     _require_room(job, model)
-    trained, rows = _trainable(job, model)
+    wanted = job.settings
+    lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
+    trained, rows = make_trainable(model, job.ids, lora, seed=wanted.seed)
     schedule = Schedule(
         steps=job.steps,
         batch_size=job.settings.batch_size,
@@ -253,24 +251,6 @@ def _require_room(job: Job, model: Any) -> None:
             needed=f"at most {limit}, the model's positions",
             fix=f"use --block-size {limit}",
         )
-
-
-def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
-    """The model with LoRA and new rows in place, all else frozen."""
-    import torch
-    from peft import get_peft_model
-
-    from lexigraft.models.adapter_files import lora_config
-    from lexigraft.models.new_rows import grow
-
-    trained = model
-    if job.settings.mode == "lora":
-        torch.manual_seed(job.settings.seed)  # LoRA's A starts at random
-        trained = get_peft_model(
-            model, lora_config(job.settings.lora_rank, job.settings.lora_alpha)
-        )
-    rows = grow(model, job.ids.start, job.ids.stop) if len(job.ids) else None
-    return trained, rows
 
 
 def _tell(job: Job, trained: Any) -> None:
@@ -365,63 +345,4 @@ def _record(job: Job, before: Manifest, rows: NewRows | None, result: TrainResul
         text_bytes=result.text_bytes,
         new_rows=hashes,
         versions=versions(_PACKAGES),
-    )
-
-
-@contextmanager
-def _partial(output: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> Iterator[Path]:
-    """`OUT.partial`, locked: new, or that of the run which `resume` continues.
-
-    It outlives a failure once it holds a checkpoint, and is removed at the end.
-    """
-    from lexigraft.models.training import last_checkpoint
-
-    folder = output.with_name(f"{output.name}.partial")
-    if folder.exists() and force and not resume:
-        shutil.rmtree(folder)
-    if folder.exists() and not resume:
-        raise LexigraftError(
-            f"{folder} holds an unfinished run",
-            needed="to know whether it is still wanted",
-            fix="add --resume to continue it, or --force to start again",
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise LexigraftError(
-            f"another run is working in {folder}",
-            needed="one run at a time",
-            fix="wait for it, or choose another -o",
-        ) from None
-    try:
-        _keep_plan(folder / PLAN_FILE, plan)
-        yield folder
-        lock.release()
-        shutil.rmtree(folder)
-    except BaseException:
-        lock.release(force=True)
-        if last_checkpoint(folder / "checkpoints") is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            note(f"what was trained is kept in {folder}; --resume continues it")
-        raise
-
-
-def _keep_plan(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan of a new run; require that a resumed one has the same."""
-    if not path.is_file():
-        write_json(path, plan)
-        return
-    before = read_json(path)
-    if before == plan:
-        return
-    old = {**before.get("settings", {}), **before}
-    new = {**plan["settings"], **plan}
-    key = next(k for k in new if k != "settings" and old.get(k) != new[k])
-    raise LexigraftError(
-        f"the unfinished run had {key} {old.get(key)}, this one has {new[key]}",
-        needed="the same model, texts and settings to continue it",
-        fix="run the same command again with --resume, or --force to start anew",
     )
