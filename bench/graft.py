@@ -213,7 +213,7 @@ def ratios(size: str, found: dict[str, Timing], vocabulary: float) -> list[str]:
         (
             "graft --link, MB written beyond the vocabulary tensors",
             link.written - vocabulary,
-            "<= 1 + tokenizer",
+            "<= 1",
         ),
     ]
     return [f"| {size} | {name} | {value:.2f} | {target} |" for name, value, target in lines]
