@@ -26,11 +26,15 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {"report": "lexigraft.report", "run": "lexigraft.pipeline", "demo": "lexigraft.pipeline"}
+_HOMES = {
+    "report": "lexigraft.reporting",
+    "run": "lexigraft.pipeline",
+    "demo": "lexigraft.pipeline",
+}
 
 if TYPE_CHECKING:
     from lexigraft.pipeline import demo, run
-    from lexigraft.report import report
+    from lexigraft.reporting import report
     from lexigraft.steps.check import check
     from lexigraft.steps.evaluate import evaluate
     from lexigraft.steps.graft import graft

@@ -343,7 +343,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write what happened in a run as Markdown and JSON."""
-    from lexigraft.report import report as verb
+    from lexigraft.reporting import report as verb
 
     _show(verb(run_folder, output=output), as_json)
 

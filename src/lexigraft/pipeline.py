@@ -19,14 +19,14 @@ from filelock import FileLock, Timeout
 
 from lexigraft import __version__, families
 from lexigraft.console import note
-from lexigraft.corpus import text_files
+from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError
 from lexigraft.files import LOCK_NAME, sha256_file, sha256_json
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
-from lexigraft.report import report
-from lexigraft.report.tables import model_table, sample_lines
+from lexigraft.reporting import report
+from lexigraft.reporting.tables import model_table, sample_lines
 from lexigraft.runfile import RUN_FILE, Running, RunState, StageState
 
 # Files whose bytes differ between two equal runs: times and logs.
@@ -218,13 +218,14 @@ def _require_run_folder(output: Path) -> None:
 
 def _stages(current: _Run, recipe: Recipe) -> None:
     base = local_folder(recipe.base)
+    measured = _measured_texts(recipe)
     _grow(current, recipe, base)
     trained = _train(current, recipe, current.folder / "model", recipe.train.stages, at="")
     _check(current, trained)
     models = {"base": base, "grafted": current.folder / "model", "merged": trained}
     if recipe.control:
         models |= _controls(current, recipe, base)
-    _evaluate(current, recipe, models)
+    _evaluate(current, recipe, models, measured)
     _samples(current, recipe, base)
 
 
@@ -351,21 +352,49 @@ class _Json:
         return self.content
 
 
-def _evaluate(current: _Run, recipe: Recipe, models: Mapping[str, Path]) -> None:
-    """All models at once: so the windows are the same for all of them."""
-    from lexigraft.steps.evaluate import evaluate
+def _measured_texts(recipe: Recipe) -> dict[str, list[str]]:
+    """What the models are measured on, found out before anything is trained.
 
-    texts: dict[str, Any] = {
+    Raises:
+        LexigraftError: the recipe names no text to measure on, and its corpus is too small to
+            hold any of its documents out.
+    """
+    texts = {
         "corpus": recipe.eval.corpus or recipe.corpus,
         "general": recipe.eval.general or recipe.general,
     }
+    if recipe.eval.corpus:
+        return texts
+    if not any(map(held_out, read_documents(texts["corpus"]))):
+        raise LexigraftError(
+            f"no document of {', '.join(recipe.corpus)} is held out (there are too few)",
+            needed="text of the field that is not trained on, to measure the result",
+            fix="name such text in the recipe under eval: {corpus: [...]}",
+        )
+    if texts["general"] and not any(map(held_out, read_documents(texts["general"]))):
+        note("no document of general is held out (there are too few): forgetting is not measured")
+        texts["general"] = []
+    return texts
+
+
+def _evaluate(
+    current: _Run,
+    recipe: Recipe,
+    models: Mapping[str, Path],
+    texts: Mapping[str, list[str]],
+) -> None:
+    """All models at once: so the windows are the same for all of them."""
+    from lexigraft.steps.evaluate import evaluate
+
     options: dict[str, Any] = {
         "held_out_only": not recipe.eval.corpus,
         "max_bytes": recipe.eval.max_bytes,
     }
 
     def work(_: bool) -> _Json:
-        result = evaluate(list(models.values()), **texts, **options)
+        result = evaluate(
+            list(models.values()), corpus=texts["corpus"], general=texts["general"], **options
+        )
         return _Json({"names": list(models), **result.to_json()})
 
     folders: dict[str, Path | Sequence[str]] = {**models, **texts}

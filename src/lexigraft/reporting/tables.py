@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lexigraft.report.facts import model_rows
+from lexigraft.reporting.facts import model_rows
 from lexigraft.runfile import RunState
 
 HEADERS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lexigraft.report.tables import HEADERS, cells, pipes
+from lexigraft.reporting.tables import HEADERS, cells, pipes
 
 
 def markdown(facts: dict[str, Any]) -> str:

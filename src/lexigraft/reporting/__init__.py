@@ -8,8 +8,8 @@ from typing import Any
 
 from lexigraft.errors import LexigraftError
 from lexigraft.files import require_folder, write_json
-from lexigraft.report.facts import run_facts
-from lexigraft.report.markdown import markdown
+from lexigraft.reporting.facts import run_facts
+from lexigraft.reporting.markdown import markdown
 from lexigraft.runfile import RUN_FILE, RunState
 
 __all__ = ["ReportResult", "report"]

