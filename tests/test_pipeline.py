@@ -68,6 +68,8 @@ def test_a_run_does_every_stage(project, finished):
     table = "\n".join(finished.lines())
     for row in ("base", "grafted", "merged", "control"):
         assert row in table
+    assert "Gained:" in table
+    assert "bits per byte of domain text than the control, equal compute" in table
 
 
 def test_merged_is_an_ordinary_model(project, finished):

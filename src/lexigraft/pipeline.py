@@ -26,6 +26,8 @@ from lexigraft.files import LOCK_NAME, sha256_file, sha256_json
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
+from lexigraft.reporting.facts import model_rows
+from lexigraft.reporting.markdown import verdict
 from lexigraft.reporting.tables import model_table, sample_lines
 from lexigraft.runfile import RUN_FILE, Running, RunState, StageState
 
@@ -61,6 +63,8 @@ class RunResult:
         merged = self.output / "merged"
         return [
             *model_table(self.state),
+            "",
+            *verdict(model_rows(self.state)),
             "",
             *sample_lines(self.state),
             f"report: {self.output / 'report.md'}",

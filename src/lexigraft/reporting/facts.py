@@ -68,7 +68,7 @@ def _training_stages(state: RunState, last: str) -> list[str]:
 
 
 def _first_tokens(path: Path) -> list[dict[str, Any]]:
-    """The first new tokens: those that save most."""
+    """The first new tokens, which were chosen first."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as lines:
