@@ -394,6 +394,8 @@ def _evaluate(
         "held_out_only": not recipe.eval.corpus,
         "max_bytes": recipe.eval.max_bytes,
     }
+    if recipe.eval.speed_characters is not None:
+        options["speed_characters"] = recipe.eval.speed_characters
 
     def work(_: bool) -> _Json:
         result = evaluate(

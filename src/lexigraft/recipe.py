@@ -70,6 +70,7 @@ class EvalPart(_Part):
     corpus: list[str] = []
     general: list[str] = []
     max_bytes: int | None = Field(default=None, ge=1)
+    speed_characters: int | None = Field(default=None, ge=0)
 
 
 class Recipe(_Part):

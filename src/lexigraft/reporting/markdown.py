@@ -52,7 +52,7 @@ def _models(facts: dict[str, Any]) -> list[str]:
         "",
         "bpb: bits per UTF-8 byte, comparable across tokenizers, lower is better. "
         "The controls are the base without new tokens, trained in the same way: once on the same "
-        "text, once for the same number of steps.",
+        "text, once on about as many tokens (to the end of a document).",
         "",
         *verdict(facts["models"]),
     ]
