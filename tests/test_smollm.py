@@ -39,6 +39,7 @@ def test_the_tokenizer_splits_digits_one_by_one(base):
     assert tokens == ["In", "Ġ", "2", "0", "2", "4", "Ġx"]
     text = "  Zwei\n\n结核 2x、😀\t1.5"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("潜伏性感染").input_ids) == 13  # the README's example
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
