@@ -258,3 +258,45 @@ def test_what_cannot_be_loaded_is_said_in_one_message(tmp_path, base):
     with pytest.raises(LexigraftError) as fault:
         load_model(tmp_path / "tokenizer")
     assert "safetensors" in fault.value.needed
+
+
+REMOTE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path(__file__).with_name("ran").touch()
+
+
+class StrangerConfig(LlamaConfig):
+    model_type = "stranger"
+
+
+class StrangerForCausalLM(LlamaForCausalLM):
+    config_class = StrangerConfig
+"""
+
+
+def test_code_in_a_model_folder_runs_only_when_it_is_trusted(tmp_path, monkeypatch):
+    import json
+
+    from transformers import dynamic_module_utils
+
+    cache = tmp_path / "cache"  # where transformers copies such code before it runs it
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+    folder = parts.write_model(tmp_path / "model", tokens=64)
+    (folder / "stranger.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "stranger",
+        "auto_map": {
+            "AutoConfig": "stranger.StrangerConfig",
+            "AutoModelForCausalLM": "stranger.StrangerForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LexigraftError, match="code of its own") as fault:
+        load_model(folder)
+    assert "--trust-remote-code" in fault.value.fix
+    assert not list(tmp_path.rglob("ran"))
+    assert load_model(folder, trust_remote_code=True).config.model_type == "stranger"
+    assert list(tmp_path.rglob("ran"))

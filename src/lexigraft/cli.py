@@ -53,6 +53,10 @@ Quiet = Annotated[
     bool,
     typer.Option("-q", "--quiet", help="No progress, no notices.", callback=_set_quiet),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model folder's own Python code."),
+]
 Corpus = Annotated[
     list[str],
     typer.Option(help="Text of your field: file, folder or quoted glob. Repeatable."),
@@ -221,6 +225,7 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    trust_remote_code: Trust = False,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
@@ -247,6 +252,7 @@ def train(
         replay=replay,
         save_steps=save_steps,
         resume=resume,
+        trust_remote_code=trust_remote_code,
         seed=seed,
         force=force,
     )
@@ -315,6 +321,7 @@ def evaluate(
     speed_characters: Annotated[
         int, typer.Option(help="Characters to write for the speed; 0 for none.", min=0)
     ] = 200,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -329,6 +336,7 @@ def evaluate(
         max_bytes=max_bytes,
         window_bytes=window_bytes,
         speed_characters=speed_characters,
+        trust_remote_code=trust_remote_code,
     )
     _show(result, as_json)
 

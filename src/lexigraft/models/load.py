@@ -37,24 +37,30 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(folder: Path) -> Any:
+def load_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The causal language model in `folder`, frozen and in eval mode.
 
     In float32 on a CPU, which computes fastest in it; in the stored dtype on a GPU.
 
+    Args:
+        trust_remote_code: run the Python files that the folder brings for its architecture.
+
     Raises:
         LexigraftError: files are missing, damaged or of an unknown architecture.
+        RefusalError: the folder needs code of its own, which was not allowed to run.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     _require_safetensors(folder)
+    if not trust_remote_code:
+        _refuse_remote_code(folder)
     place = device()
     dtype = torch.float32 if place == "cpu" else "auto"
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
@@ -66,14 +72,21 @@ def load_model(folder: Path) -> Any:
     return model.to(place).eval().requires_grad_(False)
 
 
-def _require_safetensors(folder: Path) -> None:
+def _refuse_remote_code(folder: Path) -> None:
+    """Stop where only code from the folder itself knows the architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     config = read_json(folder / "config.json")
-    if "auto_map" in config and "model_type" not in config:
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise RefusalError(
             f"{folder} needs code of its own to load (auto_map in config.json)",
-            needed="an architecture that transformers ships",
-            fix="convert the checkpoint to a native transformers architecture",
+            needed="an architecture that transformers ships, or leave to run that code",
+            fix="read the .py files in the folder, then add --trust-remote-code",
         )
+
+
+def _require_safetensors(folder: Path) -> None:
+    read_json(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise LexigraftError(
             f"no .safetensors file in {folder}",

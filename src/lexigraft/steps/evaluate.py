@@ -98,6 +98,7 @@ def evaluate(
     max_bytes: int | None = None,
     window_bytes: int = 1024,
     speed_characters: int = 200,
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Bits per byte, tokens per byte, adoption of new tokens and speed of each model.
 
@@ -111,6 +112,7 @@ def evaluate(
         max_bytes: score at most so much of each text.
         window_bytes: halved until every window fits the shortest context among the models.
         speed_characters: characters of domain text to write for the speed; 0 for none.
+        trust_remote_code: run the Python files that a model brings for its architecture.
 
     Raises:
         LexigraftError: no text, no model, or a window that fits no context.
@@ -136,6 +138,7 @@ def evaluate(
                 reader,
                 texts,
                 speed_characters=speed_characters,
+                trust_remote_code=trust_remote_code,
                 advance=advance,
             )
             for model, folder, reader in zip(models, folders, readers, strict=True)
@@ -195,9 +198,10 @@ def _score_model(
     texts: Sequence[list[str]],
     *,
     speed_characters: int,
+    trust_remote_code: bool,
     advance: Callable[[int], None],
 ) -> ModelScore:
-    model = load_model(folder)
+    model = load_model(folder, trust_remote_code=trust_remote_code)
     start, _ = start_and_end(reader)
     ids = new_ids(folder, reader)
 

@@ -109,6 +109,7 @@ def train(
     eval_at_tokens: Sequence[int] = (),
     save_steps: int | None = None,
     resume: bool = False,
+    trust_remote_code: bool = False,
     seed: int = 0,
     force: bool = False,
 ) -> TrainResult:
@@ -132,6 +133,7 @@ def train(
         measured_bytes: at most so much held-out text per measurement, domain and general each.
         eval_at_bytes, eval_at_tokens: measure also after the first step past each of these.
         save_steps: steps between checkpoints; without it, ten in all.
+        trust_remote_code: run the Python files that `model` brings for its architecture.
 
     Raises:
         LexigraftError: no text, no new token in the text, ids without a row, a full disk.
@@ -159,7 +161,15 @@ def train(
     _require_rows_to_train(job)
     points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
     with unfinished(output, job.plan, resume=resume, force=force) as folder:
-        result = _train(job, points, save_steps, folder, output, resume=resume)
+        result = _train(
+            job,
+            points,
+            save_steps,
+            folder,
+            output,
+            resume=resume,
+            trust_remote_code=trust_remote_code,
+        )
         fsync_tree(folder / "result")
         replace_folder(folder / "result", output, force=force)
     return result
@@ -210,11 +220,12 @@ def _train(
     output: Path,
     *,
     resume: bool,
+    trust_remote_code: bool,
 ) -> TrainResult:
     from lexigraft.models.adapter_files import lora_config, make_trainable
     from lexigraft.models.training import Schedule
 
-    model = load_model(job.folder)
+    model = load_model(job.folder, trust_remote_code=trust_remote_code)
     _require_room(job, model)
     wanted = job.settings
     lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
