@@ -1,5 +1,6 @@
 """`train`, from a real extended tokenizer and a grafted model to a PEFT adapter."""
 
+import math
 import signal
 import subprocess
 import sys
@@ -227,6 +228,28 @@ def test_steps_limit_and_repeat_the_text(place, tmp_path):
     one_pass = sum(len(d.encode()) for d in read_documents([place / "corpus.txt"]))
     job = job_of(place, "tied", max_bytes=2 * one_pass)
     assert job.blocks.text_bytes[-1] == pytest.approx(2 * one_pass, abs=100)
+
+
+def test_a_last_block_with_a_single_target_is_a_step_like_any_other(place, tmp_path):
+    """Trainer once counted zero targets there, and the loss was divided by zero."""
+    targets = int(job_of(place, "tied", max_bytes=300).blocks.tokens[-1])
+    result = train(
+        place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", max_bytes=300,
+        block_size=targets - 1,
+    )  # fmt: skip
+    assert (result.steps, result.tokens) == (2, targets)
+    assert math.isfinite(result.domain_bpb)
+    assert result.domain_bpb < result.log[0]["domain_bpb"]
+
+
+def test_a_run_that_diverges_stops_and_says_so(place, tmp_path):
+    with pytest.raises(LexigraftError, match=r"not.* finite") as caught:
+        train(
+            place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", max_steps=4,
+            block_size=32, learning_rate=1e30, new_row_learning_rate=1e30,
+        )  # fmt: skip
+    assert "--learning-rate" in caught.value.fix
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_learning_rate_warms_up_from_the_first_step():

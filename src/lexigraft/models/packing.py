@@ -109,7 +109,13 @@ def _positions(ends: NDArray[np.int64], length: int, block_size: int) -> NDArray
 
 
 def collate(items: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Any]:
-    """Blocks stacked into a batch of torch tensors, each (B, T) int64."""
+    """Blocks stacked into a batch of torch tensors, each (B, T) int64.
+
+    The labels are given as `shift_labels` too: from these Trainer counts the targets of a step.
+    It would leave out the first of `labels`, taking them for inputs that are yet to be shifted,
+    and divide the loss of a block with a single target by zero.
+    """
     import torch
 
-    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
+    batch = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
+    return {**batch, "shift_labels": batch["labels"]}

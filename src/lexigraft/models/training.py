@@ -201,6 +201,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
         ).logits
         total = nats(logits.flatten(0, 1), targets).sum()
+        if not torch.isfinite(total):
+            raise _diverged(f"the loss of step {self.state.global_step + 1} is not a finite number")
         self._monitor.progress.nats += float(total.detach())
         count = num_items_in_batch if num_items_in_batch is not None else (targets >= 0).sum()
         loss = total / count
@@ -266,7 +268,17 @@ def fit(
             args=_arguments(folder / CHECKPOINTS, schedule),
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise _diverged("the last step made weights that are not finite numbers")
     return monitor
+
+
+def _diverged(found: str) -> LexigraftError:
+    return LexigraftError(
+        found,
+        needed="a training run that stays finite; checkpoints up to here are kept",
+        fix="halve --learning-rate and --new-row-learning-rate, and start again",
+    )
 
 
 def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
