@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,10 @@ from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, sha256_json, write_json
 
 MANIFEST = "lexigraft.json"
+NEW_TOKENS = "new_tokens.jsonl"  # beside it, one line per new token
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Data(BaseModel):
@@ -145,16 +149,26 @@ class Manifest(_Data):
         path = folder / MANIFEST
         if not path.exists():
             return None
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise LexigraftError(
-                f"{path}: {where}: {first['msg']}",
-                needed="a manifest of format 1 as lexigraft wrote it",
-                fix="copy lexigraft.json again from the step that wrote it, or update lexigraft",
-            ) from None
+        return read_model(
+            cls,
+            path,
+            needed="a manifest of format 1 as lexigraft wrote it",
+            fix="copy lexigraft.json again from the step that wrote it, or update lexigraft",
+        )
+
+
+def read_model(kind: type[Model], path: Path, *, needed: str, fix: str) -> Model:
+    """The JSON file at `path` as an instance of `kind`.
+
+    Raises:
+        LexigraftError: it is no such JSON; names the first place that does not fit.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise LexigraftError(f"{path}: {where}: {first['msg']}", needed=needed, fix=fix) from None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

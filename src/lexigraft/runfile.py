@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lexigraft.errors import LexigraftError
-from lexigraft.files import fsync_path, read_json
+from lexigraft.files import fsync_path
+from lexigraft.manifest import read_model
 from lexigraft.recipe import Recipe
 
 RUN_FILE = "run.json"
@@ -78,12 +78,9 @@ class RunState(_Data):
         path = folder / RUN_FILE
         if not path.exists():
             return None
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            raise LexigraftError(
-                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-                needed="a run.json as lexigraft wrote it",
-                fix="run the recipe again with --force, or with another -o",
-            ) from None
+        return read_model(
+            cls,
+            path,
+            needed="a run.json as lexigraft wrote it",
+            fix="run the recipe again with --force, or with another -o",
+        )

@@ -94,11 +94,7 @@ class _Finder:
         for target, tensor in targets.items():
             name = self.name(target, tensor.name)
             if name in found:
-                raise LexigraftError(
-                    f"{tensor.name} and {found[name].name} both belong to {name}",
-                    needed="each tensor of the base once",
-                    fix="save the adapter again",
-                )
+                raise _claimed_twice(name, tensor, found[name])
             found[name] = tensor
         return found
 
@@ -116,6 +112,14 @@ class _Finder:
 
     def _has(self, name: str) -> bool:
         return name in self.checkpoint.tensors or name in self.unstored
+
+
+def _claimed_twice(name: str, second: Tensor, first: Tensor) -> LexigraftError:
+    return LexigraftError(
+        f"{second.name} and {first.name} both belong to {name}",
+        needed="each tensor of the base once",
+        fix="save the adapter again",
+    )
 
 
 def _spellings(target: str) -> Iterable[str]:
@@ -139,11 +143,7 @@ def _linear(
         _require_float(weight)
         _require_linear(low_rank, weight, adapter.config, checkpoint)
         if name in found:
-            raise LexigraftError(
-                f"{low_rank.a.name} and {found[name].a.name} both belong to {name}",
-                needed="each tensor of the base once",
-                fix="save the adapter again",
-            )
+            raise _claimed_twice(name, low_rank.a, found[name].a)
         found[name] = low_rank
     return found
 

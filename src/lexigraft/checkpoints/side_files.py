@@ -11,6 +11,7 @@ from lexigraft import families
 from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
 from lexigraft.families.tokenmap import TOKENIZER_FILES
 from lexigraft.files import read_json, write_json
+from lexigraft.manifest import MANIFEST, NEW_TOKENS
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
@@ -18,7 +19,7 @@ _WEIGHTS = (
 )
 _TOKENIZER = (*TOKENIZER_FILES, "tekken.json", "*.tiktoken", "tokenizer.*", "vocab.*", "*.model")
 # Written anew by the step, or about the base alone.
-_OWN = ("config.json", "lexigraft.json", "new_tokens.jsonl", "new_rows.safetensors")
+_OWN = ("config.json", MANIFEST, NEW_TOKENS, "new_rows.safetensors")
 
 
 def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
@@ -57,8 +58,8 @@ def place_tokenizer(base: Path, vocab: Path, target: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (target / name).exists() and (base / name).is_file():
             (target / name).write_bytes((base / name).read_bytes())
-    if (vocab / "new_tokens.jsonl").is_file():
-        (target / "new_tokens.jsonl").write_bytes((vocab / "new_tokens.jsonl").read_bytes())
+    if (vocab / NEW_TOKENS).is_file():
+        (target / NEW_TOKENS).write_bytes((vocab / NEW_TOKENS).read_bytes())
     if not _chat_template(target):
         for name, content in _chat_template(base).items():
             if name == "tokenizer_config.json":

@@ -28,12 +28,10 @@ class Choice:
     Attributes:
         merges: what to append.
         counts: token -> occurrences on the learning text.
-        exhausted: the text supports no more tokens at this minimum count.
     """
 
     merges: list[Merge]
     counts: Mapping[str, int]
-    exhausted: bool
 
     @property
     def bridges(self) -> frozenset[str]:
@@ -50,7 +48,7 @@ def choose(family: Family, units: Mapping[Unit, int], *, limit: int, min_count: 
     out themselves again.
     """
     if limit <= 0:
-        return Choice([], {}, exhausted=False)
+        return Choice([], {})
     wanted = int(limit * _SPARE) + 64
     learned = list(
         islice(
@@ -79,8 +77,7 @@ def choose(family: Family, units: Mapping[Unit, int], *, limit: int, min_count: 
     else:  # still unsettled: keep what is certainly alive
         kept = [merge for merge in kept if merge.token not in bad]
         counts = replay.count(kept)
-    short = len(kept) < limit and len(learned) < wanted
-    return Choice(kept, counts, exhausted=short)
+    return Choice(kept, counts)
 
 
 class _Replay:

@@ -54,9 +54,9 @@ def continue_bpe(
     Yields:
         One `Merge` per new token, in the order in which the merges must be ranked.
     """
-    learner = _Learner(units, join=join, adoptable=adoptable, min_count=min_count)
-    learner.implicit = implicit
-    return learner.run()
+    return _Learner(
+        units, join=join, adoptable=adoptable, implicit=implicit, min_count=min_count
+    ).run()
 
 
 class _Learner:
@@ -68,6 +68,7 @@ class _Learner:
         *,
         join: Callable[[str, str], str | None],
         adoptable: Mapping[str, int],
+        implicit: bool,
         min_count: int,
     ) -> None:
         ordered = sorted(units.items())  # the order of a hash table must not decide anything
@@ -76,7 +77,7 @@ class _Learner:
         self.join = join
         self.pending = dict(adoptable)
         self.min_count = max(1, min_count)
-        self.implicit = False
+        self.implicit = implicit
         self.joined: dict[tuple[str, str], str | None] = {}
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
         self.places: dict[tuple[str, str], set[int]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""A checkpoint folder, or a hub id, as a transformers model: no remote code, no pickle."""
+"""A checkpoint folder as a transformers model: no pickle, and no remote code unless trusted."""
 
 from __future__ import annotations
 

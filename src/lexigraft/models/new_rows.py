@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lexigraft.errors import RefusalError
 
 
-class GrownEmbedding(nn.Module):  # type: ignore[misc]
-    """An input embedding whose rows [first_id, first_id + N) are `rows`, the others frozen."""
+class _Grown(nn.Module):  # type: ignore[misc]
+    """A vocabulary matrix whose rows [first_id, first_id + N) are `rows`, the others frozen."""
 
     def __init__(self, inner: nn.Module, rows: nn.Parameter, first_id: int) -> None:
         super().__init__()
@@ -31,6 +31,10 @@ class GrownEmbedding(nn.Module):  # type: ignore[misc]
     def weight(self) -> Tensor:
         """The stored matrix (rows, D), whose new rows are those from before training."""
         return self.inner.weight
+
+
+class GrownEmbedding(_Grown):
+    """An input embedding whose rows [first_id, first_id + N) are `rows`, the others frozen."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> vectors (B, T, D), in the dtype of the stored matrix."""
@@ -44,19 +48,8 @@ class GrownEmbedding(nn.Module):  # type: ignore[misc]
         return torch.where(is_new[..., None], new.to(old.dtype), old)
 
 
-class GrownHead(nn.Module):  # type: ignore[misc]
+class GrownHead(_Grown):
     """An output head whose rows [first_id, first_id + N) are `rows`, the others frozen."""
-
-    def __init__(self, inner: nn.Linear, rows: nn.Parameter, first_id: int) -> None:
-        super().__init__()
-        self.inner = inner
-        self.rows = rows
-        self.first_id = first_id
-
-    @property
-    def weight(self) -> Tensor:
-        """The stored matrix (rows, D), whose new rows are those from before training."""
-        return self.inner.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> logits (B, T, rows)."""

@@ -277,7 +277,7 @@ def _diverged(found: str) -> LexigraftError:
     return LexigraftError(
         found,
         needed="a training run that stays finite; checkpoints up to here are kept",
-        fix="halve --learning-rate and --new-row-learning-rate, and start again",
+        fix="halve --learning-rate and --new-row-learning-rate, and start again with --force",
     )
 
 

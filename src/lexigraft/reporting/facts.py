@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lexigraft.manifest import NEW_TOKENS
 from lexigraft.runfile import RunState
 
 SHOWN_TOKENS = 12
@@ -27,7 +28,7 @@ def run_facts(state: RunState, folder: Path) -> dict[str, Any]:
         "finished": "samples" in state.stages and state.running is None,
         "learn": learned,
         "graft": state.result("graft"),
-        "tokens": _first_tokens(folder / "vocab" / "new_tokens.jsonl"),
+        "tokens": _first_tokens(folder / "vocab" / NEW_TOKENS),
         "models": model_rows(state),
         "check": state.result("check"),
         "samples": state.result("samples").get("samples", []),
