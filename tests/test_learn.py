@@ -373,6 +373,18 @@ def test_output_exists(tmp_path, corpus):
     assert (tmp_path / "v" / "mine.txt").read_text() == "keep"
 
 
+@pytest.mark.parametrize("place", [".", "base", "texts", "base/vocab"])
+def test_an_output_that_would_replace_an_input_is_refused(tmp_path, corpus, place):
+    base = parts.write_byte_level(tmp_path / "base")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "c.txt").write_text("冠状动脉炎\n" * 50)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(LexigraftError, match=r"-o .* input") as caught:
+        learn(base, corpus=[tmp_path / "texts" / "c.txt"], output=tmp_path / place, force=True)
+    assert "never modified" in caught.value.needed
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_bom_and_crlf_are_cleaned_and_reported(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r\n")
     assert list(read_documents([tmp_path / "a.txt"])) == ["one\ntwo", "three"]

@@ -242,6 +242,14 @@ def test_a_last_block_with_a_single_target_is_a_step_like_any_other(place, tmp_p
     assert result.domain_bpb < result.log[0]["domain_bpb"]
 
 
+def test_an_output_that_would_replace_an_input_is_refused(place):
+    before = {p: p.stat().st_mtime_ns for p in place.rglob("*")}
+    for output in (place, place / "tied"):
+        with pytest.raises(LexigraftError, match="never modified"):
+            train(place / "tied", corpus=[place / "corpus.txt"], output=output, force=True, **QUICK)
+    assert {p: p.stat().st_mtime_ns for p in place.rglob("*")} == before
+
+
 def test_a_run_that_diverges_stops_and_says_so(place, tmp_path):
     with pytest.raises(LexigraftError, match=r"not.* finite") as caught:
         train(

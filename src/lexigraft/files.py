@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,22 @@ def refuse_existing(output: Path, *, force: bool) -> None:
             needed="a new folder, so that nothing is lost",
             fix="choose another -o, or add --force to replace it",
         )
+
+
+def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise when writing `output` would change one of `inputs`, files or folders.
+
+    Replacing an existing output deletes what it holds; an output inside an input adds to it.
+    """
+    target = output.resolve()
+    for path in inputs:
+        place = path.resolve()
+        if target == place or target in place.parents or place in target.parents:
+            raise LexigraftError(
+                f"-o {output} is the input {path} itself, holds it or lies in it",
+                needed="another folder: inputs are never modified",
+                fix="choose another -o",
+            )
 
 
 def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:

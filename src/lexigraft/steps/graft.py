@@ -32,7 +32,14 @@ from lexigraft.console import note, progress
 from lexigraft.embeddings import Array, Pieces, resolve, spell, starter
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap
-from lexigraft.files import publish, read_json, refuse_existing, require_folder, write_json
+from lexigraft.files import (
+    publish,
+    read_json,
+    refuse_existing,
+    refuse_overwriting,
+    require_folder,
+    write_json,
+)
 from lexigraft.hub import local_folder
 from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
 
@@ -146,7 +153,7 @@ def graft(
     base, vocab, output = local_folder(base), local_folder(vocab), Path(output)
     if not dry_run:
         refuse_existing(output, force=force)
-        _refuse_overwriting(output, {"BASE": base, "VOCAB": vocab})
+        refuse_overwriting(output, [base, vocab])
     if pad_to < 1:
         raise LexigraftError(f"--pad-to {pad_to}", needed="1 or more", fix="--pad-to 64")
     job = _prepare(
@@ -299,13 +306,3 @@ def _prepare(
         plan=Plan.of(checkpoint).replace(planned),
         tables=tables,
     )
-
-
-def _refuse_overwriting(output: Path, inputs: Mapping[str, Path]) -> None:
-    for what, path in inputs.items():
-        if output.exists() and path.exists() and output.samefile(path):
-            raise LexigraftError(
-                f"the output {output} is {what} itself",
-                needed="another folder: inputs are never changed",
-                fix="choose another -o",
-            )

@@ -20,11 +20,18 @@ from lexigraft.families import Family, measure
 from lexigraft.families.choice import Choice, choose
 from lexigraft.families.continued_bpe import Unit
 from lexigraft.families.proof import HARD_TEXTS, Lengths, Proof, contexts, prove
-from lexigraft.files import publish, refuse_existing
+from lexigraft.files import publish, refuse_existing, refuse_overwriting
 from lexigraft.hub import local_folder
-from lexigraft.manifest import BaseTokenizer, LearnRecord, Manifest, Probe, TextSource, versions
+from lexigraft.manifest import (
+    NEW_TOKENS,
+    BaseTokenizer,
+    LearnRecord,
+    Manifest,
+    Probe,
+    TextSource,
+    versions,
+)
 
-NEW_TOKENS = "new_tokens.jsonl"
 MAX_SHARE = 0.10
 # "Drop a new token with fewer than 100 emissions in the training stream, hard floor 20": the rows
 # of rarer tokens did not catch up in any experiment we know of (docs/methods.md).
@@ -144,8 +151,10 @@ def learn(
         LexigraftError: unusable input, or a law that the result would break.
     """
     output = Path(output)
+    folder = local_folder(base)
     refuse_existing(output, force=force or dry_run)
-    family = families.load(local_folder(base))
+    refuse_overwriting(output, [folder, *text_files(corpus), *text_files(general)])
+    family = families.load(folder)
     limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
     text = _gather(family, corpus)
     least = min_count or _default_min_count(tokens, text.bytes, train_bytes)
@@ -158,10 +167,10 @@ def learn(
     with _work_folder(output, force=force, dry_run=dry_run) as partial:
         family.extend(choice.merges, partial)
         extended = families.load(partial)
-        samples = Samples.take(text.held_out, corpus, general)
+        domain = text.held_out or _beginning(corpus)
         hard = prove(family, extended, _hard_texts(extended, choice))
-        domain_proof = prove(family, extended, samples.domain)
-        general_proof = prove(family, extended, samples.general) if general else None
+        domain_proof = prove(family, extended, domain)
+        general_proof = prove(family, extended, _beginning(general)) if general else None
         proof = hard.plus(domain_proof).plus(general_proof or _NOTHING_READ)
         counts, total = measure.emissions(
             extended, family.map.tokens, filter(text.learned_from, read_documents(corpus))
@@ -188,7 +197,7 @@ def learn(
             bridges=len(choice.bridges),
             rare=sum(0 < counts[merge.token] < least for merge in choice.merges),
             proof=proof,
-            curve=measure.curve(family, choice.merges, samples.domain),
+            curve=measure.curve(family, choice.merges, domain),
         )
 
 
@@ -220,19 +229,23 @@ class _Gathered:
 
 def _gather(family: Family, corpus: Sequence[str | Path]) -> _Gathered:
     """Count the stretches of the learning documents; keep the held-out ones for measuring."""
-    learning, kept_out = _Text(family), _Text(family)
+    learning = _Text(family)
     total = sum(path.stat().st_size for path in text_files(corpus))
     sample: list[str] = []
+    sample_bytes = 0
     documents = read_documents(corpus)
     with progress("reading", total) as advance:
         while batch := list(islice(documents, _BATCH)):
             out = [document for document in batch if held_out(document)]
             advance(learning.add([document for document in batch if not held_out(document)]))
-            if kept_out.bytes < MEASURED_BYTES:
-                advance(kept_out.add(out))
+            if sample_bytes < MEASURED_BYTES:
                 sample.extend(out)
+                size = sum(len(document.encode()) for document in out)
+                sample_bytes += size
+                advance(size)
     if not learning.bytes:  # a handful of documents, all of them in the held-out share
-        return _Gathered(kept_out.units, [], kept_out.bytes)
+        learning.add(sample)
+        return _Gathered(learning.units, [], learning.bytes)
     return _Gathered(learning.units, sample, learning.bytes)
 
 
@@ -252,22 +265,8 @@ class _Text:
         return size
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The texts on which the result is measured and proved."""
-
-    domain: list[str]
-    general: list[str]
-
-    @classmethod
-    def take(
-        cls, kept_out: list[str], corpus: Sequence[str | Path], general: Sequence[str | Path]
-    ) -> Samples:
-        """Held-out documents, or without any the beginning of the corpus; and of `general`."""
-        return cls(kept_out or _beginning(corpus), _beginning(general) if general else [])
-
-
 def _beginning(specs: Sequence[str | Path]) -> list[str]:
+    """The first documents of some texts: a sample to prove and measure on."""
     texts: list[str] = []
     size = 0
     for document in read_documents(specs):

@@ -31,11 +31,17 @@ from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import publish, read_json, refuse_existing, sha256_file, write_json
+from lexigraft.files import (
+    publish,
+    read_json,
+    refuse_existing,
+    refuse_overwriting,
+    sha256_file,
+    write_json,
+)
 from lexigraft.hub import local_folder
-from lexigraft.manifest import Manifest, MergeRecord, versions
+from lexigraft.manifest import NEW_TOKENS, Manifest, MergeRecord, versions
 
-NEW_TOKENS = "new_tokens.jsonl"
 # Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
 WRITERS = 2
 
@@ -154,7 +160,7 @@ def merge(
     if not dry_run:
         refuse_existing(target, force=force)
     job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
-    _keep_inputs(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
+    refuse_overwriting(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
     if dry_run:
         return _result(job, target, plan=job.plan.to_json())
     with publish(target, force=force) as partial_folder:
@@ -172,17 +178,6 @@ def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
             fix="merge them one after another, in the order in which they were trained",
         )
     return Path(names[0])
-
-
-def _keep_inputs(output: Path, inputs: Sequence[Path]) -> None:
-    target = output.resolve()
-    for folder in map(Path.resolve, inputs):
-        if target == folder or target in folder.parents or folder in target.parents:
-            raise LexigraftError(
-                f"-o {output} is, holds or lies in the input {folder}",
-                needed="another folder: inputs are never modified",
-                fix="choose another -o",
-            )
 
 
 def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:

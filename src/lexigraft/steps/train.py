@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from lexigraft import families
 from lexigraft.console import note, progress
+from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
     fsync_tree,
     refuse_existing,
+    refuse_overwriting,
     replace_folder,
     sha256_bytes,
     write_json,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import Manifest, TrainRecord, versions
+from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
 from lexigraft.models.load import context_limit, load_model
 from lexigraft.models.preparation import (
     Job,
@@ -141,7 +143,10 @@ def train(
     """
     _require_mode(mode)
     output = Path(output)
+    source = local_folder(model)
     refuse_existing(output, force=force)
+    texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
+    refuse_overwriting(output, [source, *texts_read])
     settings = Settings(
         mode=mode,
         max_steps=max_steps,
@@ -157,7 +162,7 @@ def train(
         seed=seed,
     )
     texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
-    job = prepare(local_folder(model), texts, settings)
+    job = prepare(source, texts, settings)
     _require_rows_to_train(job)
     points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
     with unfinished(output, job.plan, resume=resume, force=force) as folder:
@@ -322,7 +327,7 @@ def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: T
     shutil.rmtree(folder, ignore_errors=True)
     write_adapter(folder, trained, rows, str(job.folder))
     families.copy_tokenizer(job.folder, folder)
-    listed = job.folder / "new_tokens.jsonl"
+    listed = job.folder / NEW_TOKENS
     if listed.is_file():
         shutil.copyfile(listed, folder / listed.name)
     before = Manifest.read(job.folder) or Manifest()
