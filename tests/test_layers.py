@@ -11,7 +11,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "lexigraft"
 LAYERS = [
     ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["corpus", "recipe"], ["families"], ["checkpoints"],
-    ["embeddings"], ["adapters"], ["checks", "models"], ["steps"], ["data", "runfile"], ["reporting"],
+    ["embeddings"], ["adapters"], ["checks", "models"], ["steps"], ["data", "runfile"], ["stages", "reporting"],
     ["pipeline"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

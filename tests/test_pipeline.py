@@ -12,7 +12,7 @@ import torch
 
 import parts
 from lexigraft import LexigraftError, report, run
-from lexigraft.pipeline import _folder_hash
+from lexigraft.stages import folder_hash
 
 torch.set_num_threads(1)
 RECIPE = """
@@ -87,10 +87,10 @@ def test_merged_is_an_ordinary_model(project, finished):
 
 
 def test_unchanged_stages_are_skipped_and_changed_ones_are_not(project, finished):
-    before = _folder_hash(project / "run" / "merged")
+    before = folder_hash(project / "run" / "merged")
     again = run(project / "recipe.yaml", output=project / "run")
     assert set(STAGES) <= set(again.skipped)
-    assert _folder_hash(project / "run" / "merged") == before
+    assert folder_hash(project / "run" / "merged") == before
     text = (project / "recipe.yaml").read_text()
     (project / "recipe2.yaml").write_text(text.replace("急性冠状动脉炎", "慢性肾炎"))
     changed = run(project / "recipe2.yaml", output=project / "run")

@@ -1,42 +1,26 @@
-"""`run` and `demo`: all stages of a recipe, each skipped when nothing it depends on has changed.
-
-A stage is keyed by the content hashes of its inputs and by its options. Stages write through
-`files.publish`, so one that was killed has left nothing; the next run does it again, or continues
-its training from the last checkpoint.
-"""
+"""`run` and `demo`: learn, graft, train, merge, check, the control, eval and the report."""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from lexigraft import __version__, families
+from lexigraft import families
 from lexigraft.console import note
-from lexigraft.corpus import held_out, read_documents, text_files
+from lexigraft.corpus import held_out, read_documents
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError
-from lexigraft.files import LOCK_NAME, sha256_file, sha256_json
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
 from lexigraft.reporting.facts import model_rows
 from lexigraft.reporting.markdown import verdict
 from lexigraft.reporting.tables import model_table, sample_lines
-from lexigraft.runfile import RUN_FILE, Running, RunState, StageState
-
-# Files whose bytes differ between two equal runs: times and logs.
-_LOGS = ("training.json", "runs", "events.out.tfevents")
-
-
-class _Result(Protocol):
-    def to_json(self) -> dict[str, Any]: ...
+from lexigraft.runfile import RunState
+from lexigraft.stages import Result, Run, opened, require_run_folder
 
 
 @dataclass(frozen=True)
@@ -81,91 +65,6 @@ def _prompt(state: RunState) -> str:
     return text[: max(1, len(text) // 2)].replace("'", " ")
 
 
-@dataclass
-class _Run:
-    """A run in progress."""
-
-    folder: Path
-    state: RunState
-    skipped: list[str] = field(default_factory=list)
-    hashes: dict[Path, str] = field(default_factory=dict)
-
-    def stage(
-        self,
-        name: str,
-        options: Mapping[str, Any],
-        inputs: Mapping[str, Path | Sequence[str]],
-        work: Callable[[bool], _Result],
-        output: Path | None = None,
-    ) -> dict[str, Any]:
-        """Do a stage unless it is done, and return its result.
-
-        Args:
-            name: its key in run.json.
-            options: what it was asked to do.
-            inputs: folders, or lists of text specs, whose content it depends on.
-            work: does it; told whether it was killed before and may go on where it was.
-            output: the folder it writes, if any.
-        """
-        key = sha256_json(
-            {
-                "stage": name,
-                "lexigraft": __version__,
-                "options": options,
-                "inputs": {label: self.hash_of(spec) for label, spec in inputs.items()},
-            }
-        )
-        done = self.state.stages.get(name)
-        if done and done.key == key and (output is None or self._is(output, done.output)):
-            self.skipped.append(name)
-            return done.result
-        return self._do(name, key, work, output)
-
-    def _do(
-        self, name: str, key: str, work: Callable[[bool], _Result], output: Path | None
-    ) -> dict[str, Any]:
-        killed = self.state.running == Running(stage=name, key=key)
-        self.state.running = Running(stage=name, key=key)
-        self.state.save(self.folder)
-        note(f"== {name}")
-        start = time.monotonic()
-        result = work(killed).to_json()
-        seconds = time.monotonic() - start
-        if output is not None:
-            self.hashes.pop(output, None)
-        written = self.hash_of(output) if output is not None else ""
-        self.state.stages.pop(name, None)
-        self.state.stages[name] = StageState(
-            key=key, output=written, seconds=round(seconds, 3), result=result
-        )
-        self.state.running = None
-        self.state.save(self.folder)
-        return result
-
-    def _is(self, output: Path, wanted: str) -> bool:
-        return output.is_dir() and self.hash_of(output) == wanted
-
-    def hash_of(self, spec: Path | Sequence[str]) -> str:
-        """Content hash of a folder, or of the texts that some specs name."""
-        if isinstance(spec, Path):
-            if spec not in self.hashes:
-                self.hashes[spec] = _folder_hash(spec)
-            return self.hashes[spec]
-        return sha256_json(sorted(sha256_file(path) for path in text_files(spec)) if spec else [])
-
-
-def _folder_hash(folder: Path) -> str:
-    """Hash of the names and contents of all files in `folder` that are no logs."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return sha256_json(
-        {
-            name.as_posix(): sha256_file(path)
-            for name, path in sorted(files.items())
-            if not any(part.startswith(_LOGS) for part in name.parts)
-        }
-    )
-
-
 def run(recipe: str | Path, *, output: str | Path, force: bool = False) -> RunResult:
     """Run a recipe into the folder `output`; run again, it goes on where it stopped.
 
@@ -181,46 +80,13 @@ def run(recipe: str | Path, *, output: str | Path, force: bool = False) -> RunRe
 
 
 def _run(recipe: Recipe, output: Path, *, force: bool = False) -> RunResult:
-    with _opened(recipe, output, force=force) as current:
+    with opened(recipe, output, force=force) as current:
         _stages(current, recipe)
         report(output)
         return RunResult(output, current.state, current.skipped)
 
 
-@contextmanager
-def _opened(recipe: Recipe, output: Path, *, force: bool) -> Iterator[_Run]:
-    """The run folder, new or as an earlier run left it, locked against a second run."""
-    _require_run_folder(output)
-    if force:
-        shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / LOCK_NAME, timeout=0):
-            state = RunState.read(output) or RunState(recipe=recipe)
-            state.recipe = recipe
-            yield _Run(output, state)
-    except Timeout:
-        raise LexigraftError(
-            f"another run is at work in {output}",
-            needed="one run at a time in a folder",
-            fix="wait for it, or choose another -o",
-        ) from None
-
-
-def _require_run_folder(output: Path) -> None:
-    """Stop before touching a folder that no run has made, whatever --force says."""
-    if not output.exists():
-        return
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if RUN_FILE not in names and names - {LOCK_NAME, "base", "texts", "recipe.yaml"}:
-        raise LexigraftError(
-            f"{output} exists and is no run folder (it has no {RUN_FILE})",
-            needed="a new folder, or one of an earlier run",
-            fix="choose another -o",
-        )
-
-
-def _stages(current: _Run, recipe: Recipe) -> None:
+def _stages(current: Run, recipe: Recipe) -> None:
     base = local_folder(recipe.base)
     measured = _measured_texts(recipe)
     _grow(current, recipe, base)
@@ -233,7 +99,7 @@ def _stages(current: _Run, recipe: Recipe) -> None:
     _samples(current, recipe, base)
 
 
-def _grow(current: _Run, recipe: Recipe, base: Path) -> None:
+def _grow(current: Run, recipe: Recipe, base: Path) -> None:
     """Learn and graft."""
     from lexigraft.steps.graft import graft
     from lexigraft.steps.learn import learn
@@ -259,7 +125,7 @@ def _grow(current: _Run, recipe: Recipe, base: Path) -> None:
 
 
 def _train(
-    current: _Run, recipe: Recipe, source: Path, stages: Sequence[TrainStage], *, at: str
+    current: Run, recipe: Recipe, source: Path, stages: Sequence[TrainStage], *, at: str
 ) -> Path:
     """Train and merge, once per stage; returns the last merged folder, `<at>merged`."""
     for place, stage in enumerate(stages, 1):
@@ -274,7 +140,7 @@ def _train(
 
 
 def _train_once(
-    current: _Run, recipe: Recipe, source: Path, stage: TrainStage, adapter: Path, *, name: str
+    current: Run, recipe: Recipe, source: Path, stage: TrainStage, adapter: Path, *, name: str
 ) -> None:
     from lexigraft.steps.train import train
 
@@ -286,7 +152,7 @@ def _train_once(
     }
     partial = adapter.with_name(f"{adapter.name}.partial")
 
-    def work(killed: bool) -> _Result:
+    def work(killed: bool) -> Result:
         if not killed:
             shutil.rmtree(partial, ignore_errors=True)
         resume = killed and partial.is_dir()
@@ -296,7 +162,7 @@ def _train_once(
     current.stage(name, options, {"model": source, **texts}, work, adapter)
 
 
-def _merge_once(current: _Run, source: Path, adapter: Path, merged: Path, *, name: str) -> None:
+def _merge_once(current: Run, source: Path, adapter: Path, merged: Path, *, name: str) -> None:
     from lexigraft.steps.merge import merge
 
     current.stage(
@@ -308,7 +174,7 @@ def _merge_once(current: _Run, source: Path, adapter: Path, merged: Path, *, nam
     )
 
 
-def _check(current: _Run, merged: Path) -> None:
+def _check(current: Run, merged: Path) -> None:
     from lexigraft.steps.check import check
 
     result = current.stage("check", {}, {"merged": merged}, lambda _: check(merged))
@@ -321,7 +187,7 @@ def _check(current: _Run, merged: Path) -> None:
         )
 
 
-def _controls(current: _Run, recipe: Recipe, base: Path) -> dict[str, Path]:
+def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
     """The base trained in the same way, once on as much text and once for as many steps."""
     stages = [stage for stage in recipe.train.stages if stage.mode == "lora"]
     if not stages:
@@ -382,7 +248,7 @@ def _measured_texts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def _evaluate(
-    current: _Run,
+    current: Run,
     recipe: Recipe,
     models: Mapping[str, Path],
     texts: Mapping[str, list[str]],
@@ -407,7 +273,7 @@ def _evaluate(
     current.stage("evaluate", options, folders, work)
 
 
-def _samples(current: _Run, recipe: Recipe, base: Path) -> None:
+def _samples(current: Run, recipe: Recipe, base: Path) -> None:
     vocab = current.folder / "vocab"
 
     def work(_: bool) -> _Json:
@@ -454,7 +320,7 @@ def demo(
         LexigraftError: the packages with the model or the names are not installed.
     """
     output = Path(output)
-    _require_run_folder(output)
+    require_run_folder(output)
     if force:
         shutil.rmtree(output, ignore_errors=True)
     write_demo_texts(output / "texts", language)
