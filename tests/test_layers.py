@@ -10,9 +10,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "lexigraft"
 LAYERS = [
-    ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["corpus", "recipe"], ["families"], ["checkpoints"],
-    ["embeddings"], ["adapters"], ["checks", "models"], ["steps"], ["data", "runfile"], ["stages", "reporting"],
-    ["pipeline"], ["cli"], ["__main__", "__init__"],
+    ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["corpus", "recipe"], ["families"], ["selection"],
+    ["checkpoints"], ["embeddings"], ["adapters"], ["checks", "models"], ["steps"], ["data", "runfile"],
+    ["stages", "reporting"], ["pipeline"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
