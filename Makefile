@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TOR
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install demo test test-all check lint bench clean
+.PHONY: install compat demo test test-all check lint bench clean
 
 install: $(VENV)/.installed
 
@@ -19,13 +19,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ruff types-PyYAML
 	touch $@
 
+# What users of the last 4.x load tokenizers with: no torch, and tokenizers of its own time.
+COMPAT := .venv-compat
+compat: $(COMPAT)/.installed ## a second environment, for the tests marked `compat`
+
+$(COMPAT)/.installed: Makefile
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install -q --disable-pip-version-check \
+		transformers==4.57.6 tokenizers==0.22.2 sentencepiece==0.2.3 protobuf==7.36.2
+	touch $@
+
 demo: install ## the main job, end to end, on a real model
 	$(BIN)/lexigraft demo -o runs/demo $(DEMO_FLAGS)
 
 test: install ## every law, form, family and architecture at least once
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not matrix"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not matrix and not compat"
 
-test-all: install ## the full matrices, kills and fuzzing
+test-all: install compat ## the full matrices, kills, fuzzing, and transformers 4.57
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: install
@@ -40,5 +50,5 @@ bench: install ## every benchmark whose figures the docs print
 	$(BIN)/python bench/graft.py
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) runs build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
