@@ -155,6 +155,49 @@ def mistral_folder(folder: Path, *, fast: bool = True) -> Path:
     return folder
 
 
+def write_wordpiece(
+    folder: Path, *, lines: bool = True, fast: bool = True, lowercase: bool = True
+) -> Path:
+    """A BERT-style WordPiece tokenizer: vocab.txt if `lines`, tokenizer.json if `fast`.
+
+    It knows every Latin letter at the beginning of words and inside them, and half of `HAN`.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers.processors import BertProcessing
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=sorted(
+            {*"abcdefghijklmnopqrstuvwxyz0123456789.,:;-", *HAN[: len(HAN) // 2]}
+        ),
+        show_progress=False,
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    spread = "\n".join(f"a{letter}b" for letter in letters for _ in range(2))
+    tokenizer.train_from_iterator([plain_english(), spread], trainer)
+    ids = tokenizer.get_vocab()
+    tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    if fast:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    if lines:
+        in_order = sorted(ids, key=ids.__getitem__)
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in in_order), "utf-8")
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lowercase,
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
 def write_model(
     folder: Path,
     *,
