@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-# The 97.5% point of the normal distribution: at most one candidate in 40 that is no more frequent in
-# the domain than elsewhere passes by chance.
+# The 97.5% point of the normal distribution: of the candidates that are no more frequent in the
+# domain than elsewhere, at most one in 40 passes by chance.
 SPECIFIC = 1.96
 # The prior holds a tenth of each candidate's pooled count. As much as all of it would halve every
 # difference; much less would make the z-score of what the contrast text lacks altogether, which is
