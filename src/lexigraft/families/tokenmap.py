@@ -7,8 +7,6 @@ and the `added_tokens_decoder` of `tokenizer_config.json`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import LexigraftError
+from lexigraft.families.layouts import layout_of
+from lexigraft.families.rank_files import is_tiktoken, published, rank_file, read_ranks
 from lexigraft.files import read_json, sha256_json
 
 # Every file name under which a tokenizer, or what belongs to it, is stored in a model folder.
@@ -90,7 +90,8 @@ def joined(maps: Mapping[str, TokenMap]) -> TokenMap | None:
 
     `tokenizer.json` comes first, as it does for loaders.
     """
-    for name in ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
+    ranks = (name for name in maps if name.endswith(".tiktoken"))
+    for name in ("tokenizer.json", *SENTENCEPIECE_FILES, *ranks, "vocab.json", "vocab.txt"):
         if name in maps:
             return _with_added(maps[name], maps)
     return None
@@ -115,6 +116,7 @@ def read_token_maps(folder: Path) -> dict[str, TokenMap]:
     readers = {
         "tokenizer.json": _read_tokenizer_json,
         **dict.fromkeys(SENTENCEPIECE_FILES, _read_model_file),
+        **{path.name: _read_model_file for path in folder.glob("*.tiktoken")},
         "vocab.json": _read_vocab_json,
         "vocab.txt": _read_vocab_txt,
         "added_tokens.json": _read_added_tokens,
@@ -134,6 +136,9 @@ def read_token_maps(folder: Path) -> dict[str, TokenMap]:
                 ) from None
             if token_map.texts:
                 maps[name] = token_map
+    ranks = rank_file(folder)
+    if ranks is not None and ranks.name in maps:
+        maps[ranks.name] = _as_named(maps[ranks.name], maps)
     return maps
 
 
@@ -186,9 +191,11 @@ def _read_model_file(path: Path) -> TokenMap:
         return _read_ranks(data)
     proto = parse_sentencepiece(data, path)
     unknown, control = 2, 3  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
+    layout = layout_of(path.parent)
+    special = [i for i, piece in enumerate(proto.pieces) if piece.type in (unknown, control)]
     return TokenMap(
-        {i: piece.piece for i, piece in enumerate(proto.pieces)},
-        special=frozenset(i for i, p in enumerate(proto.pieces) if p.type in (unknown, control)),
+        layout.texts([piece.piece for piece in proto.pieces]),
+        special=layout.special(len(proto.pieces), special),
     )
 
 
@@ -215,21 +222,20 @@ def parse_sentencepiece(data: bytes, path: Path) -> Any:
     return proto
 
 
-def is_tiktoken(data: bytes) -> bool:
-    """True for a tiktoken rank file: lines of `base64 rank`."""
-    parts = data[:200].split(b"\n")[0].split(b" ")
-    if len(parts) != 2 or not parts[1].strip().isdigit():
-        return False
-    try:
-        base64.b64decode(parts[0], validate=True)
-    except binascii.Error:
-        return False
-    return True
-
-
 def _read_ranks(data: bytes) -> TokenMap:
-    lines = (line.split() for line in data.splitlines() if line.strip())
-    return TokenMap({int(rank): byte_text(base64.b64decode(token)) for token, rank in lines})
+    """The ranks, and the special tokens that the reader of a published rank file adds."""
+    ranks = read_ranks(data)
+    texts = {rank: byte_text(token) for token, rank in ranks.items()}
+    known = published(ranks)
+    specials = {token_id: text for text, token_id in known.specials.items()} if known else {}
+    return TokenMap({**texts, **specials}, frozenset(specials), frozenset(specials))
+
+
+def _as_named(ranks: TokenMap, maps: Mapping[str, TokenMap]) -> TokenMap:
+    """`ranks` with its special tokens as the settings beside it name them (Llama 3.0, 3.1)."""
+    settings = [maps[n] for n in ("tokenizer_config.json", "added_tokens.json") if n in maps]
+    named = {i: text for other in settings for i, text in other.texts.items() if i in ranks.added}
+    return TokenMap({**ranks.texts, **named}, ranks.added, ranks.special)
 
 
 def _byte_characters() -> dict[int, str]:
