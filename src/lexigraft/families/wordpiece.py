@@ -36,9 +36,11 @@ from lexigraft.families.byte_level import (
     template_start,
     write_tokenizer_json,
 )
-from lexigraft.families.continued_bpe import Merge, Unit
+from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.plain import PlainCounting
 from lexigraft.families.spelling import is_word
 from lexigraft.families.tokenmap import TokenMap
+from lexigraft.families.units import Unit, Units
 from lexigraft.files import read_json, sha256_json
 
 VOCABULARY = "vocab.txt"
@@ -60,17 +62,19 @@ _SPECIAL_KEYS = {
 _WORTH_OF_UNKNOWN = 2
 
 
-class WordPiece:
+class WordPiece(PlainCounting):
     """See `lexigraft.families.Family`.
 
     Attributes:
         guaranteed: False: a new token may cut a word of some text differently; see `breakers`.
         unknown_id: the id of [UNK], which stands for whole words.
+        prefix: nothing stands before a text.
     """
 
     name = "WordPiece"
     implicit = False
     guaranteed = False
+    prefix = ""
 
     def __init__(self, folder: Path, data: dict[str, Any] | None) -> None:
         self.folder = folder
@@ -88,7 +92,7 @@ class WordPiece:
         self._mark_added()
         for engine in self._readers.values():
             require_own_ids(engine, self.map, folder)
-        self._prefix: str = self._data["model"].get("continuing_subword_prefix", "##")
+        self._mark: str = self._data["model"].get("continuing_subword_prefix", "##")
         self._longest_word: int = self._data["model"].get("max_input_chars_per_word", 100)
         self._vocabulary: dict[str, int] = self._data["model"]["vocab"]
         self.unknown_id = self._unknown()
@@ -116,7 +120,7 @@ class WordPiece:
 
     def _require_lone_marks(self) -> None:
         """`##` marks a token as inner: a word that holds the mark itself could not be spelled."""
-        mark = self._prefix
+        mark = self._mark
         if not mark or any(mark in word for word in self._words_of(f"a{mark}b {mark}a")):
             raise RefusalError(
                 f"{self.folder}: a WordPiece tokenizer whose words may hold its own mark {mark!r}",
@@ -134,7 +138,7 @@ class WordPiece:
             {
                 "family": self.name,
                 "vocab": self._vocabulary,
-                "prefix": self._prefix,
+                "prefix": self._mark,
                 "longest_word": self._longest_word,
                 "added": added,
                 **{part: self._data.get(part) for part in parts},
@@ -177,8 +181,8 @@ class WordPiece:
 
     def _unmarked(self, token: str) -> tuple[str, bool]:
         """The letters of a token, and whether it stands inside a word."""
-        inner = token.startswith(self._prefix) and len(token) > len(self._prefix)
-        return (token.removeprefix(self._prefix) if inner else token), inner
+        inner = token.startswith(self._mark) and len(token) > len(self._mark)
+        return (token.removeprefix(self._mark) if inner else token), inner
 
     def units(self, texts: Sequence[str]) -> Iterator[Unit]:
         """The words of `texts` that something can be joined or adopted in, as base tokens.
@@ -226,7 +230,7 @@ class WordPiece:
 
     @cached_property
     def _cutter(self) -> _Cutter:
-        return _Cutter(self._vocabulary, self._prefix)
+        return _Cutter(self._vocabulary, self._mark)
 
     def adoptable(self, units: Iterable[Unit]) -> Mapping[str, int]:
         """Letters without a token, as the base would have to hold them: `x` or `##x`."""
@@ -263,7 +267,12 @@ class WordPiece:
 
     def _word(self, stretch: str) -> str:
         """The letters of a word spelled in tokens; its first token stands at its beginning."""
-        return stretch.replace(self._prefix, "")
+        return stretch.replace(self._mark, "")
+
+    def judge(self, units: Units) -> Callable[[Sequence[Merge], Mapping[str, int]], set[str]]:
+        """`breakers` on the learning words, as `choice.choose` asks its judges."""
+        stretches = ["".join(unit) for unit in units.to_tuples()]
+        return lambda merges, _counts: self.breakers(merges, stretches)
 
     def breakers(self, merges: Sequence[Merge], stretches: Sequence[str]) -> set[str]:
         """Those of `merges` that cut one of the words in another way than only coarser.
@@ -288,7 +297,7 @@ class WordPiece:
         spelled = {token: self._symbols(token) for token in kept}
         while pending:
             guilty = set()
-            cutter = _Cutter(self._vocabulary.keys() | kept, self._prefix)
+            cutter = _Cutter(self._vocabulary.keys() | kept, self._mark)
             for word, old in pending:
                 cut = cutter.cut(word)
                 for token in kept.intersection(cut):
