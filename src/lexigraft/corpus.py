@@ -1,105 +1,129 @@
-"""Texts to learn from and to measure on, as documents.
+"""Texts to learn from and to measure on: what a text spec names, read as documents.
 
-A document is a blank-line block of a `.txt` file or one line of a `.jsonl` file (its `text`);
-both may be gzipped. Files are streamed: memory does not grow with the corpus.
+A spec is a file, a folder (searched to any depth), a quoted glob or a data set
+`hf:owner/name[:config][:split]`; `#weight=2,column=findings` behind it says how much its
+occurrences count in `learn` and which field holds the text. The formats are those of
+`lexigraft.text_formats`. Files are streamed: memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import sha256_file
-from lexigraft.manifest import TextSource
+from lexigraft.files import sha256_bytes, sha256_file, sha256_json
+from lexigraft.text_formats import (
+    BOM_DROPPED,
+    DOCUMENT_LIMIT,
+    HUB,
+    SUFFIXES,
+    Part,
+    Remarks,
+    TextFile,
+    is_binary,
+    read_part,
+    split_hub_spec,
+)
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+if TYPE_CHECKING:  # pydantic is slow to import for counting processes, which read and never record
+    from lexigraft.manifest import TextSource
+
+__all__ = [
+    "DOCUMENT_LIMIT",
+    "HELD_OUT_SHARE",
+    "SUFFIXES",
+    "beginning",
+    "content_digest",
+    "held_out",
+    "inputs",
+    "is_held_out",
+    "read_documents",
+    "say_remarks",
+    "sources",
+    "text_files",
+]
+
 HELD_OUT_SHARE = 0.05
-# Longer documents are cut at line ends, so that one file without blank lines stays streamable.
-DOCUMENT_LIMIT = 2**20
 _GLOB_CHARACTERS = frozenset("*?[")
+_FRAGMENT = re.compile(r"#(\w+=[^#/]*)$")
+_NAMES_SHOWN = 3
+
+
+def inputs(specs: Sequence[str | Path]) -> list[TextFile]:
+    """What `specs` name, each file once, sorted by name.
+
+    Raises:
+        RefusalError: a spec of a kind that is not supported.
+        LexigraftError: a spec that matches nothing, or a file with two weights.
+    """
+    found: dict[tuple[str, str], TextFile] = {}
+    for spec in specs:
+        for file in _files_of(str(spec)):
+            before = found.setdefault((file.path, file.column), file)
+            if before != file:
+                raise LexigraftError(
+                    f"{file.path} is named with weight {before.weight:g} and {file.weight:g}",
+                    needed="one weight for each file",
+                    fix="name it once, or write the weight behind both specs",
+                )
+    return sorted(found.values(), key=lambda file: (file.name, file.path, file.column))
 
 
 def text_files(specs: Sequence[str | Path]) -> list[Path]:
-    """The files that `specs` name: files, folders (searched to any depth) and quoted globs.
+    """The local files that `specs` name; of a local folder named as `hf:folder`, the folder.
 
     Raises:
         RefusalError: a spec of a kind that is not supported.
         LexigraftError: a spec that matches nothing.
     """
-    found = dict.fromkeys(chain.from_iterable(map(_files_of, specs)))
-    return sorted(found, key=lambda path: (path.name, str(path)))
-
-
-def _files_of(spec: str | Path) -> list[Path]:
-    text = str(spec)
-    if text.startswith("hf:"):
-        raise RefusalError(
-            f"{text}: data sets of the hub are not read yet",
-            needed="text files",
-            fix="export the data set to .jsonl with a `text` field and name that file",
-        )
-    path = Path(text)
-    if path.is_dir():
-        matches = [p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
-    elif path.is_file():
-        matches = [path]
-    elif _GLOB_CHARACTERS & set(text):
-        matches = [p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file()]  # noqa: PTH207
-    else:
-        matches = []
-    if not matches:
-        what = f"no text file in {text}" if path.is_dir() else f"no file {text}"
-        raise LexigraftError(
-            what,
-            needed=f"one or more files ending in {', '.join(SUFFIXES)}",
-            fix=f"ls {path if path.is_dir() else path.parent}",
-        )
-    for match in matches:
-        if not match.name.endswith(SUFFIXES):
-            raise RefusalError(
-                f"{match}: not a kind of text file that is read",
-                needed=f"a name ending in {', '.join(SUFFIXES)}",
-                fix="rename or convert the file",
-            )
-    return matches
+    paths = (_local_path(file) for file in inputs(specs))
+    return list(dict.fromkeys(path for path in paths if path is not None))
 
 
 def sources(specs: Sequence[str | Path]) -> list[TextSource]:
-    """Name, content hash and size of every file, in an order that depends on content alone."""
-    found = [
-        TextSource(name=path.name, sha256=sha256_file(path), bytes=path.stat().st_size)
-        for path in text_files(specs)
-    ]
-    return sorted(found, key=lambda source: (source.sha256, source.name))
+    """Name, content hash and size of every input, in an order that depends on content alone."""
+    found = [_source(file) for file in inputs(specs)]
+    return sorted(found, key=lambda source: (source.sha256, source.name, source.column))
 
 
 def read_documents(specs: Sequence[str | Path]) -> Iterator[str]:
     """All documents of all files, streamed, the files in the order of their names.
 
-    A byte order mark is dropped, CR LF becomes LF; blank documents are skipped.
+    A byte order mark and stray NUL bytes are dropped, CR LF becomes LF, and a note says so;
+    blank documents are skipped. Weights do not matter here.
 
     Raises:
-        LexigraftError: nothing to read, text that is not UTF-8, NUL bytes, or bad JSON lines.
+        LexigraftError: nothing to read, text that is not UTF-8, or damaged records.
     """
     empty = True
-    files = text_files(specs)
-    for path in files:
-        for document in _read_file(path):
+    files = inputs(specs)
+    for file in files:
+        remarks = Remarks()
+        for document in read_part(Part(file), remarks):
             empty = False
             yield document
+        say_remarks(file.name, remarks)
     if empty:
-        raise LexigraftError(
-            f"no text in {', '.join(str(path) for path in files[:3])}",
-            needed="at least one document",
-            fix="check that the files are not empty (a jsonl line needs a `text` field)",
-        )
+        raise nothing_to_read(files)
+
+
+def beginning(specs: Sequence[str | Path], limit: int) -> list[str]:
+    """The first documents of some texts, up to the one that reaches `limit` UTF-8 bytes."""
+    texts: list[str] = []
+    size = 0
+    for document in read_documents(specs):
+        if size >= limit:
+            break
+        texts.append(document)
+        size += len(document.encode())
+    return texts
 
 
 def held_out(document: str, share: float = HELD_OUT_SHARE) -> bool:
@@ -108,97 +132,161 @@ def held_out(document: str, share: float = HELD_OUT_SHARE) -> bool:
     The choice depends neither on order nor on the other documents, so a text that is held out
     in `learn` is held out in `train` and `eval` too.
     """
-    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return is_held_out(content_digest(document), share)
+
+
+def content_digest(document: str) -> bytes:
+    """The hash by which a document is chosen."""
+    return hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+
+
+def is_held_out(digest: bytes, share: float = HELD_OUT_SHARE) -> bool:
+    """`held_out` of the document that has this `content_digest`."""
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as stream:
-            lines = _text_lines(path, stream)
-            if ".jsonl" in path.suffixes:
-                yield from _json_documents(path, lines)
-            else:
-                yield from _blocks(lines)
-    except (OSError, EOFError) as fault:
+def nothing_to_read(files: Sequence[TextFile]) -> LexigraftError:
+    """The error of a corpus without a document."""
+    return LexigraftError(
+        f"no text in {', '.join(file.path for file in files[:_NAMES_SHOWN])}",
+        needed="at least one document",
+        fix="check that the files are not empty (a jsonl line needs a `text` field, or name "
+        "another with FILE#column=NAME)",
+    )
+
+
+def say_remarks(name: str, remarks: Remarks) -> None:
+    """One notice for each kind of thing that was cleaned in a file."""
+    for remark, count in sorted(remarks.items()):
+        if count:
+            note(f"{name}: {remark}" if remark == BOM_DROPPED else f"{name}: {count:,} {remark}")
+
+
+def _files_of(spec: str) -> list[TextFile]:
+    place, column, weight = _parsed(spec)
+    if place.startswith(HUB):
+        return [TextFile(place, column, weight)]
+    path = Path(place)
+    if path.is_dir():
+        matches = _texts_in(path)
+    elif path.is_file():
+        matches = [path]
+    elif _GLOB_CHARACTERS & set(place):
+        matches = [p for p in map(Path, glob.glob(place, recursive=True)) if p.is_file()]  # noqa: PTH207
+    else:
+        matches = []
+    if not matches:
+        what = f"no text file in {place}" if path.is_dir() else f"no file {place}"
         raise LexigraftError(
-            f"cannot read {path} ({fault})",
-            needed="a readable text file, whole if it is gzipped",
-            fix=f"check it with `file {path}` and copy it again",
+            what,
+            needed=f"one or more files ending in {', '.join(SUFFIXES)}",
+            fix=f"ls {path if path.is_dir() else path.parent}",
+        )
+    for match in matches:
+        if not _is_readable(match):
+            raise RefusalError(
+                f"{match}: not a kind of text file that is read",
+                needed=f"a name ending in {', '.join(SUFFIXES)}",
+                fix="rename or convert the file",
+            )
+    return [TextFile(str(match), column, weight) for match in matches]
+
+
+def _parsed(spec: str) -> tuple[str, str, float]:
+    """Place, column and weight of a spec; a file whose own name holds a # is that file."""
+    fragment = _FRAGMENT.search(spec)
+    if fragment is None or Path(spec).exists():
+        return spec, "text", 1.0
+    options = dict(option.partition("=")[::2] for option in fragment[1].split(","))
+    unknown = options.keys() - {"weight", "column"}
+    try:
+        weight = float(options.get("weight", 1))
+    except ValueError:
+        weight = 0.0
+    if unknown or not 0 < weight < float("inf"):
+        raise LexigraftError(
+            f"{spec}: {fragment[0]}",
+            needed="#weight=NUMBER above 0, #column=NAME, or both with a comma between",
+            fix=f"{spec[: fragment.start()]}#weight=2,column=text",
+        )
+    return spec[: fragment.start()], options.get("column") or "text", weight
+
+
+def _is_readable(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The text files of a folder; says which files of it are none."""
+    skipped: dict[str, list[str]] = {"of other kinds": [], "empty": [], "binary": []}
+    texts = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if not _is_readable(path):
+            skipped["of other kinds"].append(path.name)
+        elif not path.stat().st_size:
+            skipped["empty"].append(path.name)
+        elif path.suffix.lower() != ".parquet" and _looks_binary(path):
+            skipped["binary"].append(path.name)
+        else:
+            texts.append(path)
+    groups = [f"{len(names):,} {why} ({_some(names)})" for why, names in skipped.items() if names]
+    if groups and texts:
+        _note_once(f"{folder}: files that are not read: {', '.join(groups)}")
+    return texts
+
+
+def _looks_binary(path: Path) -> bool:
+    try:
+        return is_binary(str(path))
+    except (OSError, EOFError):  # a damaged archive is no reason to skip: reading it says so
+        return False
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:_NAMES_SHOWN]) + (", ..." if len(listed) > _NAMES_SHOWN else "")
+
+
+@cache
+def _note_once(text: str) -> None:
+    """A notice about specs, which a verb resolves several times."""
+    note(text)
+
+
+def _local_path(file: TextFile) -> Path | None:
+    if not file.path.startswith(HUB):
+        return Path(file.path)
+    folder = Path(split_hub_spec(file.path)[0])
+    return folder if folder.exists() else None
+
+
+def _source(file: TextFile) -> TextSource:
+    from lexigraft.manifest import TextSource
+
+    path = _local_path(file)
+    if path is None:
+        name, sha256, size = file.name, sha256_bytes(_hub_revision(file).encode()), 0
+    elif file.path.startswith(HUB):
+        _, config, split = split_hub_spec(file.path)
+        members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        hashes = [[p.relative_to(path).as_posix(), sha256_file(p)] for p in members]
+        name = f"{HUB}{path.name}:{config or ''}:{split}"
+        sha256, size = sha256_json(hashes), sum(p.stat().st_size for p in members)
+    else:
+        name, sha256, size = path.name, sha256_file(path), path.stat().st_size
+    return TextSource(name=name, sha256=sha256, bytes=size, weight=file.weight, column=file.column)
+
+
+def _hub_revision(file: TextFile) -> str:
+    """Name and commit of a data set of the hub."""
+    from huggingface_hub import HfApi
+
+    name = split_hub_spec(file.path)[0]
+    try:
+        return f"{name}@{HfApi().dataset_info(name).sha}"
+    except Exception as fault:  # huggingface_hub passes on errors of its HTTP library
+        raise LexigraftError(
+            f"cannot ask the hub for the revision of {file.path} ({type(fault).__name__})",
+            needed="the network, while a data set of the hub is read",
+            fix="try again, or export it to .parquet or .jsonl and name that file",
         ) from None
-
-
-def _text_lines(path: Path, stream: Iterable[bytes]) -> Iterator[str]:
-    """Decoded lines without their ends; says once per file what was cleaned."""
-    returns = 0
-    for number, raw in enumerate(stream, 1):
-        line = raw
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-            note(f"{path.name}: byte order mark dropped")
-            line = line[3:]
-        if b"\x00" in line:
-            raise LexigraftError(
-                f"{path}: a NUL byte on line {number}",
-                needed="text in UTF-8 (UTF-16 and binary files hold NUL bytes)",
-                fix=f"iconv -f UTF-16 -t UTF-8 {path} > clean.txt, "
-                f"or tr -d '\\000' < {path} > clean.txt",
-            )
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as fault:
-            raise LexigraftError(
-                f"{path}: line {number} is not UTF-8 (byte 0x{line[fault.start]:02X} "
-                f"at column {fault.start + 1})",
-                needed="text in UTF-8",
-                fix=f"iconv -f GB18030 -t UTF-8 {path} > clean.txt (or from the encoding it has)",
-            ) from None
-        if "\r" in text:
-            returns += text.endswith("\r\n")
-            text = text.replace("\r\n", "\n")
-        yield text.rstrip("\n")
-    if returns:
-        note(f"{path.name}: {returns:,} CR LF line ends read as LF")
-
-
-def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    block: list[str] = []
-    size = 0
-    for line in lines:
-        blank = not line.strip()
-        if block and (blank or size + len(line) > DOCUMENT_LIMIT):
-            yield "\n".join(block)
-            block, size = [], 0
-        if not blank:
-            block.append(line)
-            size += len(line) + 1
-    if block:
-        yield "\n".join(block)
-
-
-def _json_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    surrogates = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as fault:
-            raise LexigraftError(
-                f"{path}: line {number} has no text ({type(fault).__name__}: {fault})",
-                needed='one JSON object per line, like {"text": "..."}',
-                fix=f"sed -n {number}p {path}",
-            ) from None
-        if not isinstance(text, str):
-            raise LexigraftError(
-                f"{path}: line {number}: `text` is a {type(text).__name__}",
-                needed='a string, like {"text": "..."}',
-                fix=f"sed -n {number}p {path}",
-            )
-        clean = text.encode("utf-8", "replace").decode("utf-8")
-        surrogates += clean != text
-        clean = clean.replace("\r\n", "\n").replace("\x00", "")
-        if clean.strip():
-            yield clean
-    if surrogates:
-        note(f"{path.name}: {surrogates:,} documents held lone surrogates, replaced by '?'")

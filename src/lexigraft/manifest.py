@@ -11,7 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, sha256_json, write_json
@@ -35,11 +42,24 @@ class Probe(_Data):
 
 
 class TextSource(_Data):
-    """A text that was read: its name without path, content hash and size in bytes."""
+    """A text that was read: its name without path, content hash and size in bytes.
+
+    The last two are written where they differ from their defaults, so that the hash of a manifest
+    from before they existed stays the same. Of a data set of the hub, `sha256` is the hash of its
+    name and revision and `bytes` is 0.
+    """
 
     name: str
     sha256: str
     bytes: int
+    weight: float = 1.0
+    column: str = "text"
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        defaults = {"weight": 1.0, "column": "text"}
+        return {key: value for key, value in data.items() if defaults.get(key) != value}
 
 
 class BaseTokenizer(_Data):
