@@ -27,6 +27,12 @@ from tokenizers import Tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families.byte_level import ByteLevelBPE, content_hash, open_engine, plain_model
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.gpt2_files import (
+    BYTE_LEVEL,
+    added_token,
+    bpe_model,
+    split_then_bytes,
+)
 from lexigraft.families.rank_files import (
     GPT2_PATTERN,
     Published,
@@ -256,51 +262,16 @@ def converted(
     because the engine numbers others by itself.
     """
     vocabulary = {byte_text(token): rank for token, rank in ranks.items()}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": token_id, "content": text, **flags, "special": True}
-            for text, token_id in specials.items()
+            added_token(text, token_id, special=True) for text, token_id in specials.items()
         ],
         "normalizer": {"type": "NFC"} if known.composed else None,
         "pre_tokenizer": split_then_bytes(known.pattern),
         "post_processor": None,
         "decoder": dict(BYTE_LEVEL),
-        "model": bpe_model({**vocabulary, **specials}, all_splits(vocabulary)),
-    }
-
-
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
-
-
-def split_then_bytes(pattern: str, *, add_prefix_space: bool = False) -> dict[str, Any]:
-    """A pre-tokenizer that splits by `pattern` and maps bytes to characters."""
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    steps = [{**split, "invert": False}, {**BYTE_LEVEL, "add_prefix_space": add_prefix_space}]
-    return {"type": "Sequence", "pretokenizers": steps}
-
-
-def bpe_model(
-    vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], *, whole_pieces: bool = True
-) -> dict[str, Any]:
-    """The `model` of a tokenizer.json; `whole_pieces`: a piece that is a token is emitted."""
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": whole_pieces,
-        "vocab": dict(vocabulary),
-        "merges": [list(pair) for pair in merges],
+        "model": bpe_model({**vocabulary, **specials}, all_splits(vocabulary), ignore_merges=True),
     }
 
 
