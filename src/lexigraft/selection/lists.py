@@ -19,7 +19,7 @@ import math
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -240,10 +240,11 @@ def _unmarked(piece: str) -> str:
 def _table(path: Path, column: str | None) -> Iterator[tuple[int, str, str | None]]:
     lines = _lines(path)
     delimiter = "\t" if lines and "\t" in lines[0] else ","
-    rows = csv.reader(lines, delimiter=delimiter)
-    header = [name.strip() for name in next(rows, [])]
+    rows = _rows(lines, delimiter, path)
+    _, header = next(rows, (0, []))
+    header = [name.strip() for name in header]
     if column is None and len(header) == 1:  # one term a line, which needs no header
-        rows, place, weight = csv.reader(lines, delimiter=delimiter), 0, None
+        rows, place, weight = _rows(lines, delimiter, path), 0, None
     elif column in header:
         place = header.index(column)
         weight = header.index("weight") if "weight" in header and column != "weight" else None
@@ -254,14 +255,17 @@ def _table(path: Path, column: str | None) -> Iterator[tuple[int, str, str | Non
             needed=f"one of its columns: {', '.join(header)}",
             fix=f"{path}{_COLUMN}{header[-1] if header else 'NAME'}",
         )
-    for row in _rows(rows, path):
+    for number, row in rows:
         value = row[weight].strip() if weight is not None and weight < len(row) else ""
-        yield rows.line_num, row[place] if place < len(row) else "", value or None
+        yield number, row[place] if place < len(row) else "", value or None
 
 
-def _rows(rows: Iterable[list[str]], path: Path) -> Iterator[list[str]]:
+def _rows(lines: list[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table, each with the number of its last line."""
+    rows = csv.reader(lines, delimiter=delimiter)
     try:
-        yield from rows
+        for row in rows:
+            yield rows.line_num, row
     except csv.Error as fault:
         raise LexigraftError(
             f"{path}: {fault}",
