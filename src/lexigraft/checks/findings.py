@@ -16,6 +16,7 @@ CODES: dict[str, Severity] = {
     "LG103": "error",  # added tokens leave a hole after the vocabulary
     "LG104": "note",  # added_tokens.json repeats tokens of the vocabulary
     "LG105": "warning",  # an added token is in tokenizer_config.json only
+    "LG106": "note",  # words are added tokens instead of tokens of the model
     "LG201": "error",  # config.vocab_size is not the number of rows
     "LG202": "error",  # a special id of a config has no row
     "LG203": "warning",  # a special id of a config means another token than the tokenizer says

@@ -13,6 +13,9 @@ from lexigraft.manifest import Manifest
 VOCABULARIES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")
 ADDED = "added_tokens.json"
 SETTINGS = "tokenizer_config.json"
+# Above so many, readers that enter added tokens one by one took minutes to load a tokenizer
+# (huggingface/tokenizers#914). transformers 4.57, the oldest tested, loads 5,000 in 0.2 s.
+MANY_ADDED = 500
 
 
 def tokenizer_findings(facts: Facts) -> Iterator[Finding]:
@@ -23,6 +26,7 @@ def tokenizer_findings(facts: Facts) -> Iterator[Finding]:
     if names:
         yield from _added_tokens(facts, names)
         yield from _settings(facts, names[0])
+        yield from _many_added(facts, names[0])
 
 
 def _compare(facts: Facts, first: str, other: str) -> Iterator[Finding]:
@@ -174,3 +178,20 @@ def _settings(facts: Facts, first: str) -> Iterator[Finding]:
                 fix=f"copy {first} and {SETTINGS} from one folder",
             )
             return
+
+
+def _many_added(facts: Facts, first: str) -> Iterator[Finding]:
+    """Words that someone entered as added tokens, by the thousand."""
+    whole = facts.maps[first]
+    beside = facts.maps.get(ADDED, TokenMap({}))
+    words = (whole.added | beside.added) - whole.special - beside.special
+    if len(words) > MANY_ADDED:
+        yield finding(
+            "LG106",
+            first if len(whole.added) >= len(beside.added) else ADDED,
+            f"{len(words):,} added tokens that are not special: they are matched before the "
+            "tokenizer's model reads a text, also inside other words, and readers older than "
+            "transformers 4.57 may take minutes to load them",
+            needed="words in the model's own vocabulary",
+            fix="lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+        )
