@@ -382,6 +382,8 @@ class WordPiece(PlainCounting):
         return {name: reader(engine) for name, engine in self._readers.items()}
 
     def _extended_data(self, merges: Sequence[Merge]) -> dict[str, Any]:
+        if not merges:  # nothing to move: the same tokenizer
+            return dict(self._data)
         first = self.map.tokens
         vocabulary = dict(self._vocabulary)
         for token in self._data.get("added_tokens") or []:
