@@ -254,10 +254,9 @@ def plan(
     Spellings are taken by falling strength, so that where two overlap in running text the stronger
     one's merges rank first. Each is read as the merges so far would leave it, and what is left is
     joined along the binary tree that needs the fewest new bridges (dynamic programming over its
-    spans). A part that is itself asked for is joined first and costs nothing. Among equal trees
-    those win whose bridges other spellings can use too, then those whose bridges, which fire in
-    running text as well, least often take the first or last symbol of an asked spelling. One that
-    needs more tokens than are left is passed over.
+    spans). A part that is itself asked for is joined first and costs nothing; a
+    bridge that n spellings could use costs 1/n; of equal trees the one whose left parts are longest
+    is taken. A spelling that needs more tokens than are left is passed over.
 
     Each spelling whose merges were returned is one symbol when the merges run in rank order over it
     alone: what comes later never undoes what came before. Running text may still differ, where
@@ -292,12 +291,6 @@ class _Planner:
         self.wanted = {symbols for symbols, parts in self.start.items() if len(parts) > 1}
         self.order = sorted(self.wanted, key=lambda s: (-strengths[s], len(s), s))
         self.uses = self._count_uses()
-        self.begins: dict[int, float] = defaultdict(float)
-        self.ends: dict[int, float] = defaultdict(float)
-        for symbols in self.order:
-            self.begins[symbols[0]] += strengths[symbols]
-            self.ends[symbols[-1]] += strengths[symbols]
-        self.total = 2 * sum(strengths[symbols] for symbols in self.order) or 1.0
         self.ranks: dict[tuple[Symbols, Symbols], int] = {}
         self.made: set[Symbols] = set()
 
@@ -375,10 +368,10 @@ class _Planner:
             for middle in range(start + 1, end):
                 left, right = cost.get((start, middle)), cost.get((middle, end))
                 if left is not None and right is not None:
-                    candidate = (left + right + price, middle)
+                    candidate = (left + right + price, -middle)
                     best = candidate if best is None else min(best, candidate)
             if best is not None:
-                cost[start, end], cut[start, end] = best
+                cost[start, end], cut[start, end] = best[0], -best[1]
         if (0, size) not in cut:
             return None
         start, end = 0, size
@@ -393,8 +386,7 @@ class _Planner:
             return None  # a token has one pair of parts
         if span in self.wanted:
             return 0.0
-        harm = (self.begins[span[-1]] + self.ends[span[0]]) / self.total
-        return 1.0 / self.uses[span] + 0.001 * harm
+        return 1.0 / self.uses[span]
 
 
 def _spans(parts: Sequence[Symbols]) -> Iterator[tuple[Symbols, int, int]]:
