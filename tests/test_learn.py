@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import parts
 from lexigraft import families, learn
 from lexigraft.corpus import held_out, read_documents
-from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.errors import LexigraftError
 from lexigraft.families.proof import HARD_TEXTS, contexts, prove
 from lexigraft.manifest import Manifest
 
@@ -356,12 +356,6 @@ def test_truncated_gzip(tmp_path):
     data = gzip.compress(parts.corpus_text().encode())
     (tmp_path / "c.txt.gz").write_bytes(data[: len(data) // 2])
     fails(tmp_path, tmp_path / "c.txt.gz", "c.txt.gz")
-
-
-def test_hub_data_sets_are_refused_by_name(tmp_path):
-    base = parts.write_byte_level(tmp_path / "base")
-    with pytest.raises(RefusalError, match="hf:"):
-        learn(base, corpus=["hf:someone/some-data"], output=tmp_path / "v")
 
 
 def test_output_exists(tmp_path, corpus):

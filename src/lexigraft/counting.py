@@ -3,9 +3,9 @@
 A document is cut into *chunks*: some spaces, then some breakers (line ends, tabs, dashes, quotes
 and East Asian punctuation), then anything else. The chunks of a document, one after the other,
 are the document. A cut stands before a space or a breaker, where no pre-tokenizer in use joins
-what is before to what is behind: so the words of a chunk are segmented as they are in the text.
-Stretches are bounded, so that text without spaces stays bounded too: 512 characters that are
-neither space nor breaker, 128 spaces, 128 breakers.
+what is before to what is behind: so the words of a chunk are segmented as they are in the text,
+unless more than 512 characters stand without such a place.
+A chunk has at most 1,584 characters, so that text without spaces stays bounded too.
 
 Memory does not grow with the corpus: of a corpus larger than `cap`, a sample is counted, chosen
 by content hash. Its share is the largest of 1, 1/2, 1/4 ... for which the sample fits into `cap`.
@@ -40,12 +40,18 @@ from lexigraft.text_formats import HUB, Part, Remarks, TextFile, parts_of, read_
 
 # Letters and marks stay out, such as 々 (U+3005), 〇 (U+3007) and the tone marks U+302A-302F:
 # they belong to the word before them.
-BREAKERS = (
-    "\n\t\u2014\u2018-\u201d\u2026\u3000-\u3004\u3008-\u3020\u3030\u3036\u3037\u303d-\u303f"
+_MARKS = (
+    "\u2014\u2018-\u201d\u2026\u3001-\u3004\u3008-\u3020\u3030\u3036\u3037\u303d-\u303f"
     "\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 )
-# Never longer than 768 characters; empty at the end of a text only.
-CHUNK = re.compile(f" {{0,128}}[{BREAKERS}]{{0,128}}[^ {BREAKERS}]{{0,512}}")
+BREAKERS = f"\n\t\u3000{_MARKS}"
+# Empty at the end of a text only. The last line: a mark behind anything but a letter or a digit
+# is no place to cut, because pre-tokenizers take a run of marks as one (`)，` in `)，词`), and the
+# word behind it begins without the mark then.
+CHUNK = re.compile(
+    f" {{0,128}}[{BREAKERS}]{{0,128}}[^ {BREAKERS}]{{0,512}}"
+    rf"(?:(?<=[\W_])[{_MARKS}]{{1,16}}[^ {BREAKERS}]{{0,256}}){{0,3}}"
+)
 
 ENGINES = ("local", "ray")
 _BATCH_BYTES = 2**20

@@ -277,15 +277,20 @@ def _lines_before(path: str, place: int) -> int:
     return lines
 
 
-def _clean(text: str, remarks: Remarks) -> str:
-    """`text` without NUL characters, its CR LF as LF."""
-    if "\0" in text:
-        remarks[NULS_DROPPED] += text.count("\0")
-        text = text.replace("\0", "")
+def _clean(text: str, remarks: Remarks, *, returns: bool = True) -> str:
+    """`text` without NUL characters, its CR LF as LF; says the latter only if `returns`."""
+    text = _without_nuls(text, remarks)
     if "\r\n" in text:
-        remarks[RETURNS_READ] += text.count("\r\n")
+        remarks[RETURNS_READ] += text.count("\r\n") if returns else 0
         text = text.replace("\r\n", "\n")
     return text
+
+
+def _without_nuls(text: str, remarks: Remarks) -> str:
+    if "\0" not in text:
+        return text
+    remarks[NULS_DROPPED] += text.count("\0")
+    return text.replace("\0", "")
 
 
 def _without_mark(data: bytes, remarks: Remarks) -> bytes:
@@ -398,7 +403,7 @@ def _txt_boundary(stream: IO[bytes], begin: int, target: int) -> int:
 
 def _line_boundary(stream: IO[bytes], begin: int, target: int) -> int:
     stream.seek(target)
-    stream.readline()
+    stream.readline(LINE_LIMIT + 1)
     return stream.tell()
 
 
@@ -432,7 +437,7 @@ def _lines(part: Part, stream: IO[bytes], remarks: Remarks) -> Iterator[tuple[in
 def _json_documents(part: Part, stream: IO[bytes], remarks: Remarks) -> Iterator[str]:
     path, column = part.file.path, part.file.column
     for place, line in _lines(part, stream, remarks):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             text = json.loads(line)[column]
@@ -450,13 +455,14 @@ def _json_documents(part: Part, stream: IO[bytes], remarks: Remarks) -> Iterator
                 needed=f'a string, like {{"{column}": "..."}}',
                 fix=f"sed -n {number}p {path}",
             )
+        line = ""  # noqa: PLW2901 - it may be as large as the text
         yield from _field_documents(text, remarks)
 
 
 def _table_documents(part: Part, stream: IO[bytes], remarks: Remarks) -> Iterator[str]:
     file = part.file
     csv.field_size_limit(LINE_LIMIT)
-    lines = (text.replace("\0", "") for _, text in _lines(part, stream, remarks))
+    lines = (_without_nuls(text, remarks) for _, text in _lines(part, stream, remarks))
     rows = csv.reader(lines, delimiter="\t" if file.kind == ".tsv" else ",")
     place: int | None = None
     try:
@@ -577,19 +583,18 @@ def hub_rows(file: TextFile) -> Iterator[dict[str, Any]]:
 
 def _field_documents(text: str, remarks: Remarks) -> Iterator[str]:
     """The document in a field, cut where it is longer than `DOCUMENT_LIMIT`."""
-    if not text.isascii():
-        whole = text.encode("utf-8", "replace").decode("utf-8")
-        remarks[SURROGATES_REPLACED] += whole != text
-        text = whole
-    if "\0" in text:
-        remarks[NULS_DROPPED] += text.count("\0")
-        text = text.replace("\0", "")
-    text = text.replace("\r\n", "\n")
-    if 4 * len(text) <= DOCUMENT_LIMIT:
+    text = _clean(text, remarks, returns=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        remarks[SURROGATES_REPLACED] += 1
+        data = text.encode("utf-8", "replace")
+        text = data.decode()
+    if len(data) <= DOCUMENT_LIMIT:
         if text and not text.isspace():
             yield text
         return
-    data = text.encode()
+    del text
     place = 0
     while place < len(data):
         window = data[place : place + DOCUMENT_LIMIT]
