@@ -7,10 +7,9 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -314,13 +313,12 @@ print(counted.bytes, counted.share, len(counted.chunks), parts.peak_megabytes(),
 @pytest.mark.matrix
 def test_a_gigabyte_is_counted_in_bounded_memory(tmp_path):
     """Numbers and Chinese clauses make most chunks unique."""
-    rng = random.Random(5)
     path = tmp_path / "large.txt"
-    began = time.monotonic()
     with path.open("w") as stream:
-        while stream.tell() < 10**9:
-            stream.writelines(paragraph(rng) for _ in range(1000))
-    print(f"written in {time.monotonic() - began:.0f} s")
+        for block in varied_text(random.Random(5)):
+            stream.write(block)
+            if stream.tell() > 10**9:
+                break
     done = subprocess.run(
         [sys.executable, "-c", GIGABYTE, path], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent,
@@ -331,15 +329,17 @@ def test_a_gigabyte_is_counted_in_bounded_memory(tmp_path):
     assert peak < 2000
 
 
-def paragraph(rng):
-    clauses = "，".join(
-        "".join(rng.choices(parts.ORGANS, k=2))
-        + "".join(rng.choices(parts.HAN, k=rng.randint(3, 9)))
-        for _ in range(6)
-    )
-    words = " ".join(
-        rng.choice(parts.ROOTS) + rng.choice(parts.ENDINGS) + str(rng.randint(0, 10**6))
-        if rng.random() < 0.3 else rng.choice(parts.WORDS)
-        for _ in range(40)
-    )  # fmt: skip
-    return f"{clauses}。\n{words}.\n\n"
+def varied_text(rng):
+    """Endless paragraphs; a clause is three of 5,000 fragments, a tenth of the words has a number."""
+    fragments = ["".join(rng.choices(parts.HAN, k=rng.randint(2, 5))) for _ in range(5000)]
+    words = [rng.choice(parts.ROOTS) + rng.choice(parts.ENDINGS) for _ in range(500)] + parts.WORDS
+    while True:
+        han = iter(rng.choices(fragments, k=3000))
+        clauses = map("".join, zip(han, han, han, strict=True))
+        numbers = rng.choices(range(10**6), k=1000)
+        latin = iter(rng.choices(words, k=9000))
+        sentences = (" ".join([*islice(latin, 9), f"mg{number}"]) for number in numbers)
+        yield "".join(
+            f"{clause}，{sentence}。\n" + "\n" * (number % 9 == 0)
+            for clause, sentence, number in zip(clauses, sentences, numbers, strict=True)
+        )

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from lexigraft import __version__
 from lexigraft.console import note
-from lexigraft.corpus import text_files
+from lexigraft.corpus import sources
 from lexigraft.errors import LexigraftError
 from lexigraft.files import LOCK_NAME, sha256_file, sha256_json
 from lexigraft.recipe import Recipe
@@ -106,7 +106,8 @@ class Run:
             if spec not in self.hashes:
                 self.hashes[spec] = folder_hash(spec)
             return self.hashes[spec]
-        return sha256_json(sorted(sha256_file(path) for path in text_files(spec)) if spec else [])
+        texts = sources(spec) if spec else []
+        return sha256_json([[text.sha256, text.weight, text.column] for text in texts])
 
 
 def folder_hash(folder: Path) -> str:
