@@ -5,14 +5,17 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,6 +256,31 @@ def test_a_counting_process_that_dies_is_an_error(corpus, monkeypatch):
     with pytest.raises(LexigraftError, match="counting process ended") as caught:
         count_chunks(corpus, workers=2)
     assert "--workers 1" in caught.value.fix
+
+
+def test_an_interrupt_ends_all_processes_at_once(corpus):
+    """Also within a part that takes long: an archive is read by one process as a whole."""
+    code = (
+        "import sys, threading, time\n"
+        "from lexigraft.counting import count_chunks\n"
+        "threading.Timer(0.5, lambda: print('begun', flush=True)).start()\n"
+        "try: count_chunks(sys.argv[1:], workers=2)\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    large = corpus[0].with_name("large.zst.d")
+    large.mkdir()
+    text = parts.corpus_text(9, documents=2000).encode()
+    for name in ("a.txt.zst", "b.txt.zst"):
+        (large / name).write_bytes(zstandard.compress(text) * 200)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, large], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "begun\n"
+    began = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=60)  # the pipe of errors closes with the last process
+    assert (out, err) == ("interrupted\n", "") and time.monotonic() - began < 10
 
 
 def test_counting_processes_import_nothing_heavy():

@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from array import array
@@ -362,9 +363,9 @@ def _count_in_processes(
         try:
             for result in threads.map(work, started):
                 tally.absorb(result)
-        except BaseException:
-            while not waiting.empty():
-                waiting.get()
+        except BaseException:  # Ctrl-C too: the threads end when their processes do
+            for process in started:
+                process.kill()
             raise
 
 
@@ -376,18 +377,27 @@ class _Process:
     """A child process that counts; questions and answers are pickled through its pipes."""
 
     def __init__(self, task: Task) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        # Ctrl-C is for the parent, which then kills its children: they inherit the blocked signal.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._send(task)
 
     def __enter__(self) -> _Process:
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def kill(self) -> None:
+        """End it, whatever it does."""
         self._child.kill()
+
+    def __exit__(self, *fault: object) -> None:
+        self.kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
@@ -418,10 +428,8 @@ class _Process:
 def serve() -> None:
     """The main program of a counting process."""
     import gc
-    import signal
 
     gc.disable()  # counts are no cycles: looking for some takes time
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then kills us
     answers = sys.stdout.buffer
     questions = sys.stdin.buffer
     tally = Tally(pickle.load(questions))
@@ -438,8 +446,11 @@ def serve() -> None:
             before = Counter(tally.sizes)
             fault = _fault_of(tally, [(number, part)])
             answer = tally.sizes - before
-        pickle.dump((fault, answer), answers)
-        answers.flush()
+        try:
+            pickle.dump((fault, answer), answers)
+            answers.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(1)
 
 
 def _fault_of(tally: Tally, parts: Sequence[tuple[int, Part]]) -> dict[str, str] | None:
