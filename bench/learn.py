@@ -115,6 +115,8 @@ def make_base(name: str, data: Path, folder: Path) -> Path:
         for path in (data / "tokenizers").glob(pattern):
             known = "tokenizer.model" if path.name.startswith("tokenizer.model") else path.name
             shutil.copyfile(path, base / known)
+    if name == "smollm2":
+        must([*JOBS, "give_digit_rule", str(base)])
     return base
 
 

@@ -43,6 +43,15 @@ def prepare(target: str, *corpora: str) -> None:
     print(json.dumps({Path(name).stem: size for name, size in sizes.items()}))
 
 
+def give_digit_rule(folder: str) -> None:
+    """The true pre-tokenizer of SmolLM2, which a conversion from its GGUF file leaves out."""
+    from lexigraft.models.smollm import PRE_TOKENIZER
+
+    path = Path(folder) / "tokenizer.json"
+    data = {**json.loads(path.read_text("utf-8")), "pre_tokenizer": PRE_TOKENIZER}
+    path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+
+
 def bpe_continue(base: str, learning: str, tokens: str, output: str) -> None:
     """bpe-continue: the merge loop of the tokenizers library, on top of the base's tokens."""
     from bpe_continue import continue_training
@@ -217,9 +226,11 @@ def _measure(
         answer["base_differences"] += alike.count(False)
         answer["new_differences"] += sum(a and not b for a, b in zip(alike, still, strict=True))
     read = _engines(extended, None)[name]
+    # SentencePiece's trainer reads lines without their ends, those of tokenizers with them.
+    end = "" if name == "sentencepiece" else "\n"
     emitted = set[int]()
     for start in range(0, len(learning), BATCH):
-        for ids in read(learning[start : start + BATCH]):
+        for ids in read([line + end for line in learning[start : start + BATCH]]):
             emitted.update(i for i in ids if i >= first)
     new_ids = [i for i in new_map.texts if i >= first]
     byte_level = "\u0120the" in old_map.ids
@@ -335,7 +346,8 @@ def profile(base: str, corpus: str, tokens: str, output: str) -> None:
 def main(job: str, *arguments: str) -> None:
     """Run one job by its name."""
     jobs: Iterable[Callable[..., None]] = (
-        prepare, bpe_continue, sentencepiece_append, trainer_append, evaluate, profile,
+        prepare, give_digit_rule, bpe_continue, sentencepiece_append, trainer_append, evaluate,
+        profile,
     )  # fmt: skip
     {run.__name__: run for run in jobs}[job](*arguments)
 
