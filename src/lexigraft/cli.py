@@ -106,9 +106,23 @@ def _top(
 def learn(
     base: Annotated[Path, typer.Argument(help="Model folder whose tokenizer is extended.")],
     *,
-    corpus: Corpus,
     output: Output,
+    corpus: Corpus = _NONE,
     general: General = _NONE,
+    terms: Annotated[
+        list[str], typer.Option(help="List of words that come first. Repeatable.")
+    ] = _NONE,
+    contrast: Annotated[
+        list[str],
+        typer.Option(help="Text of other fields: what is frequent there is not learned."),
+    ] = _NONE,
+    pin: Annotated[
+        list[str], typer.Option(help="List of words that become tokens however rare.")
+    ] = _NONE,
+    ban: Annotated[list[str], typer.Option(help="List of words that never become tokens.")] = _NONE,
+    special: Annotated[
+        list[str], typer.Option(help="List of new special tokens, such as <|diagnosis|>.")
+    ] = _NONE,
     tokens: Annotated[
         str, typer.Option(help="How many: a number, a percentage, or auto.")
     ] = "auto",
@@ -116,10 +130,24 @@ def learn(
         int | None, typer.Option(help="Least occurrences of a new token.", show_default="auto")
     ] = None,
     allow_more: Annotated[
-        bool, typer.Option("--allow-more", help="Let auto pass 10% of the base's tokens.")
+        bool, typer.Option("--allow-more", help="Accept more than 10% of the base's tokens.")
     ] = False,
     train_bytes: Annotated[
         int | None, typer.Option(help="Bytes of text that training will see.")
+    ] = None,
+    change_check_text: Annotated[
+        bool,
+        typer.Option("--change-check-text", help="Keep tokens that change llama.cpp's check text."),
+    ] = False,
+    from_vocab: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take the first tokens of this earlier result instead."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Where the corpus is counted: local or ray.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that count.", show_default="one per core", min=1)
     ] = None,
     seed: Seed = 0,
     force: Force = False,
@@ -134,10 +162,19 @@ def learn(
         base,
         corpus=corpus,
         general=general,
+        terms=terms,
+        contrast=contrast,
+        pin=pin,
+        ban=ban,
+        special=special,
         tokens=tokens,
         min_count=min_count,
         allow_more=allow_more,
         train_bytes=train_bytes,
+        change_check_text=change_check_text,
+        from_vocab=from_vocab,
+        engine=engine,
+        workers=workers,
         seed=seed,
         output=output,
         force=force,

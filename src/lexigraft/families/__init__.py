@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from lexigraft.families.continued_bpe import Merge, Unit
+from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.replay import Replayed
 from lexigraft.families.tokenmap import TOKENIZER_FILES, TokenMap, first_difference
+from lexigraft.families.units import Units
 
 __all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load"]
 
@@ -30,6 +33,21 @@ class Family(Protocol):
     folder: Path
     map: TokenMap
     implicit: bool
+
+    @property
+    def guaranteed(self) -> bool:
+        """Law 2 holds for every text by construction (BPE kinds).
+
+        Elsewhere tokens that break it on the proof texts are dropped, and it is claimed for these.
+        """
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of what the tokenizer cannot spell; None where it spells all."""
+
+    @property
+    def prefix(self) -> str:
+        """What the engine puts before a text: a space, or nothing."""
 
     @property
     def content_hash(self) -> str:
@@ -57,11 +75,14 @@ class Family(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that an id stands for; `▁` counts as a space."""
 
-    def units(self, texts: Sequence[str]) -> Iterator[Unit]:
-        """Stretches of `texts`, as base tokens, in which new tokens may arise."""
+    def count_units(self, chunks: Mapping[str, int]) -> Units:
+        """The stretches of `chunks` (text -> occurrences) in which new tokens may arise."""
 
-    def adoptable(self, units: Iterable[Unit]) -> Mapping[str, int]:
-        """Characters in `units` that have no token -> how many base tokens spell each."""
+    def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
+        """What this tokenizer extended by `merges` makes of `units`."""
+
+    def written(self, text: str) -> list[str]:
+        """The spellings in the files of a token that stands for `text`, the usual one first."""
 
     def join(self, left: str, right: str) -> str | None:
         """The token of two parts, or None where they may not be joined."""
@@ -69,26 +90,27 @@ class Family(Protocol):
     def admits(self, merges: Sequence[Merge]) -> list[Merge]:
         """`merges` without those that this family cannot hold beside the others."""
 
-    def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
-        """Tokens of each stretch under this tokenizer extended by `merges`."""
-
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended, in each format that it has."""
 
     def engines(self) -> dict[str, Callable[[Sequence[str]], list[list[int]]]]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""
 
+    def limits(self) -> list[str]:
+        """What a user must know of this kind of tokenizer: sentences, mostly none."""
 
-def load(folder: Path) -> Family:
-    """The tokenizer in `folder`.
+
+def load(folder: Path, *, own: bool = False) -> Family:
+    """The tokenizer in `folder`; `own` if lexigraft itself has just written it.
 
     Raises:
         RefusalError: a family or file that lexigraft does not support, with the reason.
         LexigraftError: no tokenizer there, or a damaged one.
     """
-    from lexigraft.families.detect import load_family
+    from lexigraft.families.detect import load_family, own_files
 
-    return load_family(folder)
+    with own_files() if own else nullcontext():
+        return load_family(folder)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
@@ -98,7 +120,8 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     a new one is read first by some loaders.
     """
     copied = []
-    for name in TOKENIZER_FILES:
+    ranks = {path.name for folder in (source, target) for path in folder.glob("*.tiktoken")}
+    for name in (*TOKENIZER_FILES, *sorted(ranks)):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
             copied.append(name)

@@ -8,22 +8,27 @@ their tokens get ids from the highest id + 1 (added tokens counted). `vocab.json
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
-from lexigraft.families.continued_bpe import Merge, Unit
-from lexigraft.families.spelling import is_joinable, letter_mask, may_join
+from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.replay import Replayed, replay
+from lexigraft.families.segment import Segmenter
+from lexigraft.families.spelling import may_join
 from lexigraft.families.tokenmap import (
     CHARACTER_TO_BYTE,
     TokenMap,
     byte_text,
 )
+from lexigraft.families.units import Ints, UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_json
 
 
@@ -32,12 +37,16 @@ class ByteLevelBPE:
 
     name = "byte-level BPE"
     implicit = False
+    guaranteed = True
+    unknown_id: int | None = None
+    prefix = ""
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self.folder = folder
-        self.map = TokenMap.read(folder)
+        self.map = _with_added(TokenMap.read(folder), data)
         self._data = data
-        self._engine = engine_of_file(folder / "tokenizer.json")
+        written = folder / "tokenizer.json"  # without it, `data` was made of other files
+        self._engine = engine_of_file(written) if written.is_file() else open_engine(data)
         require_own_ids(self._engine, self.map, folder)
 
     @cached_property
@@ -68,69 +77,69 @@ class ByteLevelBPE:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token."""
-        return self._bytes[token_id]
-
-    @cached_property
-    def _bytes(self) -> dict[int, bytes]:
-        return {
-            token_id: text.encode() if token_id in self.map.added else token_bytes(text)
-            for token_id, text in self.map.texts.items()
-        }
+        text = self.map.texts[token_id]
+        return text.encode() if token_id in self.map.added else token_bytes(text)
 
     @cached_property
     def _plain(self) -> Tokenizer:
         return open_engine(plain_model(self._data))
 
-    def units(self, texts: Sequence[str]) -> Iterator[Unit]:
-        """The stretches of `texts` in which new tokens may arise, as base tokens.
+    def count_units(self, chunks: Mapping[str, int]) -> Units:
+        """The stretches of `chunks` in which new tokens may arise, as base tokens.
 
-        A stretch ends where the pre-tokenizer splits, and at every token that cannot be part of
-        a word. Stretches of one token have nothing to join and are left out.
+        The words are the engine's own; they are segmented by `Segmenter`, each distinct one once.
         """
-        for encoding in self._engine.encode_batch(list(texts), add_special_tokens=False):
-            yield from self._split(encoding.ids, encoding.word_ids)
+        excluded = self.map.added | self.map.special
+        counter = UnitCounter(self.map.texts, self.token_bytes, excluded=excluded)
+        words: dict[str, int] = {}
+        for texts, weights in batches(self._literal(chunks, counter)):
+            for text, weight in zip(texts, weights, strict=True):
+                for word, _ in self._split(text):
+                    words[word] = words.get(word, 0) + weight
+        whole = self._data["model"]["vocab"] if self._data["model"].get("ignore_merges") else {}
+        for texts, weights in batches(words):
+            tokens, lengths = self._segmenter.run(texts)
+            known = [place for place, word in enumerate(texts) if word in whole]
+            if known:
+                tokens, lengths = _replaced(
+                    tokens, lengths, known, [whole[texts[i]] for i in known]
+                )
+            counter.add_words(tokens, lengths, weights)
+        return counter.units()
 
-    def _split(self, ids: Iterable[int], words: Iterable[int | None]) -> Iterator[Unit]:
-        unit: list[int] = []
-        last_word: int | None = None
-        for token_id, word in zip(ids, words, strict=True):
-            if word != last_word or token_id not in self._joinable:
-                yield from self._words(unit)
-                unit, last_word = [], word
-            if token_id in self._joinable:
-                unit.append(token_id)
-        yield from self._words(unit)
+    def _literal(self, chunks: Mapping[str, int], counter: UnitCounter) -> Mapping[str, int]:
+        """`chunks` without those that hold an added token, which the engine itself encodes."""
+        added = [self.map.texts[i] for i in sorted(self.map.added) if self.map.texts[i]]
+        found = re.compile("|".join(map(re.escape, added)) or r"(?!)").search
+        marked = {text: n for text, n in chunks.items() if found(text)}
+        if not marked:
+            return chunks
+        for texts, weights in batches(marked):
+            encoded = self._engine.encode_batch(texts, add_special_tokens=False)
+            counter.add([e.ids for e in encoded], weights, [e.word_ids for e in encoded])
+        return {text: n for text, n in chunks.items() if text not in marked}
 
-    def _words(self, ids: Sequence[int]) -> Iterator[Unit]:
-        """`ids` without the tokens that hold a part of anything but a letter."""
-        if len(ids) < 2:
-            return
-        spans = [self._bytes[token_id] for token_id in ids]
-        letters = letter_mask(b"".join(spans))
-        unit: list[str] = []
-        place = 0
-        for token_id, span in zip(ids, spans, strict=True):
-            if all(letters[place : place + len(span)]):
-                unit.append(self.map.texts[token_id])
-            else:
-                if len(unit) > 1:
-                    yield tuple(unit)
-                unit = []
-            place += len(span)
-        if len(unit) > 1:
-            yield tuple(unit)
+    def _split(self, text: str) -> list[tuple[str, tuple[int, int]]]:
+        """The words of a text, as the engine's normalizer and pre-tokenizer make them."""
+        if self._engine.normalizer is not None:
+            text = self._engine.normalizer.normalize_str(text)
+        words: list[tuple[str, tuple[int, int]]] = self._engine.pre_tokenizer.pre_tokenize_str(text)
+        return words
 
     @cached_property
-    def _joinable(self) -> frozenset[int]:
-        return frozenset(
-            token_id
-            for token_id, data in self._bytes.items()
-            if token_id not in self.map.added and is_joinable(data)
-        )
+    def _segmenter(self) -> Segmenter:
+        vocabulary = self._data["model"]["vocab"]
+        listed = (m.split(" ") if isinstance(m, str) else m for m in self._data["model"]["merges"])
+        letters = {c: vocabulary[c] for c in CHARACTER_TO_BYTE if c in vocabulary}
+        return Segmenter(listed, vocabulary, letters)
 
-    def adoptable(self, units: Iterable[Unit]) -> Mapping[str, int]:
-        """Nothing: every byte has a token here, and characters are completed by merges."""
-        return {}
+    def written(self, text: str) -> list[str]:
+        """`text` as tokens of this family are spelled in the files."""
+        return [byte_text(text.encode())]
+
+    def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
+        """What this tokenizer extended by `merges` makes of `units`."""
+        return replay(units, merges, implicit=self.implicit)
 
     def join(self, left: str, right: str) -> str | None:
         """The token of two parts, unless it is no word or the base has that text already."""
@@ -143,34 +152,62 @@ class ByteLevelBPE:
         """All of them: with an explicit merge list no other pair can become joinable."""
         return list(merges)
 
-    def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
-        """Tokens of each stretch (as `units` spells it) under the base extended by `merges`."""
-        engine = open_engine(plain_model(self._extended_data(merges)))
-        return [e.tokens for e in engine.encode_batch(list(stretches), add_special_tokens=False)]
-
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
         copy_tokenizer(self.folder, output)
-        write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
-        first = self.map.tokens
+        data = self._extended_data(merges)
+        if (output / "tokenizer.json").is_file():
+            write_tokenizer_json(output / "tokenizer.json", data)
         vocabulary = output / "vocab.json"
         if vocabulary.is_file():
             ids = read_json(vocabulary)
-            ids.update({merge.token: first + place for place, merge in enumerate(merges)})
+            for token, token_id in data["model"]["vocab"].items():
+                ids.setdefault(token, token_id)
             vocabulary.write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
         listed = output / "merges.txt"
         if listed.is_file():
             text = listed.read_text("utf-8")
-            lines = "".join(f"{merge.left} {merge.right}\n" for merge in merges)
+            lines = "".join(f"{left} {right}\n" for left, right in self._pairs(merges))
             listed.write_text(text + ("" if text.endswith("\n") else "\n") + lines, "utf-8")
+
+    def limits(self) -> list[str]:
+        """Nothing that a user must know."""
+        return []
 
     def engines(self) -> dict[str, Any]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""
         return {"tokenizers": self.encode_batch}
 
     def _extended_data(self, merges: Sequence[Merge]) -> dict[str, Any]:
-        pairs = [(merge.left, merge.right) for merge in merges if merge.right is not None]
-        return extend_json(self._data, [merge.token for merge in merges], pairs, self.map.tokens)
+        tokens = [merge.token for merge in merges]
+        return extend_json(self._data, tokens, self._pairs(merges), self.map.tokens)
+
+    def _pairs(self, merges: Sequence[Merge]) -> list[tuple[str, str]]:
+        """The lines of the merge list, in the order of their ranks."""
+        return [(merge.left, merge.right) for merge in merges if merge.right is not None]
+
+
+def _with_added(token_map: TokenMap, data: Mapping[str, Any]) -> TokenMap:
+    """`token_map` where the added tokens of `data` count as such (GPT-2's are in vocab.json)."""
+    tokens = data.get("added_tokens") or []
+    added = {token["id"] for token in tokens}
+    special = {token["id"] for token in tokens if token.get("special")}
+    return TokenMap(token_map.texts, token_map.added | added, token_map.special | special)
+
+
+def _replaced(
+    tokens: Ints, lengths: Ints, places: Sequence[int], ids: Sequence[int]
+) -> tuple[Ints, Ints]:
+    """Words at `places` become one id each: tokens that are read whole, whatever the merges."""
+    firsts = np.cumsum(lengths) - lengths
+    changed = tokens.copy()
+    changed[firsts[places]] = ids
+    kept = np.ones(len(tokens), dtype=bool)
+    single = np.zeros(len(lengths), dtype=bool)
+    single[places] = True
+    kept &= ~np.repeat(single, lengths)
+    kept[firsts[places]] = True
+    return changed[kept], np.where(single, 1, lengths)
 
 
 def engine_of_file(path: Path) -> Tokenizer:
@@ -236,6 +273,8 @@ def extend_json(
     ids: a loader gives an added token that the model does not know the next free id, which the
     new tokens have just moved.
     """
+    if not tokens:  # nothing to move: the same tokenizer
+        return dict(data)
     model = data["model"]
     vocabulary = dict(model["vocab"])
     for token in data.get("added_tokens") or []:

@@ -2,23 +2,29 @@
 
 Continued BPE counts a pair when it is merged; longer merges then eat most of some tokens. What
 counts for a row is how often its token comes out at the end, so every candidate set is replayed
-by the family's own engine before it is accepted.
+before it is accepted, and the places of those dropped are filled with the next candidates.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
 from lexigraft.families import Family
-from lexigraft.families.continued_bpe import Merge, Unit, continue_bpe
+from lexigraft.families.continued_bpe import Merge, continue_bpe
+from lexigraft.families.replay import Replayed
+from lexigraft.families.units import Ints, Units
 
 # A dead token costs a row and buys nothing by itself; more than this share is not worth it.
 BRIDGE_SHARE = 0.05
-_SPARE = 1.15  # candidates learned per token wanted, to fill the places of those dropped
+_SPARE = 64  # candidates tried beyond the number wanted, at first
 _ROUNDS = 64
+
+Judge = Callable[[Sequence[Merge], Mapping[str, int]], set[str]]
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,14 @@ class Choice:
     Attributes:
         merges: what to append.
         counts: token -> occurrences on the learning text.
+        saved: for each merge, the tokens that the learning text is shorter by.
+        detours: tokens that need one part less than when they were learned.
     """
 
     merges: list[Merge]
     counts: Mapping[str, int]
+    saved: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    detours: int = 0
 
     @property
     def bridges(self) -> frozenset[str]:
@@ -39,83 +49,100 @@ class Choice:
         return frozenset(merge.token for merge in self.merges if not self.counts[merge.token])
 
 
-def choose(family: Family, units: Mapping[Unit, int], *, limit: int, min_count: int) -> Choice:
+def choose(
+    family: Family,
+    units: Units,
+    *,
+    limit: int,
+    min_count: int,
+    first: Sequence[Merge] = (),
+    pinned: frozenset[str] = frozenset(),
+    banned: Callable[[str], bool] = lambda token: False,
+    judges: Sequence[Judge] = (),
+) -> Choice:
     """At most `limit` tokens, each emitted at least `min_count` times unless others need it.
 
     Leaves (tokens that are no part of another) below `min_count` are dropped and their places
     filled by the next candidates, until none is left. While more than `BRIDGE_SHARE` of the
     choice are dead, what is made of the least useful dead tokens is dropped, so that these come
     out themselves again.
+
+    Args:
+        family: the base.
+        units: the learning text.
+        limit: how many tokens at most.
+        min_count: occurrences in the final segmentation.
+        first: merges decided beforehand (terms), in rank order.
+        pinned: tokens kept however rare they are.
+        banned: token -> whether it may not be made, not even as a part.
+        judges: (kept merges, counts) -> further tokens to drop.
     """
     if limit <= 0:
         return Choice([], {})
-    wanted = int(limit * _SPARE) + 64
-    learned = list(
-        islice(
-            continue_bpe(
-                units,
-                join=family.join,
-                adoptable=family.adoptable(units),
-                implicit=family.implicit,
-                min_count=min_count,
-            ),
-            wanted,
-        )
+
+    def join(left: str, right: str) -> str | None:
+        token = family.join(left, right)
+        return None if token is None or banned(token) else token
+
+    stream = continue_bpe(
+        units, join=join, implicit=family.implicit, min_count=min_count, first=first
     )
-    candidates = family.admits(learned)
-    replay = _Replay(family, units)
+    candidates = _Candidates(family, stream)
     dropped: set[str] = set()
     kept: list[Merge] = []
-    counts: Counter[str] = Counter()
+    replayed = Replayed({}, np.zeros(0, dtype=np.int64))
     for _ in range(_ROUNDS):
-        kept = _first(candidates, dropped, limit)
-        counts = replay.count(kept)
-        bad = _rare_leaves(kept, counts, min_count) or _excess_bridges(kept, counts)
+        kept = candidates.first(limit, dropped)
+        replayed = family.replay(units, kept)
+        bad = _rare_leaves(kept, replayed.counts, min_count)
+        for judge in judges:
+            bad |= judge(kept, replayed.counts)
+        bad = bad - pinned or _excess_bridges(kept, replayed.counts)
         if not bad:
             break
         dropped |= bad
     else:  # still unsettled: keep what is certainly alive
-        kept = [merge for merge in kept if merge.token not in bad]
-        counts = replay.count(kept)
-    return Choice(kept, counts)
+        kept = _without(kept, bad)
+        replayed = family.replay(units, kept)
+    kept, replayed, detours = _shortened(family, units, kept, replayed)
+    return Choice(kept, replayed.counts, replayed.saved, detours)
 
 
-class _Replay:
-    """Counts of new tokens when the family's engine reads the learning text again."""
+class _Candidates:
+    """Learned merges, asked for as they are needed."""
 
-    def __init__(self, family: Family, units: Mapping[Unit, int]) -> None:
-        joined: Counter[str] = Counter()
-        for unit, weight in units.items():
-            joined["".join(unit)] += weight
+    def __init__(self, family: Family, stream: Iterator[Merge]) -> None:
         self.family = family
-        self.stretches = sorted(joined)
-        self.weights = [joined[stretch] for stretch in self.stretches]
+        self.stream = stream
+        self.learned: list[Merge] = []
+        self.admitted: list[Merge] = []
 
-    def count(self, merges: Sequence[Merge]) -> Counter[str]:
-        counts = Counter({merge.token: 0 for merge in merges})
-        emitted = self.family.emitted(merges, self.stretches)
-        for tokens, weight in zip(emitted, self.weights, strict=True):
-            for token in tokens:
-                if token in counts:
-                    counts[token] += weight
-        return counts
+    def first(self, limit: int, dropped: set[str]) -> list[Merge]:
+        """The first `limit` candidates that neither are nor need a dropped token."""
+        kept = _without(self.admitted, dropped)
+        while len(kept) < limit:
+            more = list(islice(self.stream, limit - len(kept) + _SPARE))
+            if not more:
+                break
+            self.learned += more
+            self.admitted = self.family.admits(self.learned)
+            kept = _without(self.admitted, dropped)
+        return kept[:limit]
 
 
-def _first(candidates: Sequence[Merge], dropped: set[str], limit: int) -> list[Merge]:
-    """The first `limit` candidates that neither are nor need a dropped token."""
+def _without(merges: Sequence[Merge], dropped: set[str]) -> list[Merge]:
     kept: list[Merge] = []
     gone = set(dropped)
-    for merge in candidates:
+    for merge in merges:
         if merge.token in gone or merge.left in gone or merge.right in gone:
             gone.add(merge.token)
-            continue
-        kept.append(merge)
-        if len(kept) == limit:
-            break
+        else:
+            kept.append(merge)
     return kept
 
 
-def _children(kept: Sequence[Merge]) -> dict[str, set[str]]:
+def children_of(kept: Sequence[Merge]) -> dict[str, set[str]]:
+    """Token -> the kept tokens that it is a part of."""
     children: dict[str, set[str]] = defaultdict(set)
     for merge in kept:
         if merge.right is not None:
@@ -125,7 +152,7 @@ def _children(kept: Sequence[Merge]) -> dict[str, set[str]]:
 
 
 def _rare_leaves(kept: Sequence[Merge], counts: Mapping[str, int], min_count: int) -> set[str]:
-    children = _children(kept)
+    children = children_of(kept)
     return {m.token for m in kept if not children.get(m.token) and counts[m.token] < min_count}
 
 
@@ -135,7 +162,7 @@ def _excess_bridges(kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str
     excess = len(dead) - int(BRIDGE_SHARE * len(kept))
     if excess <= 0:
         return set()
-    children = _children(kept)
+    children = children_of(kept)
     families = {token: _descendants(token, children) for token in dead}
     use = {token: sum(counts[t] for t in families[token]) for token in dead}
     weakest = sorted(dead, key=lambda token: (use[token], token))[:excess]
@@ -151,3 +178,43 @@ def _descendants(token: str, children: Mapping[str, set[str]]) -> set[str]:
                 found.add(child)
                 stack.append(child)
     return found
+
+
+def _shortened(
+    family: Family, units: Units, kept: list[Merge], replayed: Replayed
+) -> tuple[list[Merge], Replayed, int]:
+    """Take dead tokens out where what is made of them can be made of other parts.
+
+    A dead token is scaffolding: `ab` on the way from `a b c` to `abc`. Where `b c` are joined by
+    another token anyway, `abc` can be made of `a` and `bc`. A set of such changes is taken only
+    if the text stays at least as short and nothing else falls out of use.
+    """
+    changed = kept
+    for token in [m.token for m in kept if m.right is not None and not replayed.counts[m.token]]:
+        changed = _detour(family, units, changed, token) or changed
+    if len(changed) == len(kept):
+        return kept, replayed, 0
+    again = family.replay(units, changed)
+    alive = {m.token for m in kept if replayed.counts[m.token]}
+    if again.saved.sum() < replayed.saved.sum() or not all(again.counts[t] for t in alive):
+        return kept, replayed, 0
+    return changed, again, len(kept) - len(changed)
+
+
+def _detour(family: Family, units: Units, kept: list[Merge], dead: str) -> list[Merge] | None:
+    """`kept` without `dead`, its children made of two other parts; None where one cannot be."""
+    place = {merge.token: at for at, merge in enumerate(kept)}
+    changed = list(kept)
+    for at, merge in enumerate(kept):
+        if dead not in (merge.left, merge.right):
+            continue
+        for cut in range(1, len(merge.token)):
+            left, right = merge.token[:cut], merge.token[cut:]
+            known = [part in family.map.ids or place.get(part, at) < at for part in (left, right)]
+            if dead not in (left, right) and all(known) and family.join(left, right) == merge.token:
+                changed[at] = merge._replace(left=left, right=right)
+                break
+        else:
+            return None
+    del changed[place[dead]]
+    return changed

@@ -6,20 +6,21 @@ most tokens is merged first. Appended merges come after every base merge, so tha
 first segmented as before and then coarsened: never longer, and the pieces of a new token are
 the concatenation of its parts'.
 
-Symbols are token strings as the files spell them. A character that the base has no symbol for
-(SentencePiece spells it in bytes) takes part as an `Adoptable`: it becomes a symbol of its own
-before anything can be joined to it.
+The counts are kept as in Sennrich et al.'s subword-nmt: a pair knows its places, a merge changes
+only its neighbours, and the best pair comes from a heap whose entries are brought up to date
+when they are taken out (`pairs`). Whether a pair may be joined is asked once per candidate.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-Unit = tuple[str, ...]
+from lexigraft.families.pairs import Pairs
+from lexigraft.families.units import Unit, Units
+
+__all__ = ["Merge", "Unit", "continue_bpe"]
 
 
 class Merge(NamedTuple):
@@ -32,166 +33,126 @@ class Merge(NamedTuple):
 
 
 def continue_bpe(
-    units: Mapping[Unit, int],
+    units: Units,
     *,
     join: Callable[[str, str], str | None],
-    adoptable: Mapping[str, int],
     implicit: bool,
     min_count: int,
+    first: Sequence[Merge] = (),
 ) -> Iterator[Merge]:
     """New merges, best first, until no pair is left that occurs `min_count` times.
 
+    Ties go to the lower left, then the lower right symbol: base tokens in the order of their
+    ids, then adopted characters, then new tokens in the order in which they were made.
+
     Args:
-        units: segmentation of a stretch of text -> how often it occurs. Nothing is joined
-            across units.
+        units: counted stretches of text. Nothing is joined across units, and nothing to a
+            pending character before it was adopted.
         join: (left, right) -> the joined token, or None where the two may not be joined.
-        adoptable: character -> the number of base tokens that spell it now. It stands as one
-            symbol in `units`, and may not be joined before it was adopted.
         implicit: the engine joins every adjacent pair whose concatenation is a token, not only
-            the pairs of a merge list (SentencePiece).
+            the pairs of a merge list (SentencePiece, tiktoken).
         min_count: the least number of occurrences at the time of merging.
+        first: merges decided beforehand (terms); they are made first, in their order, and are
+            yielded too, with the occurrences found here. Those that occur nowhere are skipped
+            when a part of them does not exist.
 
     Yields:
         One `Merge` per new token, in the order in which the merges must be ranked.
     """
-    return _Learner(
-        units, join=join, adoptable=adoptable, implicit=implicit, min_count=min_count
-    ).run()
+    return _Learner(units, join=join, implicit=implicit, min_count=min_count, decided=first).run()
 
 
 class _Learner:
-    """Pair counts, where each pair occurs, and a heap of candidates with lazy updates."""
+    """The state of one learning run, and the Python side of its loop."""
 
     def __init__(
         self,
-        units: Mapping[Unit, int],
+        units: Units,
         *,
         join: Callable[[str, str], str | None],
-        adoptable: Mapping[str, int],
         implicit: bool,
         min_count: int,
+        decided: Sequence[Merge],
     ) -> None:
-        ordered = sorted(units.items())  # the order of a hash table must not decide anything
-        self.sequences: list[list[str]] = [list(unit) for unit, _ in ordered]
-        self.weights = [weight for _, weight in ordered]
         self.join = join
-        self.pending = dict(adoptable)
-        self.min_count = max(1, min_count)
         self.implicit = implicit
-        self.joined: dict[tuple[str, str], str | None] = {}
-        self.counts: dict[tuple[str, str], int] = defaultdict(int)
-        self.places: dict[tuple[str, str], set[int]] = defaultdict(set)
-        self.homes: dict[str, set[int]] = defaultdict(set)
-        self.heap: list[tuple[int, str, str]] = []
-        self.taken: set[str] = set()
+        self.min_count = max(1, min_count)
+        self.decided = decided
+        self.texts = dict(units.texts)
+        self.numbers = {text: symbol for symbol, text in reversed(list(self.texts.items()))}
+        self.next = units.next_symbol
+        self.made: dict[str, int] = {}
+        self.letters = dict(units.pending)
+        self.pairs = Pairs(units)
 
     def run(self) -> Iterator[Merge]:
-        characters: dict[str, int] = defaultdict(int)
-        for place, sequence in enumerate(self.sequences):
-            for symbol in sequence:
-                if symbol in self.pending:
-                    characters[symbol] += self.weights[place]
-                    self.homes[symbol].add(place)
-            self._count(place)
-        for character, count in characters.items():
-            if count >= self.min_count:
-                gain = count * (self.pending[character] - 1)
-                self.heap.append((-gain, character, ""))
-        self.heap.extend((-count, *pair) for pair, count in self.counts.items())
-        heapq.heapify(self.heap)
-        while self.heap:
-            gain, left, right = heapq.heappop(self.heap)
-            if not right:
-                del self.pending[left]
-                yield Merge(left, left, None, characters[left])
-                self._open(left)
+        yield from self._make_decided()
+        letters = [
+            (-count * (self.letters[letter] - 1), letter, count)
+            for letter, count in self.pairs.letter_counts(self.letters).items()
+            if count >= self.min_count
+        ]
+        heapq.heapify(letters)
+        while True:
+            pair = self.pairs.best(self.min_count)
+            gain = int(self.pairs.counts[pair]) if pair >= 0 else 0
+            # A character is completed before anything is made of it.
+            if letters and -letters[0][0] >= gain:
+                if pair >= 0:
+                    self.pairs.give_back(pair)
+                _, letter, count = heapq.heappop(letters)
+                if letter in self.letters:
+                    yield self._adopt(letter, count)
                 continue
-            count = self.counts.get((left, right), 0)
-            if count != -gain or count < self.min_count:
-                continue
-            token = self._joined(left, right)
-            if token is None:
-                continue
-            if token not in self.taken:
-                self.taken.add(token)
-                yield Merge(token, left, right, count)
-            elif not self.implicit:
-                continue
-            self._merge(left, right, token)
+            if pair < 0:
+                return
+            merge = self._try(pair)
+            if merge is not None:
+                yield merge
 
-    def _joined(self, left: str, right: str) -> str | None:
-        if left in self.pending or right in self.pending:
+    def _adopt(self, letter: int, count: int) -> Merge:
+        del self.letters[letter]
+        self.pairs.open(letter)
+        text = self.texts[letter]
+        return Merge(text, text, None, count)
+
+    def _try(self, pair: int) -> Merge | None:
+        left, right = self.pairs.parts(pair)
+        token = self.join(self.texts[left], self.texts[right])
+        if token is None or (token in self.made and not self.implicit):
+            self.pairs.ban(pair)
             return None
-        pair = (left, right)
-        if pair not in self.joined:
-            self.joined[pair] = self.join(left, right)
-        return self.joined[pair]
+        known = self.made.get(token)
+        count = int(self.pairs.counts[pair])
+        self.pairs.merge(pair, self._number(token))
+        if known is not None:
+            return None
+        return Merge(token, self.texts[left], self.texts[right], count)
 
-    def _count(self, place: int) -> None:
-        """Count the pairs of one sequence."""
-        weight = self.weights[place]
-        for left, right in pairwise(self.sequences[place]):
-            if self._joined(left, right) is not None:
-                self.counts[left, right] += weight
-                self.places[left, right].add(place)
+    def _number(self, token: str) -> int:
+        if token not in self.made:
+            self.made[token] = self.next
+            self.texts[self.next] = token
+            self.numbers.setdefault(token, self.next)
+            self.next += 1
+        return self.made[token]
 
-    def _open(self, character: str) -> None:
-        """Count the pairs of a character that has just become a symbol."""
-        changed: set[tuple[str, str]] = set()
-        for place in sorted(self.homes.pop(character)):
-            sequence, weight = self.sequences[place], self.weights[place]
-            for left, right in pairwise(sequence):
-                if character in (left, right) and self._joined(left, right) is not None:
-                    self.counts[left, right] += weight
-                    self.places[left, right].add(place)
-                    changed.add((left, right))
-        self._push(changed)
-
-    def _merge(self, left: str, right: str, token: str) -> None:
-        changed: set[tuple[str, str]] = set()
-        for place in self.places.pop((left, right)):
-            self.sequences[place] = self._merge_in(place, left, right, token, changed)
-        self.counts.pop((left, right), None)
-        self._push(changed)
-
-    def _merge_in(
-        self, place: int, left: str, right: str, token: str, changed: set[tuple[str, str]]
-    ) -> list[str]:
-        """One sequence with the pair merged; the counts of the neighbouring pairs follow."""
-        sequence = self.sequences[place]
-        merged: list[str] = []
-        at, last = 0, len(sequence) - 1
-        while at <= last:
-            if at < last and sequence[at] == left and sequence[at + 1] == right:
-                if merged:
-                    self._exchange(place, (merged[-1], left), (merged[-1], token), changed)
-                if at + 2 <= last:
-                    after = sequence[at + 2]
-                    self._exchange(place, (right, after), (token, after), changed)
-                merged.append(token)
-                at += 2
-            else:
-                merged.append(sequence[at])
-                at += 1
-        return merged
-
-    def _exchange(
-        self, place: int, old: tuple[str, str], new: tuple[str, str], changed: set[tuple[str, str]]
-    ) -> None:
-        weight = self.weights[place]
-        if self._joined(*old) is not None:
-            self.counts[old] -= weight
-            changed.add(old)
-        if self._joined(*new) is not None:
-            self.counts[new] += weight
-            self.places[new].add(place)
-            changed.add(new)
-
-    def _push(self, pairs: set[tuple[str, str]]) -> None:
-        for pair in pairs:
-            count = self.counts.get(pair, 0)
-            if count >= self.min_count:
-                heapq.heappush(self.heap, (-count, *pair))
-            elif count <= 0:
-                self.counts.pop(pair, None)
-                self.places.pop(pair, None)
+    def _make_decided(self) -> Iterator[Merge]:
+        counts = self.pairs.letter_counts(self.letters)
+        for merge in self.decided:
+            left = self.numbers.get(merge.left)
+            right = None if merge.right is None else self.numbers.get(merge.right)
+            if merge.right is None:
+                if left in self.letters and left is not None:
+                    yield self._adopt(left, counts.get(left, 0))
+                continue
+            if left is None or right is None or {left, right} & self.letters.keys():
+                continue
+            fresh = merge.token not in self.made
+            symbol = self._number(merge.token)
+            pair = self.pairs.find(left, right)
+            count = int(self.pairs.counts[pair]) if pair >= 0 else 0
+            if pair >= 0:
+                self.pairs.merge(pair, symbol)
+            if fresh:
+                yield merge._replace(occurrences=count)

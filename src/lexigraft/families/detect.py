@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, is_tiktoken, parse_sentencepiece
-from lexigraft.files import read_json, require_folder, sha256_file
+from lexigraft.families import refusals
+from lexigraft.families.layouts import ids_are_unreadable, tokenizer_class
+from lexigraft.families.rank_files import rank_file
+from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, parse_sentencepiece, tokenizer_data
+from lexigraft.files import require_folder, sha256_file
 
 if TYPE_CHECKING:
     from lexigraft.families import Family
@@ -25,28 +31,34 @@ else:
     sentencepiece.SentencePieceProcessor(model_file=sys.argv[1]).encode("probe 冠状")
 """
 _CHILD_SECONDS = 120
+_OWN: ContextVar[bool] = ContextVar("own files", default=False)
 _UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto, TrainerSpec.ModelType
+_SENTENCEPIECE_KINDS = {_UNIGRAM: "Unigram", 3: "word", 4: "character"}
 
 
 def load_family(folder: Path) -> Family:
     """See `lexigraft.families.load`."""
     folder = require_folder(Path(folder), "tokenizer files")
     if (folder / "tekken.json").is_file():
-        raise _refusal(folder / "tekken.json", "Mistral's tekken format")
+        raise refusals.tekken(folder / "tekken.json")
     model_file = next((folder / n for n in SENTENCEPIECE_FILES if (folder / n).is_file()), None)
+    ranks = rank_file(folder)
     json_file = folder / "tokenizer.json"
     if json_file.is_file():
-        return _from_json(folder, json_file, model_file)
+        return _from_json(folder, json_file, model_file, ranks)
     if model_file is not None:
-        if is_tiktoken(model_file.read_bytes()):
-            raise _refusal(model_file, "a tiktoken rank file")
+        if model_file == ranks:
+            return _tiktoken(folder, ranks, None)
         return _from_model(folder, model_file, None)
-    for name, kind in (("vocab.txt", "WordPiece (vocab.txt)"), ("vocab.json", "vocab.json alone")):
-        if (folder / name).is_file():
-            raise _refusal(folder / name, kind)
-    ranks = next(iter(sorted(folder.glob("*.tiktoken"))), None)
     if ranks is not None:
-        raise _refusal(ranks, "a tiktoken rank file")
+        return _tiktoken(folder, ranks, None)
+    if (folder / "vocab.txt").is_file():
+        return _wordpiece(folder, None)
+    if (folder / "vocab.json").is_file():
+        return _gpt2_files(folder)
+    remote = refusals.remote_class(folder)
+    if remote is not None:
+        raise remote
     raise LexigraftError(
         f"no tokenizer in {folder}",
         needed="tokenizer.json or a SentencePiece tokenizer.model",
@@ -54,49 +66,114 @@ def load_family(folder: Path) -> Family:
     )
 
 
-def _from_json(folder: Path, json_file: Path, model_file: Path | None) -> Family:
-    data = read_json(json_file)
+def _from_json(
+    folder: Path, json_file: Path, model_file: Path | None, ranks: Path | None
+) -> Family:
+    data = tokenizer_data(json_file)
     model = data.get("model") if isinstance(data, dict) else None
     kind = model.get("type") if isinstance(model, dict) else None
     if kind is None and isinstance(model, dict) and "merges" in model:
         kind = "BPE"  # files of tokenizers < 0.9 name no type
+    if kind is None and isinstance(model, dict) and "max_input_chars_per_word" in model:
+        kind = "WordPiece"
+    if kind == "WordPiece":
+        open_safely(json_file)
+        return _wordpiece(folder, data)
+    if kind == "Unigram":
+        open_safely(json_file)
+        return _unigram(folder, model_file, data)
     if kind != "BPE":
-        raise _refusal(json_file, f"a {kind or 'nameless'} model")
+        raise refusals.unknown_model(json_file, kind)
     assert isinstance(model, dict)
     if model.get("end_of_word_suffix") or model.get("continuing_subword_prefix"):
-        raise _refusal(json_file, "BPE with word-end or continuation marks (CLIP kind)")
+        raise refusals.marked_bpe(json_file, model)
     if model.get("dropout"):
-        raise _refusal(json_file, "BPE with dropout, whose ids are random")
+        raise refusals.random_bpe(json_file, model["dropout"])
     open_safely(json_file)
     if model.get("byte_fallback"):
         return _from_model(folder, model_file, data)
     if _has_byte_level(data):
-        if model_file is not None and not is_tiktoken(model_file.read_bytes()):
+        if model_file not in (None, ranks):
             raise RefusalError(
                 f"{folder} holds a byte-level tokenizer.json and a SentencePiece {model_file.name}",
                 needed="files of one tokenizer",
                 fix=f"remove the one that does not belong to this model, for example {model_file}",
             )
-        if model_file is not None:
-            raise _refusal(model_file, "a tiktoken rank file")
+        if ranks is not None:
+            return _tiktoken(folder, ranks, data)
+        from lexigraft.families.agreement import require_agreement
         from lexigraft.families.byte_level import ByteLevelBPE
 
+        require_agreement(folder, data)
         return ByteLevelBPE(folder, data)
-    raise _refusal(json_file, "BPE without byte-level and without byte fallback")
+    raise refusals.character_bpe(json_file)
 
 
 def _from_model(folder: Path, model_file: Path | None, data: dict[str, Any] | None) -> Family:
     if model_file is not None:
         proto = parse_sentencepiece(model_file.read_bytes(), model_file)
+        if proto.trainer_spec.model_type == _UNIGRAM and data is None:
+            return _unigram(folder, model_file, None)
+        if data is not None and proto.trainer_spec.model_type != _BPE:
+            raise RefusalError(
+                f"{folder} holds a BPE tokenizer.json and a {model_file.name} of another kind",
+                needed="files of one tokenizer",
+                fix=f"remove the one that does not belong to this model, for example {model_file}",
+            )
         if proto.trainer_spec.model_type != _BPE:
-            unigram = proto.trainer_spec.model_type == _UNIGRAM
-            raise _refusal(model_file, f"a SentencePiece {'Unigram' if unigram else 'word'} model")
+            kind = _SENTENCEPIECE_KINDS.get(proto.trainer_spec.model_type, "unnamed")
+            raise refusals.sentencepiece_kind(model_file, kind)
         if not proto.trainer_spec.byte_fallback:
-            raise _refusal(model_file, "SentencePiece BPE without byte fallback")
+            raise refusals.sentencepiece_without_bytes(model_file)
         open_safely(model_file)
     from lexigraft.families.sentencepiece_bpe import SentencePieceBPE
 
     return SentencePieceBPE(folder, model_file=model_file, data=data)
+
+
+def _unigram(folder: Path, model_file: Path | None, data: dict[str, Any] | None) -> Family:
+    if model_file is not None:
+        proto = parse_sentencepiece(model_file.read_bytes(), model_file)
+        if proto.trainer_spec.model_type != _UNIGRAM:
+            raise RefusalError(
+                f"{folder} holds a Unigram tokenizer.json and a {model_file.name} of another kind",
+                needed="files of one tokenizer",
+                fix=f"remove the one that does not belong to this model, for example {model_file}",
+            )
+        open_safely(model_file)
+    name = tokenizer_class(folder)
+    if data is None and ids_are_unreadable(folder):
+        raise RefusalError(
+            f"{folder}: {name} puts tokens of its own behind the pieces of a .model, "
+            "after new ones too, so that their ids would move",
+            needed="a tokenizer.json, which says which id is what",
+            fix=f'python -c \'from transformers import AutoTokenizer as A; d="{folder}"; '
+            "A.from_pretrained(d).save_pretrained(d)'",
+        )
+    from lexigraft.families.unigram import Unigram
+
+    return Unigram(folder, model_file=model_file, data=data)
+
+
+def _gpt2_files(folder: Path) -> Family:
+    from lexigraft.families.byte_level import ByteLevelBPE
+    from lexigraft.families.gpt2_files import read_gpt2_files
+
+    return ByteLevelBPE(folder, read_gpt2_files(folder))
+
+
+def _tiktoken(folder: Path, ranks: Path, data: dict[str, Any] | None) -> Family:
+    from lexigraft.families.agreement import require_agreement
+    from lexigraft.families.tiktoken_ranks import TiktokenBPE
+
+    require_agreement(folder, data)
+    return TiktokenBPE(folder, ranks, data)
+
+
+def _wordpiece(folder: Path, data: dict[str, Any] | None) -> Family:
+    from lexigraft.families.wordpiece import WordPiece
+
+    return WordPiece(folder, data)
 
 
 def _refusal(path: Path, kind: str) -> RefusalError:
@@ -121,16 +198,29 @@ def _has_byte_level(data: dict[str, Any]) -> bool:
     return False
 
 
+@contextmanager
+def own_files() -> Iterator[None]:
+    """Inside, the files that are loaded are lexigraft's own output: no child process is needed."""
+    token = _OWN.set(True)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
 def open_safely(path: Path) -> None:
     """Open a tokenizer file in a child process first.
 
     The engines are native code: a hostile file can end the process that reads it, which no
     exception handler here could catch.
 
+    Files that lexigraft itself has just written are opened at once (`own_files`).
+
     Raises:
         LexigraftError: the child failed, was killed or hung.
     """
-    _open_once(str(path.resolve()), sha256_file(path))
+    if not _OWN.get():
+        _open_once(str(path.resolve()), sha256_file(path))
 
 
 @lru_cache(maxsize=64)

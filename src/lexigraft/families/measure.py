@@ -1,55 +1,14 @@
-"""What an extension does to texts: how often each new token comes out, and the size curve."""
+"""The lines of `new_tokens.jsonl`: what each new token is and how often it comes out."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lexigraft.families import Family
 from lexigraft.families.choice import Choice
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.proof import Proof
-
-_BATCH = 512
-_CURVE_POINTS = 10
-
-
-def emissions(
-    extended: Family, first_id: int, documents: Iterable[str]
-) -> tuple[Counter[str], int]:
-    """New token -> how often it comes out of `documents`, by the engine itself; and all tokens."""
-    counts: Counter[int] = Counter()
-    total = 0
-    stream = iter(documents)
-    while batch := list(islice(stream, _BATCH)):
-        for ids in extended.encode_batch(batch):
-            total += len(ids)
-            counts.update(token_id for token_id in ids if token_id >= first_id)
-    return Counter({extended.map.texts[token_id]: n for token_id, n in counts.items()}), total
-
-
-def curve(base: Family, merges: Sequence[Merge], texts: Sequence[str]) -> list[tuple[int, float]]:
-    """[k, tokens per byte of `texts`] for some ten sizes from 0 to all: the first k merges."""
-    stretches = Counter("".join(unit) for unit in base.units(texts))
-    spelled = list(stretches)
-    outside = sum(map(len, base.encode_batch(texts)))
-    size = max(1, sum(len(text.encode()) for text in texts))
-    sizes = sorted({round(len(merges) * step / _CURVE_POINTS) for step in range(_CURVE_POINTS + 1)})
-    lengths_at = []
-    for k in sizes:
-        emitted = base.emitted(merges[:k], spelled)
-        inside = sum(
-            len(tokens) * stretches[stretch]
-            for stretch, tokens in zip(spelled, emitted, strict=True)
-        )
-        lengths_at.append(inside)
-    return [
-        (k, round((outside - lengths_at[0] + inside) / size, 6))
-        for k, inside in zip(sizes, lengths_at, strict=True)
-    ]
 
 
 def new_tokens(
@@ -57,27 +16,24 @@ def new_tokens(
     extended: Family,
     choice: Choice,
     *,
-    counts: Mapping[str, int],
-    domain_tokens: int,
-    general: Proof | None,
+    specificity: Sequence[float] | None,
+    terms: frozenset[str],
 ) -> Iterator[str]:
     """The lines of `new_tokens.jsonl`, in the order of the ids.
 
     Args:
-        counts: new token -> occurrences in the learning text, of `domain_tokens` tokens.
-        general: what was read of the general text, where there is any.
+        base: before.
+        extended: after.
+        choice: the merges with their counts.
+        specificity: z-score of each token against the contrast (or general) text.
+        terms: tokens that a list asked for.
     """
-    for merge in choice.merges:
+    for place, merge in enumerate(choice.merges):
         token_id = extended.map.ids[merge.token]
         data = extended.token_bytes(token_id)
         pieces = base.pieces(merge.token)
-        count = counts[merge.token]
-        specificity = (
-            log_odds(count, domain_tokens, general.emitted[token_id], general.lengths.tokens_after)
-            if general
-            else None
-        )
-        row = {
+        count = choice.counts[merge.token]
+        row: dict[str, Any] = {
             "id": token_id,
             "token": merge.token,
             "bytes": data.hex(),
@@ -85,20 +41,40 @@ def new_tokens(
             "pieces": pieces,
             "count": count,
             "tokens_saved": count * (len(pieces) - 1),
-            "specificity": specificity,
-            "origin": _origin(merge, choice),
+            "specificity": None if specificity is None else round(float(specificity[place]), 3),
+            "origin": _origin(merge, choice, terms),
+            "parts": None if merge.right is None else [merge.left, merge.right],
+            "joined": int(choice.saved[place]),
         }
         yield json.dumps(row, ensure_ascii=False)
 
 
-def log_odds(count: int, total: int, elsewhere: int, total_elsewhere: int) -> float:
-    """How much more likely a token is in the domain than in general text, in bits (add-half)."""
-    inside = (count + 0.5) / (total + 1)
-    outside = (elsewhere + 0.5) / (total_elsewhere + 1)
-    return round(math.log2(inside / outside), 3)
+def cut(rows: Sequence[Mapping[str, Any]], size: int) -> tuple[list[Merge], dict[str, int]]:
+    """The first `size` tokens of a `new_tokens.jsonl`, and their counts without the rest.
+
+    A token comes out where it was joined and not joined further: what was made of it by a token
+    that is cut off falls back to it.
+
+    Args:
+        rows: the lines, as data.
+        size: how many tokens to keep.
+    """
+    merges = []
+    counts: dict[str, int] = {}
+    for row in rows[:size]:
+        left, right = row["parts"] or (row["token"], None)
+        merges.append(Merge(row["token"], left, right, row["joined"]))
+        counts[row["token"]] = row["count"]
+    for row in rows[size:]:
+        for part in row["parts"] or ():
+            if part in counts:
+                counts[part] += row["joined"]
+    return merges, counts
 
 
-def _origin(merge: Merge, choice: Choice) -> str:
+def _origin(merge: Merge, choice: Choice, terms: frozenset[str]) -> str:
+    if merge.token in terms:
+        return "term"
     if merge.token in choice.bridges:
         return "bridge"
     return "character" if merge.right is None else "merge"

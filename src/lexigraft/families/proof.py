@@ -11,6 +11,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, first_difference
 
 _BATCH = 256
+LONG_TEXT = 1_000_000  # bytes
 
 # Texts on which tokenizers are known to differ: spaces, line ends, scripts, marks, specials.
 HARD_TEXTS = (
@@ -63,6 +64,7 @@ class Proof:
         drift: texts whose ids differ although no new token is used in them (always 0 here).
         engines: names of the engines compared with each other.
         base_differences: texts on which the base's own engines differ.
+        unknown: texts that the base cannot spell whole; laws 2 and 3 ask nothing of them.
         lengths: all texts together, by the first engine.
         emitted: new id -> how often it came out.
     """
@@ -73,6 +75,7 @@ class Proof:
     base_differences: int
     lengths: Lengths
     emitted: Counter[int]
+    unknown: int = 0
 
     def plus(self, other: Proof) -> Proof:
         """Both proofs as one."""
@@ -83,7 +86,19 @@ class Proof:
             self.base_differences + other.base_differences,
             self.lengths.plus(other.lengths),
             self.emitted + other.emitted,
+            self.unknown + other.unknown,
         )
+
+
+def long_text(tokens: Sequence[str]) -> str:
+    """A megabyte in one line: half of it words with spaces, half of it without any.
+
+    Engines that sum scores along a line (SentencePiece's Unigram) or that cache words differ
+    there if anywhere.
+    """
+    words = [token.strip() for token in tokens][:512] or ["word"]
+    halves = (separator.join(words) + separator for separator in (" ", ""))
+    return "".join(half * (LONG_TEXT // 2 // len(half.encode()) + 1) for half in halves)
 
 
 def contexts(tokens: Iterable[str]) -> Iterator[str]:
@@ -106,11 +121,11 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
     _prove_ids(base, extended)
     first_id = base.map.tokens
     expansion = {
-        token_id: base.pieces(text)
+        token_id: base.pieces(text, added=token_id in extended.map.added)
         for token_id, text in extended.map.texts.items()
         if token_id >= first_id
     }
-    count = drift = differences = size = length_before = length_after = 0
+    count = drift = differences = unknown = size = length_before = length_after = 0
     emitted: Counter[int] = Counter()
     readers = list(base.engines().items())
     new_readers = extended.engines()
@@ -124,17 +139,63 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
             length_before += len(before[0][place])
             length_after += len(after[0][place])
             emitted.update(token_id for token_id in after[0][place] if token_id >= first_id)
-            for old, new in zip(before, after, strict=True):
-                _prove_coarser(text, old[place], new[place], expansion)
-                drift += old[place] != new[place] and max(new[place]) < first_id
+            spelled = base.unknown_id not in before[0][place]
+            unknown += not spelled
+            if spelled:
+                for old, new in zip(before, after, strict=True):
+                    _prove_coarser(text, old[place], new[place], expansion)
+                    drift += old[place] != new[place] and max(new[place]) < first_id
             if all(old[place] == before[0][place] for old in before):
                 if any(new[place] != after[0][place] for new in after):
                     raise _broken(5, text, "the files of the extended tokenizer differ")
             else:
                 differences += 1
-            _prove_decoding(base, extended, text, before[0][place], after[0][place])
+            if spelled:
+                _prove_decoding(base, extended, text, before[0][place], after[0][place])
     lengths = Lengths(length_before, length_after, size)
-    return Proof(count, drift, tuple(name for name, _ in readers), differences, lengths, emitted)
+    names = tuple(name for name, _ in readers)
+    return Proof(count, drift, names, differences, lengths, emitted, unknown)
+
+
+def offenders(base: Family, extended: Family, texts: Iterable[str]) -> set[str]:
+    """New tokens that make one of `texts` read other than only coarser.
+
+    For families without a theorem (Unigram, WordPiece): what is to blame is dropped before the
+    laws are proved. Of each text that breaks law 2, it is the new token at the first place where
+    the base reads otherwise, or the one next to it.
+    """
+    first_id = base.map.tokens
+    pieces = {
+        token_id: base.pieces(text, added=token_id in extended.map.added)
+        for token_id, text in extended.map.texts.items()
+        if token_id >= first_id
+    }
+    blamed: set[int] = set()
+    stream = iter(texts)
+    while batch := list(islice(stream, _BATCH)):
+        for name, read in base.engines().items():
+            for old, new in zip(read(batch), extended.engines()[name](batch), strict=True):
+                if base.unknown_id not in old:
+                    blamed |= _to_blame(old, new, pieces)
+    return {extended.map.texts[token_id] for token_id in blamed}
+
+
+def _to_blame(
+    old: Sequence[int], new: Sequence[int], pieces: Mapping[int, Sequence[int]]
+) -> set[int]:
+    place = 0
+    last: int | None = None
+    for at, token_id in enumerate(new):
+        spelled = pieces.get(token_id, (token_id,))
+        if list(old[place : place + len(spelled)]) != list(spelled):
+            if token_id in pieces:
+                return {token_id}
+            later = next((other for other in new[at:] if other in pieces), None)
+            return {last if last is not None else later} - {None}  # type: ignore[return-value]
+        if token_id in pieces:
+            last = token_id
+        place += len(spelled)
+    return set()
 
 
 def _prove_ids(base: Family, extended: Family) -> None:

@@ -14,7 +14,7 @@ piece of the best score first. Three things follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ from lexigraft.families.byte_level import (
     template_start,
     write_tokenizer_json,
 )
-from lexigraft.families.continued_bpe import Merge, Unit
-from lexigraft.families.spelling import is_joinable, is_word, script_of
+from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.replay import Replayed, replay
+from lexigraft.families.spelling import is_joinable, is_word
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
+from lexigraft.families.units import UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
 SPACE = "\u2581"
@@ -52,6 +54,8 @@ class SentencePieceBPE:
 
     name = "SentencePiece BPE"
     implicit = True
+    guaranteed = True
+    unknown_id: int | None = None
 
     def __init__(
         self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
@@ -105,6 +109,11 @@ class SentencePieceBPE:
         kept = [i for i in ids if not (skip_special and i in self.map.special)]
         return str(self._processor.decode(kept))
 
+    @property
+    def sentencepiece_proto(self) -> Any:
+        """The parsed `.model`; None where the base has none."""
+        return self._proto
+
     def start_ids(self) -> list[int]:
         """bos where the template or the config asks for it."""
         if self._engine is not None:
@@ -138,58 +147,44 @@ class SentencePieceBPE:
         assert self._data is not None
         return open_engine(plain_model(self._data))
 
-    def units(self, texts: Sequence[str]) -> Iterator[Unit]:
-        """The stretches of `texts` in which new tokens may arise, as base tokens.
+    def count_units(self, chunks: Mapping[str, int]) -> Units:
+        """The stretches of `chunks` in which new tokens may arise, as base tokens.
 
-        A stretch ends before `▁` and at every token that cannot be part of a word. A letter that
-        the base spells in bytes stands as itself.
+        Chunks are cut inside texts, so no dummy prefix is put before them; `prefix` is what a
+        whole text gets.
         """
-        for ids in self.encode_batch(texts):
-            unit: list[str] = []
-            for symbol in self._symbols(ids):
-                if symbol is None or symbol.startswith(SPACE):
-                    if _is_unit(unit):
-                        yield tuple(unit)
-                    unit = []
-                if symbol is not None:
-                    unit.append(symbol)
-            if _is_unit(unit):
-                yield tuple(unit)
+        pieces = self.map.texts
+        counter = UnitCounter(
+            pieces,
+            self.token_bytes,
+            excluded=self.map.added | self.map.special,
+            byte_pieces=(i for i, text in pieces.items() if text in _BYTE_PIECES),
+        )
+        for texts, weights in batches(chunks):
+            counter.add(self._plain_encode(texts), weights)
+        return counter.units()
 
-    def _symbols(self, ids: Iterable[int]) -> Iterator[str | None]:
-        """Token texts, letters out of byte tokens, None for what ends a stretch."""
-        spelled = bytearray()
-        for token_id in ids:
-            text = self.map.texts[token_id]
-            if text in _BYTE_PIECES:
-                spelled.append(_BYTE_PIECES[text])
-                continue
-            if spelled:
-                yield from _letters(bytes(spelled))
-                spelled.clear()
-            yield text if token_id in self._joinable else None
-        if spelled:
-            yield from _letters(bytes(spelled))
+    def _plain_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._plain_processor is not None:
+            encoded: list[list[int]] = self._plain_processor.encode(list(texts), num_threads=-1)
+            return encoded
+        spelled = [text.replace(" ", SPACE) for text in texts]
+        batch = self._plain_engine.encode_batch(spelled, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
 
     @cached_property
-    def _joinable(self) -> frozenset[int]:
-        return frozenset(
-            token_id
-            for token_id, text in self.map.texts.items()
-            if token_id not in self.map.added
-            and token_id not in self.map.special
-            and text not in _BYTE_PIECES
-            and is_joinable(_spaced(text).encode())
-        )
+    def prefix(self) -> str:
+        """What the engine puts before a text: a space, or nothing."""
+        ids = self.encode("a")
+        return " " if ids and self.token_bytes(ids[0]).startswith(b" ") else ""
 
-    def adoptable(self, units: Iterable[Unit]) -> Mapping[str, int]:
-        """Letters without a piece -> the bytes that spell each now."""
-        return {
-            symbol: len(symbol.encode())
-            for unit in units
-            for symbol in unit
-            if symbol not in self.map.ids
-        }
+    def written(self, text: str) -> list[str]:
+        """`text` as tokens of this family are spelled in the files."""
+        return [text.replace(" ", SPACE)]
+
+    def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
+        """What this tokenizer extended by `merges` makes of `units`."""
+        return replay(units, merges, implicit=self.implicit)
 
     def join(self, left: str, right: str) -> str | None:
         """The piece of two parts, unless it is no word, known, or awaited by a dead base piece."""
@@ -208,7 +203,9 @@ class SentencePieceBPE:
         living = [
             (token_id, text)
             for token_id, text in self.map.texts.items()
-            if token_id in self._joinable
+            if token_id not in self.map.added | self.map.special
+            and text not in _BYTE_PIECES
+            and is_joinable(_spaced(text).encode())
         ]
         dead = [text for token_id, text in living if self.pieces(text) != [token_id]]
         return frozenset(
@@ -227,19 +224,10 @@ class SentencePieceBPE:
         kept = list(merges)
         while True:
             known = self.map.ids.keys() | {merge.token for merge in kept}
-            good = [merge for merge in kept if not _is_ambiguous(merge.token, known)]
+            good = [merge for merge in kept if not is_ambiguous(merge.token, known)]
             if len(good) == len(kept):
                 return kept
             kept = good
-
-    def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
-        """Tokens of each stretch (as `units` spells it) under the base extended by `merges`."""
-        if self._proto is not None:
-            processor = _processor(_without_prefix(self._extended_proto(merges)))
-            tokens: list[list[str]] = processor.encode(list(stretches), out_type=str)
-            return tokens
-        engine = open_engine(plain_model(self._extended_data(merges)))
-        return [e.tokens for e in engine.encode_batch(list(stretches), add_special_tokens=False)]
 
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
@@ -249,6 +237,10 @@ class SentencePieceBPE:
             (output / self._model_name).write_bytes(serialized)
         if self._data is not None:
             write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
+
+    def limits(self) -> list[str]:
+        """Nothing that a user must know."""
+        return []
 
     def engines(self) -> dict[str, Any]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""
@@ -294,20 +286,11 @@ def splits(token: str, known: Iterable[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in cuts if left in known and right in known]
 
 
-def _is_ambiguous(token: str, known: Iterable[str]) -> bool:
+def is_ambiguous(token: str, known: Iterable[str]) -> bool:
+    """True where `token` has two splits X+Y and Y+Z into known pieces."""
     pairs = splits(token, known)
     lefts = dict(pairs)
     return any(right in lefts and (right, lefts[right]) != (left, right) for left, right in pairs)
-
-
-def _letters(data: bytes) -> Iterator[str | None]:
-    for character in data.decode("utf-8", "replace"):
-        yield character if script_of(character) is not None else None
-
-
-def _is_unit(unit: Sequence[str]) -> bool:
-    """A stretch with something to join, or a letter to adopt."""
-    return len(unit) > 1 or (len(unit) == 1 and len(unit[0]) == 1 and unit[0] != SPACE)
 
 
 def _spaced(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,23 @@ def _from_pairs(pairs: Iterable[tuple[str, int]]) -> dict[int, str]:
     return texts
 
 
+def tokenizer_data(path: Path) -> Any:
+    """The parsed `tokenizer.json` at `path`: read once, shared, not to be changed.
+
+    Raises:
+        LexigraftError: it is no JSON.
+    """
+    state = path.stat()
+    return _tokenizer_data(str(path.resolve()), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=2)  # a base and its extension
+def _tokenizer_data(path: str, _changed: int, _size: int) -> Any:
+    return read_json(Path(path))
+
+
 def _read_tokenizer_json(path: Path) -> TokenMap:
-    data = read_json(path)
+    data = tokenizer_data(path)
     vocabulary: Any = data["model"]["vocab"]
     if isinstance(vocabulary, dict):
         texts = _from_pairs(vocabulary.items())

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lexigraft import families
-from lexigraft.console import note, progress
-from lexigraft.corpus import held_out, read_documents, sources, text_files
+from lexigraft.console import note
+from lexigraft.corpus import beginning, sources, text_files
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, measure
-from lexigraft.families.choice import Choice, choose
-from lexigraft.families.continued_bpe import Unit
-from lexigraft.families.proof import HARD_TEXTS, Lengths, Proof, contexts, prove
-from lexigraft.files import publish, refuse_existing, refuse_overwriting
+from lexigraft.families.choice import Choice, Judge, choose
+from lexigraft.families.llama_cpp import simulate
+from lexigraft.families.loader import LoaderProof, TransformersLoader, prove_loader
+from lexigraft.families.proof import (
+    HARD_TEXTS,
+    Lengths,
+    Proof,
+    contexts,
+    long_text,
+    offenders,
+    prove,
+)
+from lexigraft.families.special import add_special
+from lexigraft.families.units import Units
+from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting
 from lexigraft.hub import local_folder
 from lexigraft.manifest import (
     NEW_TOKENS,
@@ -31,28 +44,57 @@ from lexigraft.manifest import (
     TextSource,
     versions,
 )
+from lexigraft.selection.gathering import Gathered, gather, units_of_texts
+from lexigraft.selection.judges import Contrast, check_text_judge
+from lexigraft.selection.lists import Term, read_special, read_words
+from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, choose_size, model_size
+from lexigraft.selection.terms import TermTable, variants
+from lexigraft.selection.wanted import Wanted, want
 
-MAX_SHARE = 0.10
 # "Drop a new token with fewer than 100 emissions in the training stream, hard floor 20": the rows
 # of rarer tokens did not catch up in any experiment we know of (docs/methods.md).
 SUPPORT = 100
 FLOOR = 20
 MEASURED_BYTES = 4_000_000  # of held-out and of general text
-_BATCH = 512  # documents encoded at a time
+_LOADER_TEXTS = 300
 _PROBES = ("The patient was treated.", " 患者冠状动脉正常。\n", "Привет 123 🙂  x")
 
 
 @dataclass(frozen=True)
 class LearnResult:
-    """What `learn` made and measured. `curve` holds [k, tokens per byte of the domain text]."""
+    """What `learn` made and measured.
+
+    Attributes:
+        output: the VOCAB folder.
+        family: the kind of tokenizer.
+        added: new tokens.
+        tokens_before: max id + 1 of the base.
+        tokens_after: max id + 1 of the extension.
+        first_id: id of the first new token.
+        min_count: occurrences asked of a new token.
+        domain: lengths of the domain text.
+        domain_is_held_out: whether that text was kept out of learning.
+        general: lengths of the general text.
+        drift: texts whose ids differ although no new token is in them.
+        dead: tokens that never come out of the learning text.
+        bridges: those of them that are parts of others.
+        rare: tokens that come out fewer than `min_count` times (parts of others).
+        proof: what was proved, all texts together.
+        loader: the same for transformers' own loader.
+        size: how many tokens, and why.
+        terms: what became of each listed term; None without a list.
+        limits: what is to be known of this kind of tokenizer.
+        addresses: words of URLs and e-mail addresses that were not learned from.
+    """
 
     output: Path
+    family: str
     added: int
     tokens_before: int
     tokens_after: int
     first_id: int
     min_count: int
-    domain: Lengths
+    domain: Lengths | None
     domain_is_held_out: bool
     general: Lengths | None
     drift: int
@@ -60,18 +102,29 @@ class LearnResult:
     bridges: int
     rare: int
     proof: Proof
-    curve: list[tuple[int, float]]
+    loader: LoaderProof
+    size: Size | None
+    terms: TermTable | None
+    limits: tuple[str, ...]
+    addresses: int
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """[k, tokens per byte of the domain text]."""
+        return self.size.curve if self.size else []
 
     def to_json(self) -> dict[str, Any]:
         """The machine-readable result."""
+        engines = [*self.proof.engines, *(["transformers"] if self.loader.compared else [])]
         return {
             "output": str(self.output),
+            "family": self.family,
             "added": self.added,
             "tokens_before": self.tokens_before,
             "tokens_after": self.tokens_after,
             "first_id": self.first_id,
             "min_count": self.min_count,
-            "domain": self.domain.to_json(),
+            "domain": self.domain.to_json() if self.domain else None,
             "domain_is_held_out": self.domain_is_held_out,
             "general": self.general.to_json() if self.general else None,
             "drift": self.drift,
@@ -80,48 +133,104 @@ class LearnResult:
             "rare": self.rare,
             "parity": {
                 "texts": self.proof.texts,
-                "engines": list(self.proof.engines),
+                "engines": engines,
                 "base_differences": self.proof.base_differences,
+                "unknown": self.proof.unknown,
+                "loader": {
+                    "compared": self.loader.compared,
+                    "base_differences": self.loader.base_differences,
+                    "reason": self.loader.reason,
+                },
             },
             "curve": [list(point) for point in self.curve],
+            "size": self.size.to_json() if self.size else None,
+            "terms": self.terms.to_json() if self.terms else None,
+            "limits": list(self.limits),
+            "addresses": self.addresses,
         }
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        which = "held-out" if self.domain_is_held_out else "learning"
         last = self.first_id + self.added - 1
         ids = f", ids {self.first_id:,} to {last:,}" if self.added else ""
         lines = [
-            f"{self.added:,} new tokens{ids}; {self.tokens_before:,} -> {self.tokens_after:,}",
-            f"domain text ({which}, {self.domain.bytes:,} bytes): {self.domain.tokens_before:,} -> "
-            f"{self.domain.tokens_after:,} tokens, {self.domain.ratio:.3f} of the base",
+            f"{self.added:,} new tokens{ids}; {self.tokens_before:,} -> {self.tokens_after:,} "
+            f"({self.family})"
         ]
-        if self.general:
-            lines.append(
-                f"general text ({self.general.bytes:,} bytes): {self.general.tokens_before:,} -> "
-                f"{self.general.tokens_after:,} tokens, {self.general.ratio:.4f} of the base"
-            )
-        engines = " and ".join(self.proof.engines)
+        if self.size:
+            lines.append(self.size.why)
+        lines += self._measures()
         lines += [
             f"never emitted: {self.dead} ({self.bridges} of them bridges: parts of other tokens); "
             f"emitted fewer than {self.min_count} times: {self.rare}",
-            f"proved on {self.proof.texts:,} texts with {engines}: old ids kept, texts only "
-            f"coarsened, drift {self.drift}, decoded as before",
-            f"next: lexigraft graft BASE {self.output} -o MODEL",
+            *self._proved(),
         ]
-        return lines
+        if self.terms:
+            lines += self.terms.lines()
+        if self.addresses:
+            lines.append(f"not learned from: {self.addresses:,} URLs and e-mail addresses")
+        lines += [f"note: {limit}" for limit in self.limits]
+        return [*lines, f"next: lexigraft graft BASE {self.output} -o MODEL"]
+
+    def _measures(self) -> Iterator[str]:
+        if self.domain:
+            which = "held-out" if self.domain_is_held_out else "learning"
+            yield (
+                f"domain text ({which}, {self.domain.bytes:,} bytes): "
+                f"{self.domain.tokens_before:,} -> {self.domain.tokens_after:,} tokens, "
+                f"{self.domain.ratio:.3f} of the base"
+            )
+        if self.general:
+            yield (
+                f"general text ({self.general.bytes:,} bytes): {self.general.tokens_before:,} -> "
+                f"{self.general.tokens_after:,} tokens, {self.general.ratio:.4f} of the base"
+            )
+        if self.size and self.size.median is not None:
+            yield (
+                f"in training a new token is seen {self.size.median:,.0f} times (median), nine in "
+                f"ten at least {self.size.low:,.0f} times"
+            )
+        if self.size and self.size.speed is not None:
+            yield f"estimated speed on the domain text: {self.size.speed:.2f} times the base's"
+
+    def _proved(self) -> Iterator[str]:
+        engines = list(self.proof.engines)
+        if self.loader.compared:
+            engines.append("transformers")
+        yield (
+            f"proved on {self.proof.texts:,} texts with {' and '.join(engines)}: old ids kept, "
+            f"texts only coarsened, drift {self.drift}, decoded as before"
+        )
+        if self.proof.base_differences:
+            yield (
+                f"the base's own files differ on {self.proof.base_differences:,} of these texts; "
+                "each keeps its own reading"
+            )
+        if self.proof.unknown:
+            yield f"{self.proof.unknown:,} of these texts hold what the base cannot spell"
+        if self.loader.reason:
+            yield f"not compared with transformers: {self.loader.reason}"
 
 
 def learn(
     base: str | Path,
     *,
-    corpus: Sequence[str | Path],
+    corpus: Sequence[str | Path] = (),
     output: str | Path,
     general: Sequence[str | Path] = (),
+    terms: Sequence[str | Path] = (),
+    contrast: Sequence[str | Path] = (),
+    pin: Sequence[str | Path] = (),
+    ban: Sequence[str | Path] = (),
+    special: Sequence[str | Path] = (),
     tokens: int | str = "auto",
     min_count: int | None = None,
     allow_more: bool = False,
     train_bytes: int | None = None,
+    change_check_text: bool = False,
+    from_vocab: str | Path | None = None,
+    engine: str = "local",
+    workers: int | None = None,
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
@@ -133,16 +242,27 @@ def learn(
 
     Args:
         base: folder (or hub id) with the tokenizer to extend.
-        corpus: domain text: files, folders, globs.
+        corpus: domain text: files, folders, globs, `hf:` data sets.
         output: the VOCAB folder to write.
         general: text that must not get worse; used to measure, not to learn.
+        terms: lists of words that come first where the corpus holds them.
+        contrast: text of other fields; tokens that are no more frequent in the corpus than there
+            (log-odds with a Dirichlet prior, z < 1.96) are not learned.
+        pin: lists of words that become tokens however rare they are.
+        ban: lists of words that never become tokens.
+        special: lists of new special tokens, which get the ids behind all others.
         tokens: how many, `"10%"` of the base's, or `"auto"`: all that the text supports, up to
-            10% of the base's tokens.
+            10% of the base's tokens, and no more than make the model fastest.
         min_count: the least number of occurrences of a new token on the learning text.
             Default: `SUPPORT` occurrences in `train_bytes` of text for "auto", `FLOOR` for a
             number of tokens asked for.
         allow_more: accept more than 10% of the base's tokens.
         train_bytes: UTF-8 bytes of text that training will see; default: the corpus once.
+        change_check_text: keep tokens that llama.cpp's check text is read with.
+        from_vocab: an earlier result on the same base, of which the first tokens are taken;
+            nothing is learned then, and a corpus is only measured on.
+        engine: where the corpus is counted: `local` processes or a `ray` cluster.
+        workers: processes (or tasks at a time) that count; default: one per core.
         seed: recorded; learning itself is deterministic.
         force: replace `output`.
         dry_run: choose and prove, write nothing.
@@ -153,52 +273,351 @@ def learn(
     output = Path(output)
     folder = local_folder(base)
     refuse_existing(output, force=force or dry_run)
-    refuse_overwriting(output, [folder, *text_files(corpus), *text_files(general)])
-    family = families.load(folder)
-    limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
-    text = _gather(family, corpus)
-    least = min_count or _default_min_count(tokens, text.bytes, train_bytes)
-    choice = choose(family, text.units, limit=limit, min_count=least)
-    _say_if_short(tokens, limit, least, choice)
-    settings = {
-        "tokens": tokens, "min_count": least, "allow_more": allow_more,
-        "train_bytes": train_bytes, "seed": seed,
-    }  # fmt: skip
-    with _work_folder(output, force=force, dry_run=dry_run) as partial:
-        family.extend(choice.merges, partial)
-        extended = families.load(partial)
-        domain = text.held_out or _beginning(corpus)
-        hard = prove(family, extended, _hard_texts(extended, choice))
-        domain_proof = prove(family, extended, domain)
-        general_proof = prove(family, extended, _beginning(general)) if general else None
-        proof = hard.plus(domain_proof).plus(general_proof or _NOTHING_READ)
-        counts, total = measure.emissions(
-            extended, family.map.tokens, filter(text.learned_from, read_documents(corpus))
+    lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
+    earlier = [Path(from_vocab)] if from_vocab is not None else []
+    texts = [*text_files(corpus), *text_files(general), *text_files(contrast)]
+    refuse_overwriting(output, [folder, *texts, *lists, *earlier])
+    if not corpus and from_vocab is None:
+        raise LexigraftError(
+            "no corpus", needed="text of your field", fix="--corpus FILE (or --from VOCAB)"
         )
-        _require_reachable(choice, extended, counts)
-        record = _record(family, extended, settings, corpus, general)
-        (Manifest.read(family.folder) or Manifest()).plus(record).write(partial)
-        rows = measure.new_tokens(
-            family, extended, choice, counts=counts, domain_tokens=total, general=general_proof
+    with TransformersLoader() as loader:
+        family = families.load(folder)
+        limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
+        words = _Lists(*(_read_lists(specs) for specs in (terms, pin, ban)))
+        if from_vocab is not None:
+            picked = _cut(family, Path(from_vocab), None if tokens == "auto" else limit)
+        else:
+            picked = _Learning(
+                family, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
+                train_bytes=train_bytes, check_text=not change_check_text, engine=engine,
+                workers=workers,
+            ).choose()  # fmt: skip
+        settings = {
+            "tokens": tokens, "min_count": min_count, "allow_more": allow_more,
+            "train_bytes": train_bytes, "change_check_text": change_check_text, "seed": seed,
+        }  # fmt: skip
+        named = {
+            "corpus": corpus, "general": general, "contrast": contrast, "terms": terms,
+            "pin": pin, "ban": ban, "special": special,
+        }  # fmt: skip
+        with _work_folder(output, force=force, dry_run=dry_run) as partial:
+            return _publish(
+                family, picked, partial, output, loader,
+                general=beginning(general, MEASURED_BYTES) if general else [],
+                domain=picked.held_out or beginning(corpus, MEASURED_BYTES) if corpus else [],
+                special=_read_special(family, special), settings=settings, sources_of=named,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Lists:
+    terms: list[Term]
+    pins: list[Term]
+    bans: list[Term]
+
+    def banned(self, family: Family) -> Callable[[str], bool]:
+        """Whether a token (as in the files) is a banned word in any spelling."""
+        tokens = {
+            token for term in self.bans for v in variants(term.text) for token in family.written(v)
+        }
+        return tokens.__contains__
+
+
+def _read_lists(specs: Sequence[str | Path]) -> list[Term]:
+    words: dict[str, Term] = {}
+    for spec in specs:
+        found = read_words(spec)
+        note(found.summary())
+        for word in found.words:
+            words.setdefault(word.text, word)
+    return list(words.values())
+
+
+def _read_special(family: Family, specs: Sequence[str | Path]) -> list[str]:
+    found: dict[str, None] = {}
+    for spec in specs:
+        listed = read_special(spec, family.map.ids.keys())
+        note(listed.summary())
+        found.update(dict.fromkeys(word.text for word in listed.words))
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """The tokens to add, and what is known of them before anything is written."""
+
+    choice: Choice
+    least: int
+    wanted: Wanted
+    held_out: list[str]
+    size: Size | None = None
+    contrast: Contrast | None = None
+    stretches: Units | None = None
+    addresses: int = 0
+    learned: bool = True
+
+
+class _Learning:
+    """One learning run: from a corpus to the chosen tokens."""
+
+    def __init__(
+        self,
+        family: Family,
+        corpus: Sequence[str | Path],
+        contrast: Sequence[str | Path],
+        lists: _Lists,
+        *,
+        tokens: int | str,
+        limit: int,
+        min_count: int | None,
+        train_bytes: int | None,
+        check_text: bool,
+        engine: str,
+        workers: int | None,
+    ) -> None:
+        self.family = family
+        self.lists = lists
+        self.tokens = tokens
+        self.limit = limit
+        self.train_bytes = train_bytes
+        self.text = gather(family, corpus, measured=MEASURED_BYTES, engine=engine, workers=workers)
+        self.contrast = self._contrast(contrast, engine, workers)
+        self.least = min_count or _default_min_count(tokens, self.text.bytes, train_bytes)
+        self.check_text = check_text
+
+    def _contrast(
+        self, specs: Sequence[str | Path], engine: str, workers: int | None
+    ) -> Contrast | None:
+        if not specs:
+            return None
+        other = gather(self.family, specs, measured=0, engine=engine, workers=workers)
+        return Contrast(self.family, self.text.units, other.units)
+
+    def choose(self) -> _Picked:
+        family, text = self.family, self.text
+        banned = self.lists.banned(family)
+        # Counts are of a sample where the corpus is large: so is what is asked of them.
+        least = max(1, math.ceil(self.least * text.counted.share))
+        wanted = want(
+            family, text.chunks, terms=self.lists.terms, pins=self.lists.pins, min_count=least,
+            limit=self.limit, banned=banned,
+        )  # fmt: skip
+        asked = frozenset(wanted.tokens.values())
+        judges = self._judges(asked)
+
+        def chosen(limit: int) -> Choice:
+            return choose(
+                family, text.units, limit=limit, min_count=least, first=wanted.merges,
+                pinned=wanted.pinned, banned=banned, judges=judges,
+            )  # fmt: skip
+
+        choice = chosen(self.limit)
+        _say_if_short(self.tokens, self.limit, self.least, choice)
+        size = self._size(choice)
+        if size is not None and size.k < len(choice.merges):
+            choice = chosen(size.k)
+            size = replace(self._size(choice) or size, why=size.why)
+        return _Picked(
+            choice, self.least, wanted, text.counted.held_out, size, self.contrast, text.units,
+            text.addresses,
+        )  # fmt: skip
+
+    def _judges(self, asked: frozenset[str]) -> list[Judge]:
+        judges: list[Judge] = []
+        if self.contrast is not None:
+            contrast = self.contrast
+            judges.append(lambda kept, counts: contrast.judge(kept, counts) - asked)
+        if self.check_text and self.family.guaranteed:
+            judges.append(check_text_judge(self.family))
+        breakers = getattr(self.family, "breakers", None)
+        if breakers is not None:
+            stretches = ["".join(unit) for unit in self.text.units.to_tuples()]
+            judges.append(lambda kept, _: set(breakers(kept, stretches)))
+        return judges
+
+    def _size(self, choice: Choice) -> Size | None:
+        """How many of the chosen tokens are worth it, by the held-out text."""
+        text = self.text
+        if not choice.merges:
+            return None
+        held = text.counted.held_out
+        measured = units_of_texts(self.family, held) if held else text.units
+        saved = self.family.replay(measured, choice.merges).saved
+        if held:
+            tokens = sum(map(len, self.family.encode_batch(held)))
+            size = sum(len(document.encode()) for document in held)
+        else:
+            tokens = _tokens_of(self.family, text)
+            size = max(1, round(text.bytes * text.counted.share))
+        return choose_size(
+            saved, base_tokens=max(tokens, int(saved.sum()) + 1), text_bytes=size,
+            vocabulary=self.family.map.tokens,
+            requested=None if self.tokens == "auto" else self.limit,
+            model=_model_size(self.family.folder),
+            counts=[choice.counts[merge.token] for merge in choice.merges],
+            counted_bytes=max(1, round(text.bytes * text.counted.share)),
+            train_bytes=self.train_bytes or text.bytes,
+        )  # fmt: skip
+
+
+def _tokens_of(family: Family, text: Gathered) -> int:
+    """Base tokens of a small text, chunk by chunk."""
+    encoded = family.encode_batch(list(text.counted.chunks))
+    return sum(len(ids) * n for ids, n in zip(encoded, text.counted.chunks.values(), strict=True))
+
+
+def _model_size(folder: Path) -> ModelSize | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    if not isinstance(config, dict):
+        return None
+    return model_size(config, tied=bool(config.get("tie_word_embeddings", False)))
+
+
+def _cut(family: Family, vocab: Path, size: int | None) -> _Picked:
+    """The first tokens of an earlier result."""
+    record = _earlier_record(family, vocab)
+    rows = [json.loads(line) for line in (vocab / NEW_TOKENS).read_text("utf-8").splitlines()]
+    if size is not None and size > len(rows):
+        raise LexigraftError(
+            f"{vocab} has {len(rows):,} new tokens, --tokens asks for {size:,}",
+            needed=f"at most {len(rows):,}",
+            fix="learn from the corpus again for more",
         )
-        (partial / NEW_TOKENS).write_text("".join(f"{row}\n" for row in rows), "utf-8")
-        return LearnResult(
-            output=output,
-            added=len(choice.merges),
-            tokens_before=family.map.tokens,
-            tokens_after=extended.map.tokens,
-            first_id=family.map.tokens,
-            min_count=least,
-            domain=domain_proof.lengths,
-            domain_is_held_out=bool(text.held_out),
-            general=general_proof.lengths if general_proof else None,
-            drift=proof.drift,
-            dead=sum(not counts[merge.token] for merge in choice.merges),
-            bridges=len(choice.bridges),
-            rare=sum(0 < counts[merge.token] < least for merge in choice.merges),
-            proof=proof,
-            curve=measure.curve(family, choice.merges, domain),
+    merges, counts = measure.cut(rows, len(rows) if size is None else size)
+    saved = [merge.occurrences for merge in merges]
+    least = record.settings.get("least") or FLOOR
+    return _Picked(Choice(merges, counts, np.array(saved)), least, Wanted(), [], learned=False)
+
+
+def _earlier_record(family: Family, vocab: Path) -> LearnRecord:
+    manifest = Manifest.read(vocab)
+    record: LearnRecord | None = manifest.last("learn") if manifest else None
+    if record is None or not (vocab / NEW_TOKENS).is_file():
+        raise LexigraftError(
+            f"{vocab} is no result of learn",
+            needed=f"a folder with lexigraft.json and {NEW_TOKENS}",
+            fix="--from VOCAB, the folder that learn wrote",
         )
+    if record.base.token_map != family.map.hash:
+        raise LexigraftError(
+            f"{vocab} extends another base ({record.base.name}, {record.base.tokens:,} tokens)",
+            needed=f"an extension of {family.folder} ({family.map.tokens:,} tokens)",
+            fix=f"name the base that {vocab} was learned for",
+        )
+    return record
+
+
+def _publish(
+    base: Family,
+    picked: _Picked,
+    partial: Path,
+    output: Path,
+    loader: TransformersLoader,
+    *,
+    domain: list[str],
+    general: list[str],
+    special: list[str],
+    settings: dict[str, Any],
+    sources_of: Mapping[str, Sequence[str | Path]],
+) -> LearnResult:
+    """Write the extension, prove it, and measure it."""
+    extended, choice = _written(base, picked, partial, special, [*domain, *general])
+    first = base.map.tokens
+    hard = prove(base, extended, _hard_texts(extended, choice))
+    domain_proof = prove(base, extended, domain)
+    general_proof = prove(base, extended, general)
+    proof = hard.plus(domain_proof).plus(general_proof)
+    _prove_llama_cpp(base, extended, choice, domain)
+    few = [*HARD_TEXTS, *domain[:_LOADER_TEXTS], *general[:_LOADER_TEXTS]]
+    by_loader = prove_loader(base, extended, few, loader)
+    _require_reachable(base, extended, choice)
+    record = _record(base, extended, {**settings, "least": picked.least}, sources_of)
+    (Manifest.read(base.folder) or Manifest()).plus(record).write(partial)
+    specificity = None
+    contrast = picked.contrast
+    if contrast is None and general and picked.stretches is not None:
+        contrast = Contrast(base, picked.stretches, units_of_texts(base, general))
+    if contrast is not None:
+        specificity = [float(z) for z in contrast.z_scores(choice.merges, choice.counts)]
+    asked = frozenset(picked.wanted.tokens.values())
+    rows = measure.new_tokens(base, extended, choice, specificity=specificity, terms=asked)
+    (partial / NEW_TOKENS).write_text("".join(f"{row}\n" for row in rows), "utf-8")
+    ids = {merge.token: extended.map.ids[merge.token] for merge in choice.merges}
+    joined = choice.saved if base.guaranteed else [choice.counts[m.token] for m in choice.merges]
+    formed = {m.token: int(n) for m, n in zip(choice.merges, joined, strict=True)}
+    return LearnResult(
+        output=output,
+        family=base.name,
+        added=len(choice.merges),
+        tokens_before=first,
+        tokens_after=extended.map.tokens,
+        first_id=first,
+        min_count=picked.least,
+        domain=domain_proof.lengths if domain else None,
+        domain_is_held_out=bool(picked.held_out),
+        general=general_proof.lengths if general else None,
+        drift=proof.drift,
+        dead=sum(not choice.counts[merge.token] for merge in choice.merges),
+        bridges=len(choice.bridges),
+        rare=sum(0 < choice.counts[merge.token] < picked.least for merge in choice.merges),
+        proof=proof,
+        loader=by_loader,
+        size=picked.size,
+        terms=picked.wanted.table(formed, ids) if picked.wanted.reports else None,
+        limits=tuple(extended.limits()),
+        addresses=picked.addresses,
+    )
+
+
+def _written(
+    base: Family, picked: _Picked, partial: Path, special: Sequence[str], texts: Sequence[str]
+) -> tuple[Family, Choice]:
+    """The extension in `partial`, without tokens that break law 2 where it is no theorem."""
+    choice = picked.choice
+    while True:
+        base.extend(choice.merges, partial)
+        add_special(partial, special, base.map.tokens + len(choice.merges))
+        extended = families.load(partial, own=True)
+        if base.guaranteed:
+            return extended, choice
+        bad = offenders(base, extended, chain(_hard_texts(extended, choice), texts))
+        if not bad:
+            return extended, choice
+        note(f"{len(bad):,} tokens dropped: with them a text would be cut differently")
+        kept = [merge for merge in choice.merges if merge.token not in bad]
+        counts = choice.counts
+        saved = choice.saved[[m.token not in bad for m in choice.merges]]
+        if picked.stretches is not None:
+            again = base.replay(picked.stretches, kept)
+            counts, saved = again.counts, again.saved
+        choice = Choice(kept, counts, saved, choice.detours)
+
+
+def _prove_llama_cpp(base: Family, extended: Family, choice: Choice, domain: Sequence[str]) -> None:
+    """Law 5 for llama.cpp's SentencePiece tokenizer, simulated on some texts."""
+    old, new = (getattr(family, "sentencepiece_proto", None) for family in (base, extended))
+    if old is None or new is None:
+        return
+    words = [extended.token_bytes(extended.map.ids[m.token]) for m in choice.merges[:200]]
+    texts = [
+        *HARD_TEXTS,
+        *(word.decode("utf-8", "replace") for word in words),
+        *(document[:2000] for document in domain[:_LOADER_TEXTS]),
+    ]
+    before, after = simulate(old)(texts), simulate(new)(texts)
+    for text, was, now, base_ids, ids in zip(
+        texts, before, after, base.encode_batch(texts), extended.encode_batch(texts), strict=True
+    ):
+        if was == base_ids and now != ids:
+            raise LexigraftError(
+                f"law 5 is broken on {text[:200]!r}: llama.cpp's tokenizer would read it otherwise",
+                needed="files that every engine of the base reads alike; nothing was written",
+                fix="report this base tokenizer and text as a bug of lexigraft",
+            )
 
 
 @contextlib.contextmanager
@@ -210,71 +629,6 @@ def _work_folder(output: Path, *, force: bool, dry_run: bool) -> Iterator[Path]:
     else:
         with publish(output, force=force) as partial:
             yield partial
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """The learning text as counted stretches, and the held-out documents (cut to a sample).
-
-    A corpus too small to hold anything out is learned from whole: `held_out` is then empty.
-    """
-
-    units: Mapping[Unit, int]
-    held_out: list[str]
-    bytes: int
-
-    def learned_from(self, document: str) -> bool:
-        return not self.held_out or not held_out(document)
-
-
-def _gather(family: Family, corpus: Sequence[str | Path]) -> _Gathered:
-    """Count the stretches of the learning documents; keep the held-out ones for measuring."""
-    learning = _Text(family)
-    total = sum(path.stat().st_size for path in text_files(corpus))
-    sample: list[str] = []
-    sample_bytes = 0
-    documents = read_documents(corpus)
-    with progress("reading", total) as advance:
-        while batch := list(islice(documents, _BATCH)):
-            out = [document for document in batch if held_out(document)]
-            advance(learning.add([document for document in batch if not held_out(document)]))
-            if sample_bytes < MEASURED_BYTES:
-                sample.extend(out)
-                size = sum(len(document.encode()) for document in out)
-                sample_bytes += size
-                advance(size)
-    if not learning.bytes:  # a handful of documents, all of them in the held-out share
-        learning.add(sample)
-        return _Gathered(learning.units, [], learning.bytes)
-    return _Gathered(learning.units, sample, learning.bytes)
-
-
-class _Text:
-    """Counted stretches of some documents, and their bytes."""
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.units: Counter[Unit] = Counter()
-        self.bytes = 0
-
-    def add(self, documents: list[str]) -> int:
-        """Count `documents`; returns their bytes."""
-        self.units.update(self.family.units(documents))
-        size = sum(len(document.encode()) for document in documents)
-        self.bytes += size
-        return size
-
-
-def _beginning(specs: Sequence[str | Path]) -> list[str]:
-    """The first documents of some texts: a sample to prove and measure on."""
-    texts: list[str] = []
-    size = 0
-    for document in read_documents(specs):
-        if size >= MEASURED_BYTES:
-            break
-        texts.append(document)
-        size += len(document.encode())
-    return texts
 
 
 def _limit(tokens: int | str, base_tokens: int, *, allow_more: bool) -> int:
@@ -328,36 +682,44 @@ def _say_if_short(tokens: int | str, limit: int, least: int, choice: Choice) -> 
         )
 
 
-_NOTHING_READ = Proof(0, 0, (), 0, Lengths(0, 0, 0), Counter())
-
-
 def _hard_texts(extended: Family, choice: Choice) -> Iterator[str]:
-    words = (extended.token_bytes(extended.map.ids[merge.token]) for merge in choice.merges)
-    return chain(HARD_TEXTS, contexts(word.decode("utf-8", "replace") for word in words))
+    data = (extended.token_bytes(extended.map.ids[merge.token]) for merge in choice.merges)
+    words = [word.decode("utf-8", "replace") for word in data]
+    return chain(HARD_TEXTS, contexts(words), [long_text(words)])
 
 
-def _require_reachable(choice: Choice, extended: Family, counts: Mapping[str, int]) -> None:
-    """Law 4, by the engine itself on the learning text."""
-    for merge in choice.merges:
-        if counts[merge.token] != choice.counts[merge.token]:
+def _require_reachable(base: Family, extended: Family, choice: Choice) -> None:
+    """Law 4: each token that is no bridge comes out of its own text, as the engine reads it.
+
+    A token without its leading space, or with the first bytes of a character only, comes out
+    in the middle of a text: its parts are put where the base reads them so.
+    """
+    first = base.map.tokens
+    living = [merge.token for merge in choice.merges if choice.counts[merge.token]]
+    pieces = [extended.pieces(token) for token in living]
+    for token, ids in zip(living, pieces, strict=True):
+        if ids != [extended.map.ids[token]]:
             raise LexigraftError(
-                f"law 4 is broken: {merge.token!r} comes out {counts[merge.token]:,} times, "
-                f"expected {choice.counts[merge.token]:,}",
-                needed="tokens that the engine emits where they were counted; nothing was written",
+                f"law 4 is broken: {token!r} is read as {len(ids)} tokens",
+                needed="tokens that the engine emits; nothing was written",
                 fix=f"report this {extended.name} base and corpus as a bug of lexigraft",
             )
+    assert first <= extended.map.tokens
 
 
 def _record(
     base: Family,
     extended: Family,
     settings: dict[str, Any],
-    corpus: Sequence[str | Path],
-    general: Sequence[str | Path],
+    sources_of: Mapping[str, Sequence[str | Path]],
 ) -> LearnRecord:
-    texts: dict[str, list[TextSource]] = {"corpus": sources(corpus)}
-    if general:
-        texts["general"] = sources(general)
+    texts: dict[str, list[TextSource]] = {
+        name: sources([str(spec).partition("#column=")[0] for spec in specs])
+        if name in ("terms", "pin", "ban", "special")
+        else sources(specs)
+        for name, specs in sources_of.items()
+        if specs
+    }
     return LearnRecord(
         base=BaseTokenizer(name=base.folder.name, token_map=base.map.hash, tokens=base.map.tokens),
         family=base.name,

@@ -1,0 +1,31 @@
+"""Inner loops compiled by numba where it is installed; the same code, interpreted, where it is not.
+
+Only integers and arrays of integers pass through here, so both give identical results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _numba() -> Any:
+    try:
+        import numba
+    except ImportError:  # no wheel for this Python: everything works, learning is slower
+        return None
+    return numba
+
+
+numba = _numba()
+COMPILED = numba is not None
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as machine code, kept on disk after the first call; it releases the GIL."""
+    if numba is None:
+        return function
+    return cast("Callable[P, R]", numba.njit(cache=True, nogil=True)(function))

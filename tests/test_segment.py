@@ -1,0 +1,122 @@
+"""Units and segmentation of counted chunks against the engines' own reading of whole texts."""
+
+from collections import Counter
+
+import pytest
+
+import parts
+from lexigraft import families
+from lexigraft.corpus import read_documents
+from lexigraft.families.proof import HARD_TEXTS
+from lexigraft.families.replay import replay
+from lexigraft.families.spelling import script_of
+from lexigraft.selection.gathering import units_of_texts
+
+KINDS = ["byte", "byte-ignore", "sp-both", "sp-model", "sp-json"]
+REAL = ["smollm2_hf", "qwen3_hf", "llama3_1_hf", "gpt_neox_pythia_hf", "deepseek_v3_hf",
+        "minimind_hf", "llama2_hf", "llama2_sp_bpe", "mistral_v1_hf", "gemma3_hf",
+        "internlm_sp"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("segment")
+    made = {
+        "byte": parts.write_byte_level(root / "byte"),
+        "byte-ignore": parts.write_byte_level(root / "byte-ignore", ignore_merges=True),
+        "sp-both": parts.write_sentencepiece(root / "sp-both"),
+        "sp-model": parts.write_sentencepiece(root / "sp-model", fast=False),
+        "sp-json": parts.write_sentencepiece(root / "sp-json"),
+    }
+    (made["sp-json"] / "tokenizer.model").unlink()
+    return made
+
+
+def plain_units(family, text):
+    """The letter stretches of one text, from the engine's ids of the whole text, one by one."""
+    ids, words = family.encode(text), None
+    if family.name == "byte-level BPE":  # its engine tells where the pre-tokenizer splits
+        words = family._engine.encode(text, add_special_tokens=False).word_ids
+    units, unit, before = [], [], None
+    data = b"".join(map(family.token_bytes, ids))
+    letters = {}
+    place = 0
+    for character in data.decode("utf-8", "surrogateescape"):
+        for _ in character.encode("utf-8", "surrogateescape"):
+            letters[place] = script_of(character)
+            place += 1
+    place = 0
+    for at_token, token_id in enumerate(ids):
+        split = words is not None and at_token and words[at_token] != words[at_token - 1]
+        size = len(family.token_bytes(token_id))
+        kinds = [letters[at] for at in range(place, place + size)]
+        spaced = family.token_bytes(token_id).startswith(b" ")
+        body = kinds[1:] if spaced else kinds
+        scripts = set(body) - {""}
+        good = token_id not in family.map.added | family.map.special
+        good = good and None not in body and len(scripts) <= 1
+        script = next(iter(scripts), None)
+        if not good or spaced or split or (before and script and script != before):
+            units.append(unit)
+            unit = []
+        if good:
+            unit.append(data[place : place + size])
+        before = script if good else None
+        place += size
+    return Counter(tuple(unit) for unit in [*units, unit] if len(unit) > 1)
+
+
+def fast_units(family, text):
+    units = units_of_texts(family, [text])
+    ids = family.map.ids
+    counted = Counter()
+    for unit, weight in units.to_tuples().items():
+        parts_of = []
+        for token in unit:
+            parts_of += [family.token_bytes(ids[token])] if token in ids else [
+                bytes([byte]) for byte in token.encode()
+            ]  # fmt: skip
+        if len(parts_of) > 1:
+            counted[tuple(parts_of)] += weight
+    return counted
+
+
+def compare(family, texts):
+    for text in texts:
+        assert fast_units(family, text) == plain_units(family, text), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_of_chunks_are_those_of_whole_texts(folders, kind):
+    family = families.load(folders[kind])
+    texts = parts.corpus_text(3, documents=8).split("\n\n")
+    hard = [t for t in HARD_TEXTS if "<" not in t and not t.startswith(" ") and "▁" not in t]
+    compare(family, [*texts, *hard])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", REAL)
+def test_real_units_of_chunks_are_those_of_whole_texts(name):
+    folder = parts.SHARED / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip("the real tokenizers of ../shared/data are not here")
+    family = families.load(folder)
+    texts = []
+    for corpus in ("zh_med_medqa_exam", "en_med_pubmedqa", "zh_gen_rust_book"):
+        stream = read_documents([parts.SHARED / "corpora" / f"{corpus}.txt"])
+        texts += [text for text, _ in zip(stream, range(6), strict=False)]
+    compare(family, texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_of_nothing_is_the_text_itself(folders, kind):
+    family = families.load(folders[kind])
+    units = units_of_texts(family, [parts.corpus_text(1, documents=4)])
+    assert replay(units, [], implicit=family.implicit).counts == {}
+    assert units.tokens == sum(n * w for n, w in _sizes(units))
+
+
+def _sizes(units):
+    for unit, weight in units.to_tuples().items():
+        numbers = {text: symbol for symbol, text in units.texts.items()}
+        yield sum(units.pending.get(numbers[token], 1) for token in unit), weight
