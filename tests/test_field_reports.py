@@ -293,15 +293,16 @@ def test_B08_a_dirty_corpus_is_cleaned_with_counts_and_read_alike_each_time(base
 
 
 @pytest.mark.parametrize(
-    ("kind", "corpus", "word"),
-    [("byte", "medical", None), ("sp", "runs", WORD), ("model", "runs", WORD)],
+    ("kind", "corpus", "tokens", "word"),
+    [("byte", "medical", 150, None), ("sp", "runs", 38, WORD), ("model", "runs", 38, WORD)],
 )
 def test_B10_every_new_row_can_be_reached_and_bridges_are_counted(
-    bases, request, tmp_path, kind, corpus, word
+    bases, request, tmp_path, kind, corpus, tokens, word
 ):
     """A whole word comes with the parts that its engine needs, and is used in running text."""
     text_file = request.getfixturevalue(corpus)
-    result = learned(bases[kind], text_file, tmp_path / "out", "--tokens", 38, "--min-count", 20)
+    result = learned(bases[kind], text_file, tmp_path / "out", "--tokens", tokens, "--allow-more",
+                     "--min-count", 20)  # fmt: skip
     base, extended = families.load(bases[kind]), families.load(tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     emitted = set()
