@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import parts
 from lexigraft import families
+from lexigraft.counting import CHUNK
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.continued_bpe import Merge, continue_bpe
 from lexigraft.families.proof import HARD_TEXTS
@@ -154,6 +155,15 @@ def test_replay_equals_the_engine_on_running_text(extensions, documents, kind):
     assert {m.token: replayed[m.token] for m in merges} == {
         extended.map.texts[i]: emitted[i] for i in range(first, extended.map.tokens)
     }
+
+
+def test_chunks_hold_whole_words(bases):
+    """Counting cuts a text first: never inside what BERT takes as one word (`CT＋MRI`, `10～20`)."""
+    family = families.load(bases["both"])
+    text = "CT＋MRI 10～20mg，aspirin－ibuprofen、a｜b（cardio—gram）“the＝one” ＄5。x　y"
+    words = family._words_of(text)
+    assert [word for chunk in CHUNK.findall(text) for word in family._words_of(chunk)] == words
+    assert "ct＋mri" in words and "10～20mg" in words
 
 
 def test_join_makes_words_of_one_script_only(bases):

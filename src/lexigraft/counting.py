@@ -39,11 +39,12 @@ from lexigraft.corpus import content_digest, inputs, is_held_out, nothing_to_rea
 from lexigraft.errors import LexigraftError
 from lexigraft.text_formats import HUB, Part, Remarks, TextFile, parts_of, read_part
 
-# Letters and marks stay out, such as 々 (U+3005), 〇 (U+3007) and the tone marks U+302A-302F:
-# they belong to the word before them.
+# Letters and marks stay out, such as 々 (U+3005), 〇 (U+3007) and the tone marks U+302A-302F: they
+# belong to the word before them. So may symbols such as ＋ and ～: BERT splits at punctuation only.
 _MARKS = (
-    "\u2014\u2018-\u201d\u2026\u3001-\u3004\u3008-\u3020\u3030\u3036\u3037\u303d-\u303f"
-    "\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
+    "\u2014\u2018-\u201d\u2026\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d"
+    "\uff01-\uff03\uff05-\uff0a\uff0c-\uff0f\uff1a\uff1b\uff1f\uff20\uff3b-\uff3d\uff3f"
+    "\uff5b\uff5d\uff5f-\uff65"
 )
 BREAKERS = f"\n\t\u3000{_MARKS}"
 # Empty at the end of a text only. The last line: a mark behind anything but a letter or a digit

@@ -40,7 +40,7 @@ from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.plain import PlainCounting
 from lexigraft.families.spelling import is_word
 from lexigraft.families.tokenmap import TokenMap
-from lexigraft.families.units import Unit, Units
+from lexigraft.families.units import Unit
 from lexigraft.files import read_json, sha256_json
 
 VOCABULARY = "vocab.txt"
@@ -268,11 +268,6 @@ class WordPiece(PlainCounting):
     def _word(self, stretch: str) -> str:
         """The letters of a word spelled in tokens; its first token stands at its beginning."""
         return stretch.replace(self._mark, "")
-
-    def judge(self, units: Units) -> Callable[[Sequence[Merge], Mapping[str, int]], set[str]]:
-        """`breakers` on the learning words, as `choice.choose` asks its judges."""
-        stretches = ["".join(unit) for unit in units.to_tuples()]
-        return lambda merges, _counts: self.breakers(merges, stretches)
 
     def breakers(self, merges: Sequence[Merge], stretches: Sequence[str]) -> set[str]:
         """Those of `merges` that cut one of the words in another way than only coarser.
