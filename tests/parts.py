@@ -289,7 +289,7 @@ def _unigram_bytes(vocab_size: int) -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*plain_english().splitlines(), *_UNIGRAM_WORDS]),
+        sentence_iterator=iter(ENGLISH.read_text("utf-8").splitlines()),
         model_writer=model,
         vocab_size=vocab_size,
         model_type="unigram",
@@ -302,10 +302,6 @@ def _unigram_bytes(vocab_size: int) -> bytes:
         bos_id=-1,
     )
     return model.getvalue()
-
-
-# Every letter that medical words need, in a word or two: otherwise they were unknown.
-_UNIGRAM_WORDS = ["quick brown fox jumps over the lazy dog; patient, Patients (0123456789)."] * 5
 
 
 def write_unigram(folder: Path, *, files: str = "both", vocab_size: int = 300) -> Path:

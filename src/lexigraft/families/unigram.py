@@ -4,7 +4,7 @@ A text is cut along the path of the best sum of scores (Kudo 2018, arXiv 1804.10
 token moves old text unless its score says exactly what its spelling said before. It gets the sum
 of the scores of its base pieces, and a little more for each token saved:
 
-    score = score(p1) + ... + score(pk) + worth * (k - 1)
+    score = score(p1) + ... + score(pk) + DELTA * (k - 1)
 
 Any path through new tokens, each written out again in base pieces, is a path of the base with
 the same score but for these little gifts. So the best path is the base's best path, coarsened
@@ -50,10 +50,10 @@ from lexigraft.families.units import Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
 SPACE = "\u2581"
-# What a saved token is worth, in nats: DELTA, or up to twice that. The more, the more near-ties of
-# the base turn (of 32,000 distinct words of English Wikipedia, T5 cut 0 otherwise at 0.001, 3 at
-# 0.01 and 25 at 0.1); the less, the earlier float32 sums of long lines lose it (at 0.001, 100,000
-# characters; at 0.01, a million).
+# What a saved token is worth, in nats. The more, the more near-ties of the base turn (of 32,000
+# distinct words of English Wikipedia, T5 cut 0 otherwise at 0.001, 3 at 0.01 and 25 at 0.1); the
+# less, the earlier the float32 sums of long lines lose it (at 0.001 at 100,000 characters; at
+# 0.01 not much at a million).
 DELTA = 0.01
 _UNKNOWN_PENALTY = 10.0  # kUnkPenalty in both engines: an unknown character is that far below all
 _ADOPTION = 2  # an unknown character loses its text: adopting it is worth one saved token
@@ -288,9 +288,14 @@ class Unigram(PlainCounting):
         """`merges` without those whose own spelling is a near-tie, or would outweigh every piece.
 
         Where two spellings of a token come within DELTA of each other, the engines' roundings
-        decide between them, differently from place to place.
+        decide between them, differently from place to place. The parts of the others are left
+        empty: a Unigram token is found as a whole, so none needs a bridge.
         """
-        return [merge for merge in merges if all(s.is_clear(merge.token) for s in self._all_scores)]
+        return [
+            merge if merge.right is None else Merge(merge.token, "", "", merge.occurrences)
+            for merge in merges
+            if all(scores.is_clear(merge.token) for scores in self._all_scores)
+        ]
 
     def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
         """Tokens of each stretch (as `units` spells it) under the base extended by `merges`."""
@@ -429,13 +434,13 @@ class _Scores:
         """(token, score) of each, in order."""
         for merge in merges:
             spelling = self.spell(merge.token)
-            yield merge.token, spelling.score + _worth(merge.token) * (spelling.parts - 1)
+            yield merge.token, spelling.score + _bonus(merge.token, spelling.parts)
 
     def is_clear(self, token: str) -> bool:
         """True if no rounding decides how the base spells it, and it stays below the best piece."""
         spelling = self.spell(token)
-        most = spelling.score + _worth(token) * (spelling.parts - 1)
-        return spelling.margin > DELTA and most < self._highest
+        score = spelling.score + _bonus(token, spelling.parts)
+        return spelling.margin > DELTA and score < self._highest
 
     def spell(self, token: str) -> _Spelling:
         """The best spelling by Viterbi's algorithm, as both engines do it, in float64."""
@@ -460,13 +465,15 @@ class _Scores:
         return _Spelling(score, score - second, parts)
 
 
-def _worth(token: str) -> float:
-    """What each token saved by `token` is worth: DELTA and up to as much again, by its text.
+def _bonus(token: str, parts: int) -> float:
+    """DELTA for each token that `token` saves, and up to half a DELTA more or less by its text.
 
     Of two ways to save as much (ab c, a bc), one must win in float32 and in float64 alike,
-    wherever it stands in a text.
+    wherever it stands in a text; and none that saves less may win over one token that saves more.
     """
-    return DELTA * (1 + zlib.crc32(token.encode()) / 2**32)
+    if parts == 1:
+        return 0.0
+    return DELTA * (parts - 1.5 + zlib.crc32(token.encode()) / 2**32)
 
 
 _Way = tuple[float, int, float]
