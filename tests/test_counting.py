@@ -353,7 +353,9 @@ def test_a_gigabyte_is_counted_in_bounded_memory(tmp_path):
         cwd=Path(__file__).parent,
     )  # fmt: skip
     size, share, chunks, peak, seconds = map(float, done.stdout.split())
-    print(f"{size:,.0f} bytes, share {share}, {chunks:,.0f} chunks, {peak:.0f} MB in all, {seconds} s")
+    print(
+        f"{size:,.0f} bytes, share {share}, {chunks:,.0f} chunks, {peak:.0f} MB in all, {seconds} s"
+    )
     assert size > 0.9e9 and 0 < share < 1 and chunks > 1_000_000
     assert peak < 2000
 
