@@ -23,6 +23,13 @@ CASES = [
     ("byte", "fast"),
     ("byte-files", "slow"),
     ("byte-files", "fast"),
+    ("gpt2-files", "slow"),
+    ("gpt2-files", "fast"),
+    ("ranks", "fast"),
+    ("wordpiece", "slow"),
+    ("wordpiece", "fast"),
+    ("unigram", "slow"),
+    ("unigram", "fast"),
     ("sp-both", "slow"),
     ("sp-both", "fast"),
     ("sp-model", "slow"),
@@ -64,6 +71,14 @@ def make_base(kind, folder):
         return parts.mistral_folder(folder)
     if kind.startswith("sp"):
         return parts.write_sentencepiece(folder, fast=kind == "sp-both")
+    if kind == "gpt2-files":
+        return parts.write_byte_level_files(folder)
+    if kind == "ranks":
+        return parts.write_ranks(folder, every_split=False)
+    if kind == "wordpiece":
+        return parts.write_wordpiece(folder)
+    if kind == "unigram":
+        return parts.write_unigram(folder)
     parts.write_byte_level(folder)
     if kind == "byte-files":  # as GPT-2 is stored, whose specials stand behind the merges
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -88,8 +103,8 @@ def learned(tmp_path_factory):
     @cache
     def of(kind):
         base = make_base(kind, root / kind)
-        result = learn(base, corpus=[corpus], output=root / f"{kind}-vocab", tokens=30)
-        assert result.added == 30
+        result = learn(base, corpus=[corpus], output=root / f"{kind}-vocab", tokens=25)
+        assert 20 < result.added <= 25
         lines = (result.output / "new_tokens.jsonl").read_text("utf-8").splitlines()
         words = [json.loads(line)["text"] for line in lines]
         new = [text for word in words if word for text in (word, f"a {word.strip()} b")]
@@ -102,14 +117,16 @@ def learned(tmp_path_factory):
 def test_reads_the_extension_as_lexigraft_does_where_it_so_reads_the_base(learned, kind, speed):
     base, vocab, texts = learned(kind)
     old, new = read(base, speed, texts), read(vocab, speed, texts)
-    before = families.load(base).encode_batch(texts)
+    family = families.load(base)
+    before = family.encode_batch(texts)
     extended = families.load(vocab)
     after = extended.encode_batch(texts)
     alike = [place for place, ids in enumerate(old["ids"]) if ids == before[place]]
     assert len(alike) > 0.6 * len(texts)
     for place in alike:
         assert new["ids"][place] == after[place], texts[place]
-        assert new["decoded"][place] == old["decoded"][place], texts[place]
+        if family.unknown_id not in before[place]:  # what was unknown may come closer
+            assert new["decoded"][place] == old["decoded"][place], texts[place]
     assert any(new["ids"][place] != old["ids"][place] for place in alike)
-    assert old["tokens"] == families.load(base).map.tokens
+    assert old["tokens"] == family.map.tokens
     assert new["tokens"] == extended.map.tokens
