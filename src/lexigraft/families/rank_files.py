@@ -11,6 +11,7 @@ import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from lexigraft.errors import LexigraftError
@@ -178,6 +179,16 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
     if any(rank < 0 or rank >= 2**31 for rank in ranks.values()):
         raise ValueError("a rank is out of range")
     return ranks
+
+
+@lru_cache(maxsize=1)
+def known_ranks(data: bytes) -> tuple[dict[bytes, int], Published | None]:
+    """`read_ranks` and `published` of a rank file's content; the last one is remembered.
+
+    A folder is read several times (token map, agreement, engine), and parsing takes a while.
+    """
+    ranks = read_ranks(data)
+    return ranks, published(ranks)
 
 
 def rank_lines(ranks: Mapping[bytes, int]) -> bytes:

@@ -36,9 +36,8 @@ from lexigraft.families.gpt2_files import (
 from lexigraft.families.rank_files import (
     GPT2_PATTERN,
     Published,
-    published,
+    known_ranks,
     rank_lines,
-    read_ranks,
 )
 from lexigraft.families.sentencepiece_bpe import is_ambiguous, splits
 from lexigraft.families.tokenmap import CHARACTER_TO_BYTE, TokenMap, byte_text
@@ -55,9 +54,8 @@ class TiktokenBPE(ByteLevelBPE):
 
     def __init__(self, folder: Path, rank_file: Path, data: dict[str, Any] | None) -> None:
         self._rank_file = rank_file
-        self._ranks = read_ranks(rank_file.read_bytes())
+        self._ranks, self._published = known_ranks(rank_file.read_bytes())
         _require_bytes(self._ranks, rank_file)
-        self._published = published(self._ranks)
         self._has_json = data is not None
         self._pattern, self._composed = self._reading(data)
         super().__init__(folder, data if data is not None else self._converted(folder))

@@ -15,7 +15,7 @@ from typing import Any
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families.layouts import layout_of
-from lexigraft.families.rank_files import is_tiktoken, published, rank_file, read_ranks
+from lexigraft.families.rank_files import is_tiktoken, known_ranks, rank_file
 from lexigraft.files import read_json, sha256_json
 
 # Every file name under which a tokenizer, or what belongs to it, is stored in a model folder.
@@ -239,9 +239,8 @@ def parse_sentencepiece(data: bytes, path: Path) -> Any:
 
 def _read_ranks(data: bytes) -> TokenMap:
     """The ranks, and the special tokens that the reader of a published rank file adds."""
-    ranks = read_ranks(data)
+    ranks, known = known_ranks(data)
     texts = {rank: byte_text(token) for token, rank in ranks.items()}
-    known = published(ranks)
     specials = {token_id: text for text, token_id in known.specials.items()} if known else {}
     return TokenMap({**texts, **specials}, frozenset(specials), frozenset(specials))
 
