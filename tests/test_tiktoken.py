@@ -176,6 +176,7 @@ def test_readers_that_count_lines_move_the_special_tokens(made):
     (limit,) = families.load(base).limits()
     assert "TikTokenConverter" in limit
     assert "151850" in limit
+    assert families.load(out).limits() == [limit]
 
 
 def _slow_tiktoken(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
@@ -396,6 +397,7 @@ def test_the_gap_of_p50k_stays_with_its_special_token(made):
     extended = families.load(out)
     assert extended.map.texts[50_256] == "<|endoftext|>"
     assert extended.encode("a<|endoftext|>")[1:] == [50_256]
+    assert extended.limits() == []  # it has a rank behind it in the base already
     assert sorted(extended.map.texts)[-1] == 50_280 + len(merges)
 
 

@@ -223,7 +223,8 @@ class TiktokenBPE(ByteLevelBPE):
 
     def limits(self) -> list[str]:
         """Readers that cannot load an extended rank file, and what they would do with it."""
-        behind = [i for i in self._special_ids if i > max(self._base_ranks)]
+        last = self._published.last_rank if self._published else -1
+        behind = [i for i in self._special_ids if i > last]
         if not behind:
             return []
         return [
@@ -232,12 +233,6 @@ class TiktokenBPE(ByteLevelBPE):
             "its lines, for they would move them (Meta's llama-models Tokenizer, transformers' "
             "TikTokenConverter); readers that know them by id do (tiktoken, Qwen's tokenizer)."
         ]
-
-    @property
-    def _base_ranks(self) -> list[int]:
-        """The ranks of the published file, without those that were added to it."""
-        last = self._published.last_rank if self._published else max(self._ranks.values())
-        return [rank for rank in self._ranks.values() if rank <= last]
 
 
 def _require_bytes(ranks: Mapping[bytes, int], path: Path) -> None:
