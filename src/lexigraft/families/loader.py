@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, copy_tokenizer
+from lexigraft.families.proof import proof_texts
 
 MOST_TEXTS = 1_000
 MOST_CHARACTERS = 1_000_000
@@ -200,7 +201,7 @@ def prove_loader(
     Raises:
         LexigraftError: it reads the extension otherwise, or cannot load it but can load the base.
     """
-    sample = _bounded(texts)
+    sample = _bounded(proof_texts(base, texts))
     old = loader.read(base.folder, sample)
     if old is None:
         return LoaderProof(0, 0, loader.reason)

@@ -331,7 +331,34 @@ class Unigram(PlainCounting):
             readers["tokenizers"] = self.encode_batch
         if self._proto is not None:
             readers["sentencepiece"] = self._sentencepiece_encode
+        if self._engine is None:
+            readers["converted"] = self._converted_encode
         return readers
+
+    def _converted_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """A lone `.model` as loaders convert it for tokenizers: the scores summed in float64."""
+        normalised = [self._processor.normalize(text) for text in texts]
+        batch = self._converted.encode_batch(normalised, add_special_tokens=False)
+        return [[self._ids[place] for place in encoding.ids] for encoding in batch]
+
+    @cached_property
+    def _converted(self) -> Tokenizer:
+        scores = self._proto_scores
+        vocabulary = []
+        for piece in self._proto.pieces:
+            score = piece.score
+            if piece.type == _USER_DEFINED:  # as SentencePiece scores them
+                score = len(piece.piece.encode()) * scores.highest - 0.1
+            elif piece.type != _NORMAL:
+                score = 2 * len(piece.piece) * scores.unknown
+            vocabulary.append([piece.piece, score])
+        model = {
+            "type": "Unigram",
+            "unk_id": self._processor.unk_id(),
+            "vocab": vocabulary,
+            "byte_fallback": self._byte_fallback,
+        }
+        return open_engine(_plain_data({"model": model}))
 
     def _with_gap_filled(self, proto: Any) -> Any:
         """`proto` with a piece for each id behind it, so that new pieces come behind them all.
@@ -434,7 +461,7 @@ class _Scores:
     def __init__(self, pieces: Mapping[str, float], lowest: float, highest: float) -> None:
         self.unknown = lowest - _UNKNOWN_PENALTY
         self._pieces = pieces
-        self._highest = highest
+        self.highest = highest
         self._longest = max(map(len, pieces))
         self._spellings: dict[str, _Spelling] = {}
 
@@ -448,7 +475,7 @@ class _Scores:
         """True if no rounding decides how the base spells it, and it stays below the best piece."""
         spelling = self.spell(token)
         score = spelling.score + _bonus(token, spelling.parts)
-        return spelling.margin > DELTA and score < self._highest
+        return spelling.margin > DELTA and score < self.highest
 
     def spell(self, token: str) -> _Spelling:
         """The best spelling by Viterbi's algorithm, as both engines do it, in float64."""
