@@ -60,7 +60,8 @@ class ByteLevelBPE:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        return [e.ids for e in self._engine.encode_batch(list(texts), add_special_tokens=False)]
+        batch = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`."""

@@ -158,12 +158,12 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
 
 
 def offenders(base: Family, extended: Family, texts: Iterable[str]) -> set[str]:
-    """New tokens that make one of `texts` read other than only coarser, or engines differ.
+    """New tokens that make one of `texts` read other than only coarser, or the engines differ.
 
     For families without a theorem (Unigram, WordPiece): what is to blame is dropped before the
     laws are proved. Of each text that breaks law 2, it is the new token at the first place where
-    the base reads otherwise, or the one next to it; of each that breaks law 5, those in which the
-    engines differ.
+    the base reads otherwise, or the one next to it; of law 5, the later of the two new tokens
+    between which the engines choose differently.
     """
     first_id = base.map.tokens
     pieces = {
@@ -172,34 +172,34 @@ def offenders(base: Family, extended: Family, texts: Iterable[str]) -> set[str]:
         if token_id >= first_id
     }
     blamed: set[int] = set()
-    readers, new_readers = base.engines(), extended.engines()
-    stream = iter(texts)
+    stream = proof_texts(base, texts)
     while batch := list(islice(stream, _BATCH)):
-        before = [read(batch) for read in readers.values()]
-        after = [new_readers[name](batch) for name in readers]
+        before = [read(batch) for read in base.engines().values()]
+        after = [extended.engines()[name](batch) for name in base.engines()]
+        for read_before, read_after in zip(before, after, strict=True):
+            for old, new in zip(read_before, read_after, strict=True):
+                if base.unknown_id not in old:
+                    blamed |= _to_blame(old, new, pieces)
         for place in range(len(batch)):
-            old, new = [ids[place] for ids in before], [ids[place] for ids in after]
-            if base.unknown_id not in old[0]:
-                for one, other in zip(old, new, strict=True):
-                    blamed |= _to_blame(one, other, pieces)
-            if all(ids == old[0] for ids in old):
-                for ids in new[1:]:
-                    blamed |= _departing(new[0], ids, pieces)
+            if all(ids[place] == before[0][place] for ids in before):
+                for ids in after[1:]:
+                    both = zip(after[0][place], ids[place], strict=False)
+                    apart = next((pair for pair in both if pair[0] != pair[1]), ())
+                    blamed |= set(sorted(pieces.keys() & apart)[-1:])
     return {extended.map.texts[token_id] for token_id in blamed}
 
 
-def _departing(one: Sequence[int], other: Sequence[int], new: Mapping[int, object]) -> set[int]:
-    """The new tokens around the first place where two readings part."""
-    if list(one) == list(other):
-        return set()
-    pairs = zip(one, other, strict=False)
-    place = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-    for width in range(1, len(one) + len(other)):
-        window = slice(max(0, place - width), place + width)
-        found = {token_id for token_id in (*one[window], *other[window]) if token_id in new}
-        if found:
-            return found
-    return set()
+def proof_texts(family: Family, texts: Iterable[str]) -> Iterator[str]:
+    """`texts`, cut before spaces where the family's engines cannot be exact on longer ones."""
+    most: int | None = getattr(family, "proof_characters", None)
+    for text in texts:
+        start = 0
+        while most is not None and len(text) - start > most:
+            cut = text.rfind(" ", start + 1, start + most)
+            end = cut if cut > 0 else start + most
+            yield text[start:end]
+            start = end
+        yield text[start:]
 
 
 def _to_blame(

@@ -48,10 +48,10 @@ def replay(units: Units, merges: Sequence[Merge], *, implicit: bool) -> Replayed
     results = np.zeros(len(merges), dtype=np.int64)  # symbol of each rank
     adopted: dict[int, int] = {}
     for rank, merge in enumerate(merges):
-        if merge.right is None:
+        if merge.right is None and merge.token in numbers:
             adopted[numbers[merge.token]] = rank
             results[rank] = numbers[merge.token]
-        else:
+        else:  # or a letter that these units do not hold
             results[rank] = first + rank
             numbers.setdefault(merge.token, first + rank)
     keys, ranks = _ranked_pairs(merges, numbers, units, adopted, implicit=implicit)

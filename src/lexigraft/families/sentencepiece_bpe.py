@@ -92,7 +92,7 @@ class SentencePieceBPE:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         if self._engine is not None:
-            batch = self._engine.encode_batch(list(texts), add_special_tokens=False)
+            batch = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in batch]
         return self._sentencepiece_encode(texts)
 

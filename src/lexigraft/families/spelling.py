@@ -36,7 +36,34 @@ def is_word(text: str) -> bool:
     if not body or len(body) > MAX_CHARACTERS or "\ufffd" in body:
         return False
     scripts = {script_of(character) for character in body}
-    return None not in scripts and len(scripts - {""}) == 1
+    return None not in scripts and len(scripts - {""}) == 1 and not is_mojibake(body)
+
+
+# What U+FFFD, saved as UTF-8, becomes when it is read as GBK: in pairs, and cut in the middle.
+_GBK_REPLACEMENTS = ("锟斤", "斤拷", "拷锟")
+
+
+def is_mojibake(text: str) -> bool:
+    """True for text that was UTF-8 and has been read in another encoding.
+
+    Windows-1252 letters that make whole UTF-8 characters when they are written back are no word of
+    any language (`Ãª` was `ê`, `Ã¼ber` was `über`).
+
+    >>> is_mojibake("Ãªtre"), is_mojibake("锟斤拷"), is_mojibake("être"), is_mojibake("SÃO")
+    (True, True, False, False)
+    """
+    if any(part in text for part in _GBK_REPLACEMENTS):
+        return True
+    if text.isascii():
+        return False
+    return any(_reads_as_utf8(text, encoding) for encoding in ("cp1252", "latin-1"))
+
+
+def _reads_as_utf8(text: str, encoding: str) -> bool:
+    try:
+        return text.encode(encoding).decode("utf-8") != text
+    except UnicodeError:
+        return False
 
 
 @lru_cache(maxsize=2**16)

@@ -33,7 +33,7 @@ from lexigraft.families.proof import (
 )
 from lexigraft.families.special import add_special
 from lexigraft.families.units import Units
-from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting
+from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.manifest import (
     NEW_TOKENS,
@@ -707,6 +707,12 @@ def _require_reachable(base: Family, extended: Family, choice: Choice) -> None:
     assert first <= extended.map.tokens
 
 
+def _list_source(path: str) -> TextSource:
+    """A word list of any form, a `.model` included, which is no text to learn from."""
+    file = Path(path)
+    return TextSource(name=file.name, sha256=sha256_file(file), bytes=file.stat().st_size)
+
+
 def _record(
     base: Family,
     extended: Family,
@@ -714,7 +720,7 @@ def _record(
     sources_of: Mapping[str, Sequence[str | Path]],
 ) -> LearnRecord:
     texts: dict[str, list[TextSource]] = {
-        name: sources([str(spec).partition("#column=")[0] for spec in specs])
+        name: [_list_source(str(spec).partition("#column=")[0]) for spec in specs]
         if name in ("terms", "pin", "ban", "special")
         else sources(specs)
         for name, specs in sources_of.items()
