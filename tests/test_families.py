@@ -85,12 +85,6 @@ def refused(folder, *words):
 def test_other_families_are_refused_by_name(tmp_path):
     from tokenizers import Tokenizer, models
 
-    unigram = tmp_path / "unigram"
-    unigram.mkdir()
-    Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], unk_id=0)).save(
-        str(unigram / "tokenizer.json")
-    )
-    refused(unigram, "Unigram")
     wordpiece = tmp_path / "wordpiece"
     wordpiece.mkdir()
     Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(
@@ -115,24 +109,6 @@ def test_other_families_are_refused_by_name(tmp_path):
     gpt2.mkdir()
     (gpt2 / "vocab.json").write_text('{"a": 0}')
     refused(gpt2, "vocab.json")
-
-
-def test_unigram_sentencepiece_is_refused(tmp_path):
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(parts.plain_english().splitlines()[:300]),
-        model_writer=model,
-        vocab_size=60,
-        model_type="unigram",
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    refused(tmp_path, "Unigram")
 
 
 @pytest.mark.parametrize(
