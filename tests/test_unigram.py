@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import parts
-from lexigraft import families
+from lexigraft import families, learn
 from lexigraft.counting import CHUNK
 from lexigraft.errors import RefusalError
 from lexigraft.families import unigram
@@ -165,6 +165,32 @@ def test_normaliser_and_settings_stay(made, files):
         assert {**new, "model": {**new["model"], "vocab": 0}} == {
             **old, "model": {**old["model"], "vocab": 0}
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_learn_writes_a_proved_unigram_vocabulary(made, documents, tmp_path, files):
+    base, _, _ = made(files)
+    corpus = tmp_path / "medical.txt"
+    corpus.write_text("\n\n".join(documents))
+    result = learn(base.folder, corpus=[corpus], general=[parts.ENGLISH], tokens=25, min_count=20,
+                   output=tmp_path / "vocab")  # fmt: skip
+    assert result.added == 25 and result.drift == 0 and result.bridges == 0
+    extension = families.load(tmp_path / "vocab")
+    assert extension.map.tokens == base.map.tokens + 25
+
+
+def test_engines_that_differ_are_found(made, tmp_path):
+    """One file with another score: the token that the engines disagree on is to blame."""
+    base, extension, choice = made("both")
+    shutil.copytree(extension.folder, tmp_path / "vocab")
+    path = tmp_path / "vocab" / "spiece.model"
+    proto = parse_sentencepiece(path.read_bytes(), path)
+    token = next(m.token for m in choice.merges if m.token.startswith(SPACE) and len(m.token) > 6)
+    next(piece for piece in proto.pieces if piece.piece == token).score -= 9
+    path.write_bytes(proto.SerializeToString())
+    text = token[1:]
+    assert offenders(base, extension, [text]) == set()
+    assert offenders(base, families.load(tmp_path / "vocab"), [text]) != set()
 
 
 def test_equal_inputs_give_equal_bytes(made, documents, tmp_path):
