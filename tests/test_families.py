@@ -82,39 +82,6 @@ def refused(folder, *words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_other_families_are_refused_by_name(tmp_path):
-    from tokenizers import Tokenizer, models
-
-    wordpiece = tmp_path / "wordpiece"
-    wordpiece.mkdir()
-    Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(
-        str(wordpiece / "tokenizer.json")
-    )
-    refused(wordpiece, "WordPiece")
-    bert = tmp_path / "bert"
-    bert.mkdir()
-    (bert / "vocab.txt").write_text("[UNK]\na\n")
-    refused(bert, "WordPiece")
-    ranks = tmp_path / "ranks"
-    ranks.mkdir()
-    (ranks / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    refused(ranks, "tiktoken")
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")).save(
-        str(clip / "tokenizer.json")
-    )
-    refused(clip, "CLIP")
-    gpt2 = tmp_path / "gpt2"
-    gpt2.mkdir()
-    (gpt2 / "vocab.json").write_text('{"a": 0}')
-    refused(gpt2, "vocab.json")
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", '{"model": {}}', '{"model": {"type": "BPE", "vocab": 3, "merges": []}}'],
-)
 def test_damaged_tokenizer_json_is_one_clear_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(LexigraftError):
