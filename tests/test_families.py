@@ -82,6 +82,21 @@ def refused(folder, *words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_a_part_of_a_tokenizer_is_refused_by_name(tmp_path):
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    (ranks / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    refused(ranks, "tiktoken")
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "vocab.json").write_text('{"a": 0}')
+    refused(gpt2, "vocab.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"model": {}}', '{"model": {"type": "BPE", "vocab": 3, "merges": []}}'],
+)
 def test_damaged_tokenizer_json_is_one_clear_error(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(LexigraftError):
