@@ -83,10 +83,6 @@ def refused(folder, *words):
 
 
 def test_a_part_of_a_tokenizer_is_refused_by_name(tmp_path):
-    ranks = tmp_path / "ranks"
-    ranks.mkdir()
-    (ranks / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    refused(ranks, "tiktoken")
     gpt2 = tmp_path / "gpt2"
     gpt2.mkdir()
     (gpt2 / "vocab.json").write_text('{"a": 0}')
