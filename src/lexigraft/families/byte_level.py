@@ -98,7 +98,7 @@ class ByteLevelBPE:
                 for word, _ in self._split(text):
                     words[word] = words.get(word, 0) + weight
         whole = self._data["model"]["vocab"] if self._data["model"].get("ignore_merges") else {}
-        for texts, weights in batches(words):
+        for texts, weights in batches(self._spelled(words, counter)):
             tokens, lengths = self._segmenter.run(texts)
             known = [place for place, word in enumerate(texts) if word in whole]
             if known:
@@ -119,6 +119,18 @@ class ByteLevelBPE:
             encoded = self._engine.encode_batch(texts, add_special_tokens=False)
             counter.add([e.ids for e in encoded], weights, [e.word_ids for e in encoded])
         return {text: n for text, n in chunks.items() if text not in marked}
+
+    def _spelled(self, words: Mapping[str, int], counter: UnitCounter) -> Mapping[str, int]:
+        """`words` without those that hold a byte without a token, which the engine leaves out."""
+        missing = [c for c in CHARACTER_TO_BYTE if c not in self._data["model"]["vocab"]]
+        found = re.compile("|".join(map(re.escape, missing)) or r"(?!)").search
+        odd = {word: n for word, n in words.items() if found(word)}
+        if not odd:
+            return words
+        for texts, weights in batches(odd):
+            encoded = self._plain.encode_batch(texts, add_special_tokens=False)
+            counter.add([encoding.ids for encoding in encoded], weights)
+        return {word: n for word, n in words.items() if word not in odd}
 
     def _split(self, text: str) -> list[tuple[str, tuple[int, int]]]:
         """The words of a text, as the engine's normalizer and pre-tokenizer make them."""
@@ -290,8 +302,35 @@ def extend_json(
 
 
 def write_tokenizer_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write `tokenizer.json` as the tokenizers library lays it out."""
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=2), "utf-8")
+    """Write `tokenizer.json` as the tokenizers library lays it out.
+
+    The long lists of the model are laid out here, since Python's own indenting encoder takes a
+    second for them.
+    """
+    model = data["model"]
+    long = {key: model[key] for key in ("vocab", "merges") if model.get(key)}
+    holders = {key: f"@{key}@" for key in long}
+    text = json.dumps({**data, "model": {**model, **holders}}, ensure_ascii=False, indent=2)
+    for key, value in long.items():
+        text = text.replace(f'"@{key}@"', _laid_out(value), 1)
+    path.write_text(text, "utf-8")
+
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _laid_out(value: Any) -> str:
+    """A vocabulary or a list of merges, indented as deep as they stand in the file."""
+    if isinstance(value, dict):
+        rows = ",\n      ".join(f"{_quoted(token)}: {number}" for token, number in value.items())
+        return "{\n      " + rows + "\n    }"
+    rows = ",\n      ".join(
+        "[\n        " + ",\n        ".join(map(_quoted, row)) + "\n      ]"
+        if isinstance(row, list)
+        else _quoted(row)
+        for row in value
+    )
+    return "[\n      " + rows + "\n    ]"
 
 
 def content_hash(family: str, data: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -43,10 +44,11 @@ class Choice:
     saved: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     detours: int = 0
 
-    @property
+    @cached_property
     def bridges(self) -> frozenset[str]:
         """Tokens that never come out: kept as parts of others only."""
-        return frozenset(merge.token for merge in self.merges if not self.counts[merge.token])
+        children = children_of(self.merges)
+        return frozenset(t for t in children if t in self.counts and not self.counts[t])
 
 
 def choose(
@@ -65,7 +67,7 @@ def choose(
     Leaves (tokens that are no part of another) below `min_count` are dropped and their places
     filled by the next candidates, until none is left. While more than `BRIDGE_SHARE` of the
     choice are dead, what is made of the least useful dead tokens is dropped, so that these come
-    out themselves again.
+    out themselves again; what was decided beforehand is dropped last.
 
     Args:
         family: the base.
@@ -73,7 +75,7 @@ def choose(
         limit: how many tokens at most.
         min_count: occurrences in the final segmentation.
         first: merges decided beforehand (terms), in rank order.
-        pinned: tokens kept however rare they are.
+        pinned: tokens kept however rare they are, with all their parts.
         banned: token -> whether it may not be made, not even as a part.
         judges: (kept merges, counts) -> further tokens to drop.
     """
@@ -88,7 +90,9 @@ def choose(
         units, join=join, implicit=family.implicit, min_count=min_count, first=first
     )
     candidates = _Candidates(family, stream)
-    dropped: set[str] = set()
+    # A character becomes a token without being joined: `join` is not asked.
+    dropped = {letter for letter in map(units.texts.__getitem__, units.pending) if banned(letter)}
+    decided = frozenset(merge.token for merge in first)
     kept: list[Merge] = []
     replayed = Replayed({}, np.zeros(0, dtype=np.int64))
     for _ in range(_ROUNDS):
@@ -97,7 +101,8 @@ def choose(
         bad = _rare_leaves(kept, replayed.counts, min_count)
         for judge in judges:
             bad |= judge(kept, replayed.counts)
-        bad = bad - pinned or _excess_bridges(kept, replayed.counts)
+        needed = with_parts(kept, pinned)
+        bad = bad - needed or _excess_bridges(kept, replayed.counts, needed, decided)
         if not bad:
             break
         dropped |= bad
@@ -151,13 +156,27 @@ def children_of(kept: Sequence[Merge]) -> dict[str, set[str]]:
     return children
 
 
+def with_parts(kept: Sequence[Merge], tokens: frozenset[str]) -> set[str]:
+    """Those of `tokens` that are kept, and all that they are made of."""
+    needed: set[str] = set()
+    for merge in reversed(kept):  # parts rank before what is made of them
+        if merge.token in tokens or merge.token in needed:
+            needed |= {merge.token, merge.left, merge.right or merge.left}
+    return needed
+
+
 def _rare_leaves(kept: Sequence[Merge], counts: Mapping[str, int], min_count: int) -> set[str]:
     children = children_of(kept)
     return {m.token for m in kept if not children.get(m.token) and counts[m.token] < min_count}
 
 
-def _excess_bridges(kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str]:
-    """What is made of the least useful dead tokens above the allowed share."""
+def _excess_bridges(
+    kept: Sequence[Merge], counts: Mapping[str, int], needed: set[str], decided: frozenset[str]
+) -> set[str]:
+    """What is made of the least useful dead tokens above the allowed share.
+
+    Nothing that is `needed`, and first what was learned, then what was `decided` beforehand.
+    """
     dead = [merge.token for merge in kept if not counts[merge.token]]
     excess = len(dead) - int(BRIDGE_SHARE * len(kept))
     if excess <= 0:
@@ -165,7 +184,8 @@ def _excess_bridges(kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str
     children = children_of(kept)
     families = {token: _descendants(token, children) for token in dead}
     use = {token: sum(counts[t] for t in families[token]) for token in dead}
-    weakest = sorted(dead, key=lambda token: (use[token], token))[:excess]
+    droppable = [token for token in dead if families[token] and not families[token] & needed]
+    weakest = sorted(droppable, key=lambda token: (token in decided, use[token], token))[:excess]
     return set().union(*(families[token] for token in weakest))
 
 
