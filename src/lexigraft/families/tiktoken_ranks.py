@@ -54,7 +54,14 @@ class TiktokenBPE(ByteLevelBPE):
 
     def __init__(self, folder: Path, rank_file: Path, data: dict[str, Any] | None) -> None:
         self._rank_file = rank_file
-        self._ranks, self._published = known_ranks(rank_file.read_bytes())
+        try:
+            self._ranks, self._published = known_ranks(rank_file.read_bytes())
+        except ValueError as fault:
+            raise LexigraftError(
+                f"{rank_file} is no rank file ({fault})",
+                needed="lines of `base64 rank`",
+                fix="download this file again",
+            ) from None
         _require_bytes(self._ranks, rank_file)
         self._has_json = data is not None
         self._pattern, self._composed = self._reading(data)
