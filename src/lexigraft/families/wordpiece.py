@@ -241,6 +241,12 @@ class WordPiece(PlainCounting):
             if symbol not in self._vocabulary and is_word(self._unmarked(symbol)[0])
         }
 
+    def written(self, text: str) -> list[str]:
+        """`text` at the beginning of a word and inside one; spaces around it are no part of it."""
+        words = self._words_of(text)
+        word = words[0] if len(words) == 1 else text.strip(" ")
+        return [word, self._mark + word]
+
     def join(self, left: str, right: str) -> str | None:
         """`card` + `##io` -> `cardio`, `##io` + `##gram` -> `##iogram`: letters of one script."""
         letters, inner = self._unmarked(right)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -56,7 +56,10 @@ class Wanted:
                 reached = min(formed[token], row.occurrences)
                 rows.append(TermReport(row.term, row.variant, row.occurrences, reached, ids[token]))
             else:
-                reason = "not reached: stronger terms or other words take its parts"
+                reason = (
+                    "dropped: stronger terms or other words take its parts, or it would take too "
+                    "many tokens that come out nowhere"
+                )
                 rows.append(TermReport(row.term, row.variant, row.occurrences, reason=reason))
         return TermTable(rows)
 
@@ -86,14 +89,13 @@ def want(
         return Wanted()
     weights = {term.text: term.weight for term in terms}
     pinned = {term.text for term in pins}
-    owner = {v: word for word in [*pinned, *weights] for v in variants(word)}
-    occurrences = count_occurrences(owner, chunks)
-    tried = {v for v in owner if occurrences[v] or owner[v] in pinned}
+    owner, occurrences = _counted(family, [term.text for term in (*pins, *terms)], chunks)
+    tried = {v for v in occurrences if occurrences[v] or owner[v] in pinned}
     spelled = _units_of(family, tried)
     reports: list[TermReport] = []
     strengths: dict[str, float] = {}
-    for variant, word in owner.items():
-        count = occurrences[variant]
+    for variant, count in occurrences.items():
+        word = owner[variant]
         must = word in pinned and (count > 0 or variant == word)
         if not count and variant != word and not must:
             continue  # a spelling that nobody used needs no line
@@ -101,13 +103,15 @@ def want(
             variant,
             occurrences=count,
             least=0 if must else min_count,
-            pieces=lambda text: _pieces(family, text),
+            pieces=lambda text: _known_pieces(family, text),
             splits=lambda text: text in tried and text not in spelled and _is_spelled(family, text),
         )
+        if reason is None and any(map(banned, family.written(variant))):
+            reason = "is banned"
         if reason is None and variant not in spelled:
             reason = "the base reads it as one token in running text"
         if reason is None:
-            saved = count * (len(spelled[variant]) - 1)
+            saved = count * max(1, len(spelled[variant]) - 1)  # at least one, of a letter
             strengths[variant] = _PIN_STRENGTH if must else saved * weights[word]
         reports.append(TermReport(word, variant, count, reason=reason))
     merges, tokens = _merges(family, spelled, strengths, limit, banned)
@@ -121,6 +125,27 @@ def want(
     return Wanted(merges, tokens, kept, reports)
 
 
+def _counted(
+    family: Family, words: Sequence[str], chunks: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """The listed word of each spelling, and the occurrences of each that is a token of its own.
+
+    A spelling belongs to the word that is listed so, else to the first that has it. Those which the
+    family writes alike (without spaces, without capitals) are counted as one, the first of them.
+    """
+    owner = {word: word for word in words}
+    for word in words:
+        for variant in variants(word):
+            owner.setdefault(variant, word)
+    alike: dict[str, list[str]] = {}
+    for word in dict.fromkeys(words):
+        for variant in variants(word):
+            if owner[variant] == word:
+                alike.setdefault(family.written(variant)[0], []).append(variant)
+    counts = count_occurrences(owner, chunks)
+    return owner, {same[0]: sum(counts[v] for v in same) for same in alike.values()}
+
+
 _NO_ROOM = "no room: more tokens than asked for, or its parts may not be joined"
 
 
@@ -132,6 +157,12 @@ def _pieces(family: Family, text: str) -> Sequence[int]:
     return family.pieces(family.written(text)[0])
 
 
+def _known_pieces(family: Family, text: str) -> Sequence[int]:
+    """The pieces of `text`; none where the base cannot spell it whole."""
+    pieces = _pieces(family, text)
+    return () if family.unknown_id in pieces else pieces
+
+
 def _units_of(family: Family, spellings: Iterable[str]) -> dict[str, Unit]:
     """Each spelling as the base reads it, where it is one unit whole."""
     wanted = sorted(spellings)
@@ -139,10 +170,11 @@ def _units_of(family: Family, spellings: Iterable[str]) -> dict[str, Unit]:
     by_text = {_text_of(family, unit): unit for unit in units}
     found = {}
     for spelling in wanted:
-        # A family that knows no spaces (WordPiece) reads both spellings alike.
-        unit = by_text.get(spelling) or by_text.get(spelling.lstrip(" "))
-        same = family.written(spelling) == family.written(spelling.lstrip(" "))
-        if unit is not None and (spelling in by_text or same):
+        written = family.written(spelling)[0]
+        # A family that knows no spaces (WordPiece) may not know capitals either.
+        spaceless = written == family.written(f" {spelling}")[0]
+        unit = by_text.get(written if spaceless else spelling)
+        if unit is not None:
             found[spelling] = unit
     return found
 
@@ -162,10 +194,13 @@ def _merges(
     limit: int,
     banned: Callable[[str], bool],
 ) -> tuple[list[Merge], dict[str, str]]:
-    """The planned merges, and the token that each spelling becomes."""
+    """The planned merges, and the token that each spelling becomes.
+
+    Letters that must be adopted count too: of a list that is too long the strongest terms are made
+    whole, each after its letters.
+    """
     symbols = sorted({token for variant in strengths for token in spelled[variant]})
     numbers = {token: number for number, token in enumerate(symbols)}
-    letters = [token for token in symbols if token not in family.map.ids]
     rows = {v: tuple(numbers[token] for token in spelled[v]) for v in strengths}
 
     def allowed(row: Symbols) -> bool:
@@ -174,21 +209,36 @@ def _merges(
         token = family.join(left, last)
         return token is not None and not banned(token)
 
-    planned = plan(
-        [(rows[v], strengths[v]) for v in sorted(strengths)],
-        max(0, limit - len(letters)),
-        allowed=allowed,
-    )
-    made: dict[Symbols, str] = {(number,): token for number, token in enumerate(symbols)}
-    merges = [Merge(letter, letter, None, 0) for letter in letters]
-    for whole, left, right in planned:
-        if left not in made or right not in made:
+    planned = plan([(rows[v], strengths[v]) for v in sorted(strengths)], limit, allowed=allowed)
+    made: dict[Symbols, str] = {(n,): t for t, n in numbers.items() if t in family.map.ids}
+    merges: list[Merge] = []
+    for steps, whole in _by_term(planned, {rows[v]: strengths[v] for v in strengths}):
+        letters = [symbols[n] for n in dict.fromkeys(whole) if (n,) not in made]
+        if len(merges) + len(letters) + len(steps) > limit:
             continue
-        token = family.join(made[left], made[right])
-        if token is not None:
-            made[whole] = token
-            merges.append(Merge(token, made[left], made[right], 0))
-    joined = "".join(merge.token for merge in merges if merge.right is not None)
-    merges = [m for m in merges if m.right is not None or m.token in joined]
-    tokens = {v: made[row] for v, row in rows.items() if len(row) > 1 and row in made}
+        made.update({(numbers[letter],): letter for letter in letters})
+        merges += [Merge(letter, letter, None, 0) for letter in letters]
+        for joined, left, right in steps:
+            token = family.join(made[left], made[right]) if {left, right} <= made.keys() else None
+            if token is not None:
+                made[joined] = token
+                merges.append(Merge(token, made[left], made[right], 0))
+    tokens = {v: made[row] for v, row in rows.items() if row in made}
     return merges, tokens
+
+
+def _by_term(
+    planned: Iterable[tuple[Symbols, Symbols, Symbols]], strengths: Mapping[Symbols, float]
+) -> Iterator[tuple[list[tuple[Symbols, Symbols, Symbols]], Symbols]]:
+    """The merges that finish each asked-for row, with it; rows of one letter need none."""
+    letters = sorted((-strength, row) for row, strength in strengths.items() if len(row) == 1)
+    steps: list[tuple[Symbols, Symbols, Symbols]] = []
+    for step in planned:
+        steps.append(step)
+        whole = step[0]
+        if whole in strengths:
+            while letters and -letters[0][0] >= strengths[whole]:
+                yield [], letters.pop(0)[1]
+            yield steps, whole
+            steps = []
+    yield from (([], row) for _, row in letters)
