@@ -9,7 +9,7 @@ from lexigraft import families
 from lexigraft.corpus import read_documents
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.replay import replay
-from lexigraft.families.spelling import script_of
+from lexigraft.families.spelling import is_symbol, script_of
 from lexigraft.selection.gathering import units_of_texts
 
 KINDS = ["byte", "byte-ignore", "sp-both", "sp-model", "sp-json"]
@@ -41,9 +41,9 @@ def plain_units(family, text):
     data = b"".join(map(family.token_bytes, ids))
     letters = {}
     place = 0
-    for character in data.decode("utf-8", "surrogateescape"):
+    for at, character in enumerate(data.decode("utf-8", "surrogateescape")):
         for _ in character.encode("utf-8", "surrogateescape"):
-            letters[place] = script_of(character)
+            letters[place] = f"mark {at}" if is_symbol(character) else script_of(character)
             place += 1
     place = 0
     for at_token, token_id in enumerate(ids):

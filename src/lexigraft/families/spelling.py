@@ -66,22 +66,6 @@ def _reads_as_utf8(text: str, encoding: str) -> bool:
         return False
 
 
-@lru_cache(maxsize=2**16)
-def letter_mask(data: bytes) -> bytes:
-    """For each byte 1 if it is part of a letter or mark (or is a leading space), else 0.
-
-    >>> letter_mask(" 痛：".encode())
-    b'\\x01\\x01\\x01\\x01\\x00\\x00\\x00'
-    """
-    mask = bytearray()
-    # Each byte that is no UTF-8 becomes one lone surrogate, which is no letter.
-    for place, character in enumerate(data.decode("utf-8", "surrogateescape")):
-        good = script_of(character) is not None or (place == 0 and character == " ")
-        width = len(character.encode("utf-8", "surrogateescape"))
-        mask.extend((good,) * width)
-    return bytes(mask)
-
-
 def character_width(lead: int) -> int:
     """Bytes of the UTF-8 character that starts with byte `lead`; 0 if none starts with it."""
     if lead < 0x80:
@@ -118,15 +102,34 @@ def is_joinable(data: bytes) -> bool:
     return is_word(text) or (text in ("", " ") and bool(rest))
 
 
+@lru_cache(maxsize=2**12)
+def is_symbol(character: str) -> bool:
+    """True for one punctuation mark or symbol outside ASCII, such as `，` or `℃`.
+
+    As a token of its own it saves a base that spells it in bytes many tokens; joined to others
+    it would belong to no word. Digits of any kind, spaces and controls are none.
+
+    >>> is_symbol("，"), is_symbol("℃"), is_symbol(","), is_symbol("①"), is_symbol("痛")
+    (True, True, False, False, False)
+    """
+    return (
+        len(character) == 1
+        and character != "\ufffd"
+        and not character.isascii()
+        and unicodedata.category(character)[0] in "PS"
+    )
+
+
 def may_join(left: bytes, right: bytes) -> bool:
-    """True if the two parts make a word, or more of one unfinished character.
+    """True if the two parts make a word or a symbol, or more of one unfinished character.
 
     Characters are completed before they are joined: what is unfinished joins its own
     continuation bytes only.
     """
     data = left + right
     try:
-        return is_word(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        return is_word(text) or is_symbol(text)
     except UnicodeDecodeError:
         return is_character_start(data)
 

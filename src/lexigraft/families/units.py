@@ -2,8 +2,10 @@
 
 A unit is a run of base tokens that are letters of one script, or parts of such letters. It ends
 where the pre-tokenizer splits, before a space, at everything that is no letter, and between
-scripts. Symbols are base ids; a letter that the base spells in byte pieces (SentencePiece) is a
-symbol of its own, *pending* until it is adopted as a token.
+scripts. A punctuation mark or symbol that the base spells in parts is a unit of its own.
+
+Symbols are base ids; a character that the base spells in byte pieces (SentencePiece) is a symbol
+of its own, *pending* until it is adopted as a token.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from itertools import chain, islice
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.families.spelling import script_of
+from lexigraft.families.spelling import is_symbol, script_of
 
 Unit = tuple[str, ...]
 Ints = npt.NDArray[np.int64]
@@ -26,7 +28,7 @@ Symbols = npt.NDArray[np.int32]
 # Above this many symbols the rarer units are sampled: some 50 bytes of memory go with each.
 MOST_SYMBOLS = 12_000_000
 _RARE = 4  # occurrences below which a unit may be sampled
-_BAD, _NEUTRAL = -1, 0
+_BAD, _NEUTRAL, _MARK = -1, 0, 2**13
 _BATCH = 32_768
 
 
@@ -190,6 +192,8 @@ class UnitCounter:
         good = (lowest > _BAD) & ~self._excluded[tokens]
         good &= (highest == _NEUTRAL) | (lowest_script == highest)
         edges = edges | spaced
+        # A mark is completed, but joined to nothing.
+        edges |= (kinds[firsts] == _MARK) & ((data[firsts] & 0xC0) != 0x80)
         edges[1:] |= (highest[1:] != highest[:-1]) & (highest[1:] > 0) & (highest[:-1] > 0)
         edges[1:] |= good[1:] != good[:-1]
         symbols = tokens
@@ -307,12 +311,12 @@ _script_numbers: dict[str, int] = {"": _NEUTRAL}
 
 
 def _scripts(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.int16]:
-    """For each character the number of its script; 0 for marks, -1 for what is no letter."""
+    """The number of each character's script; 0 for combining marks, -1 for what is left out."""
     unseen = points[_kinds[points] == _UNSEEN]
     for point in np.unique(unseen).tolist():
         script = script_of(chr(point))
         if script is None:
-            _kinds[point] = _BAD
+            _kinds[point] = _MARK if is_symbol(chr(point)) else _BAD
         else:
             _kinds[point] = _script_numbers.setdefault(script, len(_script_numbers))
     return _kinds[points]
