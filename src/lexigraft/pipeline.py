@@ -13,6 +13,7 @@ from lexigraft.console import note
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError
+from lexigraft.files import sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
@@ -105,13 +106,20 @@ def _grow(current: Run, recipe: Recipe, base: Path) -> None:
     from lexigraft.steps.learn import learn
 
     vocab, model = current.folder / "vocab", current.folder / "model"
-    options: dict[str, Any] = {**recipe.learn.model_dump(), "seed": recipe.seed}
-    texts: dict[str, Any] = {"corpus": recipe.corpus, "general": recipe.general}
+    part = recipe.learn
+    options: dict[str, Any] = {**part.choices, "seed": recipe.seed}
+    texts: dict[str, Any] = {
+        "corpus": recipe.corpus,
+        "general": recipe.general,
+        "contrast": part.contrast,
+    }
+    lists: dict[str, Any] = part.word_lists
+    speed: dict[str, Any] = {"engine": part.engine, "workers": part.workers}
     current.stage(
         "learn",
-        options,
+        {**options, "lists": {name: _hashes(specs) for name, specs in lists.items()}},
         {"base": base, **texts},
-        lambda _: learn(base, **texts, **options, output=vocab, force=True),
+        lambda _: learn(base, **texts, **lists, **options, **speed, output=vocab, force=True),
         vocab,
     )
     options = {**recipe.graft.model_dump(), "seed": recipe.seed}
@@ -122,6 +130,20 @@ def _grow(current: Run, recipe: Recipe, base: Path) -> None:
         lambda _: graft(base, vocab, **options, output=model, force=True),
         model,
     )
+
+
+def _hashes(lists: Sequence[str]) -> list[list[str]]:
+    """What decides how each word list is read: its name, content hash and column.
+
+    Lists have forms that no text has (a SentencePiece model), so they are no texts of a stage. One
+    that is not there has no hash: `learn` says so.
+    """
+    found = []
+    for spec in lists:
+        name, _, column = (spec, "", "") if Path(spec).exists() else spec.partition("#column=")
+        path = Path(name)
+        found.append([path.name, sha256_file(path) if path.is_file() else "", column])
+    return found
 
 
 def _train(

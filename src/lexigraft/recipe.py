@@ -7,13 +7,19 @@ folder of the recipe.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lexigraft.errors import LexigraftError
+
+# One name, or a list of names.
+Names = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 
 
 class _Part(BaseModel):
@@ -27,6 +33,34 @@ class LearnPart(_Part):
     min_count: int | None = Field(default=None, ge=1)
     allow_more: bool = False
     train_bytes: int | None = Field(default=None, ge=1)
+    change_check_text: bool = False
+    contrast: Names = []
+    terms: Names = []
+    pin: Names = []
+    ban: Names = []
+    special: Names = []
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = Field(default=None, ge=1)
+
+    @property
+    def word_lists(self) -> dict[str, list[str]]:
+        """The lists of words, which are no texts to learn from."""
+        return {"terms": self.terms, "pin": self.pin, "ban": self.ban, "special": self.special}
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The options that decide the result, files apart.
+
+        `engine` and `workers` are none of them: they decide how fast it comes.
+        """
+        return self.model_dump(exclude={"engine", "workers", "contrast", *self.word_lists})
+
+    def beside(self, at: Callable[[str], str]) -> LearnPart:
+        """The same with each file where `at` says it is."""
+        files = {**self.word_lists, "contrast": self.contrast}
+        return self.model_copy(
+            update={name: [at(spec) for spec in specs] for name, specs in files.items()}
+        )
 
 
 class GraftPart(_Part):
@@ -67,8 +101,8 @@ class TrainPart(_Part):
 class EvalPart(_Part):
     """The texts that are measured; without them the held-out part of the corpus is."""
 
-    corpus: list[str] = []
-    general: list[str] = []
+    corpus: Names = []
+    general: Names = []
     max_bytes: int | None = Field(default=None, ge=1)
     speed_characters: int | None = Field(default=None, ge=0)
 
@@ -77,8 +111,8 @@ class Recipe(_Part):
     """Everything that `run` needs to know."""
 
     base: str
-    corpus: list[str] = Field(min_length=1)
-    general: list[str] = []
+    corpus: Names = Field(min_length=1)
+    general: Names = []
     seed: int = 0
     learn: LearnPart = LearnPart()
     graft: GraftPart = GraftPart()
@@ -99,6 +133,7 @@ class Recipe(_Part):
                 "base": at(self.base) if (folder / self.base).exists() else self.base,
                 "corpus": [at(spec) for spec in self.corpus],
                 "general": [at(spec) for spec in self.general],
+                "learn": self.learn.beside(at),
                 "eval": self.eval.model_copy(
                     update={
                         "corpus": [at(spec) for spec in self.eval.corpus],
