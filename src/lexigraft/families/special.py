@@ -29,7 +29,8 @@ def add_special(folder: Path, tokens: Sequence[str], first_id: int) -> None:
     `.model` holds them as user-defined pieces, so that its own engine reads them alike.
 
     Raises:
-        RefusalError: a rank file without a tokenizer.json, which has no place for them.
+        RefusalError: a rank file without a tokenizer.json, which has no place for them, or a
+            space inside one where SentencePiece reads it.
     """
     if not tokens:
         return
@@ -41,9 +42,17 @@ def add_special(folder: Path, tokens: Sequence[str], first_id: int) -> None:
             needed="a tokenizer.json: readers of rank files keep special tokens in their code",
             fix="leave --special out, or add a tokenizer.json of the base",
         )
-    for name in SENTENCEPIECE_FILES:
-        if (folder / name).is_file() and folder / name != ranks:
-            _append_pieces(folder / name, tokens)
+    models = [folder / n for n in SENTENCEPIECE_FILES if (folder / n).is_file()]
+    models = [path for path in models if path != ranks]
+    spaced = next((token for token in tokens if " " in token), None)
+    if models and spaced is not None:
+        raise RefusalError(
+            f"the special token {spaced!r} holds a space",
+            needed=f"special tokens without: {models[0].name} cannot hold it as it is written",
+            fix=f"write it as {spaced.replace(' ', '_')!r}",
+        )
+    for path in models:
+        _append_pieces(path, tokens)
     if (folder / "tokenizer.json").is_file():
         _edit(folder / "tokenizer.json", lambda data: _with_added(data, ids))
     if (folder / "vocab.txt").is_file():
@@ -74,7 +83,13 @@ def _with_added(data: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
     if isinstance(vocabulary, list):  # Unigram: the place in the list is the id
         vocabulary = [*vocabulary, *([token, 0.0] for token in ids)]
     else:
-        vocabulary = {**vocabulary, **ids}
+        # All added tokens: a loader gives one that the model does not know the next free id.
+        older = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        vocabulary = {
+            **vocabulary,
+            **{t: i for t, i in older.items() if t not in vocabulary},
+            **ids,
+        }
     added = [*(data.get("added_tokens") or []), *entries]
     return {**data, "added_tokens": added, "model": {**model, "vocab": vocabulary}}
 

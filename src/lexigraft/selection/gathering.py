@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,26 @@ def gather(
     specs: Sequence[str | Path],
     *,
     measured: int,
+    special: Sequence[str] = (),
     engine: str = "local",
     workers: int | None = None,
 ) -> Gathered:
-    """Count a corpus for `family`; see `counting.count_chunks` for the arguments."""
+    """Count a corpus for `family`; see `counting.count_chunks` for the other arguments.
+
+    Args:
+        special: new special tokens: what is written so is no text, and ends what stands before.
+    """
     counted = count_chunks(
         specs, prefix=family.prefix, measured=measured, engine=engine, workers=workers
     )
     chunks = {text: n for text, n in counted.chunks.items() if not _ADDRESS.search(text)}
     left_out = sum(counted.chunks.values()) - sum(chunks.values())
+    if special:
+        parts: Counter[str] = Counter()
+        for text, n in chunks.items():
+            for part in between([text], special):
+                parts[part] += n
+        chunks = dict(sorted(parts.items()))
     return Gathered(counted, chunks, family.count_units(chunks), left_out)
 
 
@@ -62,3 +73,16 @@ def units_of_texts(family: Family, texts: Sequence[str]) -> Units:
         chunks.update(CHUNK.findall(family.prefix + text))
     chunks.pop("", None)
     return family.count_units(chunks)
+
+
+def between(texts: Iterable[str], special: Sequence[str]) -> list[str]:
+    """What stands between special tokens in `texts`; of several at one place, the longest counts.
+
+    >>> between(["<a>one<b>two", "three"], ["<a>", "<b>"])
+    ['one', 'two', 'three']
+    """
+    if not special:
+        return list(texts)
+    longest_first = sorted(special, key=len, reverse=True)
+    found = re.compile("|".join(map(re.escape, longest_first)))
+    return [part for text in texts for part in found.split(text) if part]

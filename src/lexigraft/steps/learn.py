@@ -19,7 +19,7 @@ from lexigraft.console import note
 from lexigraft.corpus import beginning, sources, text_files
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, measure
-from lexigraft.families.choice import Choice, Judge, choose
+from lexigraft.families.choice import Choice, Judge, choose, with_parts
 from lexigraft.families.llama_cpp import simulate
 from lexigraft.families.loader import LoaderProof, TransformersLoader, prove_loader
 from lexigraft.families.proof import (
@@ -44,7 +44,7 @@ from lexigraft.manifest import (
     TextSource,
     versions,
 )
-from lexigraft.selection.gathering import Gathered, gather, units_of_texts
+from lexigraft.selection.gathering import Gathered, between, gather, units_of_texts
 from lexigraft.selection.judges import Contrast, check_text_judge
 from lexigraft.selection.lists import Term, read_special, read_words
 from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, choose_size, model_size
@@ -284,7 +284,11 @@ def learn(
     with TransformersLoader() as loader:
         family = families.load(folder)
         limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
-        words = _Lists(*(_read_lists(specs) for specs in (terms, pin, ban)))
+        words = _Lists(
+            terms=_read_lists(terms), pins=_read_lists(pin), bans=_read_lists(ban),
+            special=_read_special(family, special),
+        )  # fmt: skip
+        words.refuse_contradictions()
         if from_vocab is not None:
             picked = _cut(family, Path(from_vocab), None if tokens == "auto" else limit)
         else:
@@ -293,6 +297,7 @@ def learn(
                 train_bytes=train_bytes, check_text=not change_check_text, engine=engine,
                 workers=workers,
             ).choose()  # fmt: skip
+        words.refuse_clashes(picked.choice)
         settings = {
             "tokens": tokens, "min_count": min_count, "allow_more": allow_more,
             "train_bytes": train_bytes, "change_check_text": change_check_text, "seed": seed,
@@ -306,7 +311,7 @@ def learn(
                 family, picked, partial, output, loader,
                 general=beginning(general, MEASURED_BYTES) if general else [],
                 domain=picked.held_out or beginning(corpus, MEASURED_BYTES) if corpus else [],
-                special=_read_special(family, special), settings=settings, sources_of=named,
+                special=words.special, settings=settings, sources_of=named,
             )  # fmt: skip
 
 
@@ -315,13 +320,35 @@ class _Lists:
     terms: list[Term]
     pins: list[Term]
     bans: list[Term]
+    special: list[str]
 
     def banned(self, family: Family) -> Callable[[str], bool]:
-        """Whether a token (as in the files) is a banned word in any spelling."""
+        """Whether a token (as in the files) is a banned word in any spelling, or special."""
         tokens = {
             token for term in self.bans for v in variants(term.text) for token in family.written(v)
         }
-        return tokens.__contains__
+        return (tokens | set(self.special)).__contains__
+
+    def refuse_contradictions(self) -> None:
+        """A word cannot be pinned and banned, nor be pinned and special."""
+        banned = {variant: term.text for term in self.bans for variant in variants(term.text)}
+        for term in self.pins:
+            where = "--ban" if term.text in banned else "--special"
+            if term.text in banned or term.text in self.special:
+                raise LexigraftError(
+                    f"{term.text!r} is pinned, and {where} has it too",
+                    needed="each word in one of these lists",
+                    fix=f"take {banned.get(term.text, term.text)!r} out of --pin or {where}",
+                )
+
+    def refuse_clashes(self, choice: Choice) -> None:
+        """A special token cannot be a learned token of an earlier result."""
+        for token in {merge.token for merge in choice.merges}.intersection(self.special):
+            raise LexigraftError(
+                f"--special {token!r} is a token that was learned",
+                needed="another text for it: one text has one id",
+                fix=f"leave {token!r} out of --special, or learn again with it",
+            )
 
 
 def _read_lists(specs: Sequence[str | Path]) -> list[Term]:
@@ -381,7 +408,10 @@ class _Learning:
         self.tokens = tokens
         self.limit = limit
         self.train_bytes = train_bytes
-        self.text = gather(family, corpus, measured=MEASURED_BYTES, engine=engine, workers=workers)
+        self.text = gather(
+            family, corpus, measured=MEASURED_BYTES, special=lists.special, engine=engine,
+            workers=workers,
+        )  # fmt: skip
         self.contrast = self._contrast(contrast, engine, workers)
         self.least = min_count or _default_min_count(tokens, self.text.bytes, train_bytes)
         self.check_text = check_text
@@ -391,7 +421,10 @@ class _Learning:
     ) -> Contrast | None:
         if not specs:
             return None
-        other = gather(self.family, specs, measured=0, engine=engine, workers=workers)
+        other = gather(
+            self.family, specs, measured=0, special=self.lists.special, engine=engine,
+            workers=workers,
+        )  # fmt: skip
         return Contrast(self.family, self.text.units, other.units)
 
     def choose(self) -> _Picked:
@@ -427,7 +460,9 @@ class _Learning:
         judges: list[Judge] = []
         if self.contrast is not None:
             contrast = self.contrast
-            judges.append(lambda kept, counts: contrast.judge(kept, counts) - asked)
+            judges.append(
+                lambda kept, counts: contrast.judge(kept, counts) - with_parts(kept, asked)
+            )
         if self.check_text and self.family.guaranteed:
             judges.append(check_text_judge(self.family))
         breakers = getattr(self.family, "breakers", None)
@@ -525,14 +560,16 @@ def _publish(
     sources_of: Mapping[str, Sequence[str | Path]],
 ) -> LearnResult:
     """Write the extension, prove it, and measure it."""
+    # A special token cuts the text that it stands in: the laws hold for what is between.
+    domain, general = (between(texts, special) for texts in (domain, general))
     extended, choice = _written(base, picked, partial, special, [*domain, *general])
     first = base.map.tokens
-    hard = prove(base, extended, _hard_texts(extended, choice))
+    hard = prove(base, extended, between(_hard_texts(extended, choice), special))
     domain_proof = prove(base, extended, domain)
     general_proof = prove(base, extended, general)
     proof = hard.plus(domain_proof).plus(general_proof)
     _prove_llama_cpp(base, extended, choice, domain)
-    few = [*HARD_TEXTS, *domain[:_LOADER_TEXTS], *general[:_LOADER_TEXTS]]
+    few = [*between(HARD_TEXTS, special), *domain[:_LOADER_TEXTS], *general[:_LOADER_TEXTS]]
     by_loader = prove_loader(base, extended, few, loader)
     _require_reachable(base, extended, choice)
     record = _record(base, extended, {**settings, "least": picked.least}, sources_of)
@@ -584,7 +621,8 @@ def _written(
         extended = families.load(partial, own=True)
         if base.guaranteed:
             return extended, choice
-        bad = offenders(base, extended, chain(_hard_texts(extended, choice), texts))
+        hard = between(_hard_texts(extended, choice), special)
+        bad = offenders(base, extended, chain(hard, texts))
         if not bad:
             return extended, choice
         note(f"{len(bad):,} tokens dropped: with them a text would be cut differently")
