@@ -19,7 +19,7 @@ RECIPE = """
 base: base
 corpus: [c.txt]
 general: [g.txt]
-learn: {{tokens: 20, min_count: 5}}
+learn: {{tokens: 20, min_count: 5, terms: terms.txt, special: special.txt}}
 graft: {{pad_to: 8}}
 train:
   stages:
@@ -48,6 +48,8 @@ def project(tmp_path_factory):
     parts.write_model(base, tokens=382, tied=True)
     (root / "c.txt").write_text(parts.corpus_text(documents=60))
     (root / "g.txt").write_text(parts.plain_english()[:20_000])
+    (root / "terms.txt").write_text("性\nbursitis\nzzz|zz\n")
+    (root / "special.txt").write_text("<|diagnosis|>\n")
     (root / "recipe.yaml").write_text(RECIPE.format(steps=6))
     (root / "long.yaml").write_text(RECIPE.format(steps=60))
     return root
@@ -103,6 +105,45 @@ def test_report_is_markdown_and_json(project, finished):
     assert "bpb" in text and "merged" in text and "control" in text
     assert json.loads((project / "run" / "report.json").read_text())
     assert result.to_json()
+
+
+def test_the_report_tells_what_learn_decided_and_proved(project, finished):
+    facts = report(project / "run").facts
+    text = (project / "run" / "report.md").read_text()
+    learned = facts["learn"]
+    size, loader = learned["size"], learned["parity"]["loader"]
+    assert f"{size['why']}." in text and f"(knee) | {size['knee']:,} |" in text
+    assert f"(estimated) | {size['speed']:.2f} |" in text
+    assert f"median (expected) | {size['median']:,.0f} |" in text
+    assert loader["compared"] > 20
+    assert f"transformers' loader reads {loader['compared']:,} texts" in text
+    assert learned["terms"]["listed"] == 3
+    first = facts["terms"][0]
+    assert (first["variant"], first["reason"]) == ("性", None)
+    assert f"| `性` | {first['occurrences']:,} | {first['token_id']} |" in text
+    assert "contains what is no letter" in text and "`zzz\\|zz`" in text
+
+
+def test_a_run_from_before_terms_and_sizes_is_reported_too(project, finished, tmp_path):
+    state = json.loads((project / "run" / "run.json").read_text())
+    state["recipe"]["learn"] = {"tokens": 20, "min_count": 5}
+    learned = state["stages"]["learn"]["result"]
+    for key in ("size", "terms", "limits", "addresses"):
+        del learned[key]
+    learned["parity"] = {"texts": 9, "engines": ["byte-level"], "base_differences": 2}
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    text = report(tmp_path).text
+    assert "on 9 texts with byte-level" in text and "differ on 2" in text
+    assert "Terms" not in text and "How many" not in text and "transformers" not in text
+
+
+def test_a_loader_that_read_nothing_says_why(project, finished, tmp_path):
+    state = json.loads((project / "run" / "run.json").read_text())
+    state["stages"]["learn"]["result"]["parity"]["loader"] = {
+        "compared": 0, "base_differences": 0, "reason": "transformers could not load x",
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    assert "not compared with transformers: transformers could not load x" in report(tmp_path).text
 
 
 def test_a_killed_run_completes_to_the_same_bytes(project):

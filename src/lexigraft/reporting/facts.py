@@ -11,6 +11,7 @@ from lexigraft.manifest import NEW_TOKENS
 from lexigraft.runfile import RunState
 
 SHOWN_TOKENS = 12
+SHOWN_TERMS = 12
 # Which training led to which measured model.
 _TRAININGS = {
     "merged": "train",
@@ -29,6 +30,7 @@ def run_facts(state: RunState, folder: Path) -> dict[str, Any]:
         "learn": learned,
         "graft": state.result("graft"),
         "tokens": _first_tokens(folder / "vocab" / NEW_TOKENS),
+        "terms": _first_terms(learned),
         "models": model_rows(state),
         "check": state.result("check"),
         "samples": state.result("samples").get("samples", []),
@@ -74,3 +76,15 @@ def _first_tokens(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in itertools.islice(lines, SHOWN_TOKENS)]
+
+
+def _first_terms(learned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The listed terms that occur most, each in its best spelling."""
+    terms = learned.get("terms")
+    if not terms:
+        return []
+    from lexigraft.selection.terms import TermReport, TermTable
+
+    best = TermTable([TermReport(**row) for row in terms["rows"]]).best()
+    strongest = sorted(best, key=lambda row: (-row.occurrences, row.term))
+    return [vars(row) for row in strongest[:SHOWN_TERMS]]

@@ -15,7 +15,10 @@ def markdown(facts: dict[str, Any]) -> str:
         _summary(facts),
         _models(facts),
         _samples(facts),
+        _size(facts),
         _tokens(facts),
+        _terms(facts),
+        _proof(facts),
         _verdict(facts),
         _seconds(facts),
     ]
@@ -34,6 +37,8 @@ def _summary(facts: dict[str, Any]) -> list[str]:
         f"- general text that is split otherwise: {learned['drift']}; new tokens that never "
         f"occur: {learned['dead']}; kept only as parts of others: {learned['bridges']}",
     ]
+    if learned.get("addresses"):
+        lines.append(f"- URLs and e-mail addresses not learned from: {learned['addresses']:,}")
     if grafted:
         lines.append(
             f"- rows: {grafted['rows_before']:,} -> {grafted['rows_after']:,}, "
@@ -111,6 +116,84 @@ def _tokens(facts: dict[str, Any]) -> list[str]:
     ]
     header = ("token", "id", "count", "tokens saved", "origin")
     return ["## The first new tokens", "", *pipes(header, rows)] if rows else []
+
+
+def _size(facts: dict[str, Any]) -> list[str]:
+    """How many tokens, and why; runs from before sizes were chosen have none."""
+    size = facts["learn"].get("size")
+    if not size:
+        return []
+    measures = [
+        ("new tokens", size["k"], "{:,}"),
+        ("the curve bends at (knee)", size["knee"], "{:,}"),
+        ("the model is fastest with (estimated)", size["best_speed_k"], "{:,}"),
+        ("speed on domain text, as a multiple of the base's (estimated)", size["speed"], "{:.2f}"),
+        ("occurrences of a new token in training, median (expected)", size["median"], "{:,.0f}"),
+        ("nine new tokens in ten occur at least so often (expected)", size["low"], "{:,.0f}"),
+    ]
+    rows = [(name, form.format(value)) for name, value, form in measures if value is not None]
+    return ["## How many tokens", "", f"{size['why']}.", "", *pipes(("measure", "value"), rows)]
+
+
+def _terms(facts: dict[str, Any]) -> list[str]:
+    """What became of the listed terms: totals, reasons, and the terms that occur most."""
+    terms = facts["learn"].get("terms")
+    if not terms:
+        return []
+    share = terms["reached"] / terms["occurrences"] if terms["occurrences"] else 0.0
+    rows = [
+        (
+            f"`{row['variant']}`",
+            f"{row['occurrences']:,}",
+            "-" if row["token_id"] is None else str(row["token_id"]),
+            f"{row['reached']:,} reached" if row["reason"] is None else row["reason"],
+        )
+        for row in facts["terms"]
+    ]
+    return [
+        "## Terms",
+        "",
+        f"{terms['listed']:,} listed; {terms['became_tokens']:,} became tokens in "
+        f"{terms['spellings']:,} spellings, which cover {share:.1%} of their "
+        f"{terms['occurrences']:,} occurrences.",
+        "",
+        *[f"- {count:,}: {reason}" for reason, count in terms["reasons"].items()],
+        *([""] if terms["reasons"] else []),
+        *pipes(("term", "occurrences", "token", "what became of it"), rows),
+    ]
+
+
+def _proof(facts: dict[str, Any]) -> list[str]:
+    """What was proved of the tokenizer, and what transformers' own loader made of it."""
+    learned = facts["learn"]
+    parity = learned.get("parity")
+    if not parity:
+        return []
+    lines = [
+        f"- on {parity['texts']:,} texts with {' and '.join(parity['engines'])}: old ids kept, "
+        "texts only coarsened, decoded as before"
+    ]
+    if parity["base_differences"]:
+        lines.append(
+            f"- the base's own files differ on {parity['base_differences']:,} of these texts; "
+            "each keeps its own reading"
+        )
+    if parity.get("unknown"):
+        lines.append(f"- {parity['unknown']:,} of these texts hold what the base cannot spell")
+    lines += _loader(parity.get("loader"))
+    lines += [f"- note: {limit}" for limit in learned.get("limits", [])]
+    return ["## Proof of the tokenizer", "", *lines]
+
+
+def _loader(loader: dict[str, Any] | None) -> list[str]:
+    if loader is None:  # a run from before transformers was asked
+        return []
+    if loader["reason"]:
+        return [f"- not compared with transformers: {loader['reason']}"]
+    line = f"- transformers' loader reads {loader['compared']:,} texts as the extended files do"
+    if loader["base_differences"]:
+        line += f"; it read {loader['base_differences']:,} texts of the base otherwise already"
+    return [line]
 
 
 def _verdict(facts: dict[str, Any]) -> list[str]:
