@@ -109,7 +109,7 @@ def choose(
     else:  # still unsettled: keep what is certainly alive
         kept = _without(kept, bad)
         replayed = family.replay(units, kept)
-    kept, replayed, detours = _shortened(family, units, kept, replayed)
+    kept, replayed, detours = _shortened(family, units, kept, replayed, pinned)
     return Choice(kept, replayed.counts, replayed.saved, detours)
 
 
@@ -201,7 +201,11 @@ def _descendants(token: str, children: Mapping[str, set[str]]) -> set[str]:
 
 
 def _shortened(
-    family: Family, units: Units, kept: list[Merge], replayed: Replayed
+    family: Family,
+    units: Units,
+    kept: list[Merge],
+    replayed: Replayed,
+    pinned: frozenset[str],
 ) -> tuple[list[Merge], Replayed, int]:
     """Take dead tokens out where what is made of them can be made of other parts.
 
@@ -210,8 +214,10 @@ def _shortened(
     if the text stays at least as short and nothing else falls out of use.
     """
     changed = kept
-    for token in [m.token for m in kept if m.right is not None and not replayed.counts[m.token]]:
-        changed = _detour(family, units, changed, token) or changed
+    dead = [m.token for m in kept if m.right is not None and not replayed.counts[m.token]]
+    for token in dead:
+        if token not in pinned:
+            changed = _detour(family, units, changed, token) or changed
     if len(changed) == len(kept):
         return kept, replayed, 0
     again = family.replay(units, changed)
