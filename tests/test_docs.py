@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+import yaml
+
+from lexigraft.recipe import EvalPart, GraftPart, LearnPart, Recipe, TrainStage
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,3 +34,27 @@ def test_every_dependency_is_explained():
         line.split("|")[1] for line in explained.splitlines() if line.startswith("| ")
     )
     assert [name for name in names if name not in table] == []
+
+
+def test_every_file_that_the_laws_name_exists():
+    named = re.findall(r"`(tests/\w+\.py)`", (ROOT / "docs" / "laws.md").read_text())
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("part", [Recipe, LearnPart, GraftPart, TrainStage, EvalPart])
+def test_every_key_of_a_recipe_is_explained(part):
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    keys = {
+        name for quoted in re.findall(r"`([^`]+)`", text) for name in re.findall(r"\w+", quoted)
+    }
+    assert part.model_fields.keys() - keys == set()
+
+
+def test_examples_are_recipes_with_and_without_what_they_leave_out():
+    for path in (ROOT / "examples").glob("*.yaml"):
+        text = path.read_text()
+        Recipe.parse(yaml.safe_load(text), where=path.name)
+        whole = re.sub(r"^(  )# (\w+:)", r"\1\2", text, flags=re.MULTILINE)
+        assert whole != text
+        assert Recipe.parse(yaml.safe_load(whole), where=path.name).learn.special
