@@ -1,6 +1,7 @@
 """The keys of a recipe's `learn` part: what they name, and when a change of them learns again."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from lexigraft.pipeline import _grow
 from lexigraft.recipe import Recipe
 from lexigraft.stages import opened
 
+ROOT = Path(__file__).parents[1]
 TEXT = """
 base: base
 corpus: c.txt
@@ -83,6 +85,10 @@ def test_every_file_of_the_learn_part_is_obeyed_and_grafted(project):
     assert extended.map.texts[extended.map.tokens - 1] == "<|diagnosis|>"
     result = json.loads((project / "run" / "run.json").read_text())["stages"]["learn"]["result"]
     assert result["terms"]["listed"] == 4
+    row = json.loads((project / "run" / "vocab" / "new_tokens.jsonl").read_text().splitlines()[0])
+    spec = (ROOT / "docs" / "files.md").read_text()
+    for key in {*row, *result, *result["size"], *result["terms"]} - {"output"}:
+        assert f"`{key}`" in spec, key
 
 
 def test_a_run_learns_what_the_verb_learns(project):
