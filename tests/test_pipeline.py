@@ -117,6 +117,7 @@ def test_the_report_tells_what_learn_decided_and_proved(project, finished):
     assert f"median (expected) | {size['median']:,.0f} |" in text
     assert loader["compared"] > 20
     assert f"transformers' loader reads {loader['compared']:,} texts" in text
+    assert "20 new tokens from id 382 on and 1 special behind them" in text
     assert learned["terms"]["listed"] == 3
     first = facts["terms"][0]
     assert (first["variant"], first["reason"]) == ("性", None)

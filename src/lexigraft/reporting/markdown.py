@@ -30,8 +30,10 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     if not learned:
         return []
     domain = learned["domain"]
+    special = learned["tokens_after"] - learned["first_id"] - learned["added"]
     lines = [
-        f"- {learned['added']:,} new tokens from id {learned['first_id']:,} on; "
+        f"- {learned['added']:,} new tokens from id {learned['first_id']:,} on"
+        f"{f' and {special:,} special behind them' if special else ''}; "
         f"domain text takes {domain['tokens_after'] / max(1, domain['tokens_before']):.3f} of the "
         f"base's tokens ({domain['bytes']:,} bytes measured)",
         f"- general text that is split otherwise: {learned['drift']}; new tokens that never "
