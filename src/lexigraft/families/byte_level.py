@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -316,19 +317,19 @@ def write_tokenizer_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(text, "utf-8")
 
 
-_quoted = json.JSONEncoder(ensure_ascii=False).encode
-
-
 def _laid_out(value: Any) -> str:
     """A vocabulary or a list of merges, indented as deep as they stand in the file."""
+    between = ",\n      "
     if isinstance(value, dict):
-        rows = ",\n      ".join(f"{_quoted(token)}: {number}" for token, number in value.items())
+        rows = json.dumps(value, ensure_ascii=False, separators=(between, ": "))[1:-1]
         return "{\n      " + rows + "\n    }"
-    rows = ",\n      ".join(
-        "[\n        " + ",\n        ".join(map(_quoted, row)) + "\n      ]"
-        if isinstance(row, list)
-        else _quoted(row)
-        for row in value
+    flat = [part for row in value for part in (row if isinstance(row, list) else [row])]
+    quoted = json.dumps(flat, ensure_ascii=False, separators=("\n", ": "))[1:-1].split("\n")
+    if not isinstance(value[0], list):
+        return "[\n      " + between.join(quoted) + "\n    ]"
+    parts = iter(quoted)
+    rows = between.join(
+        "[\n        " + ",\n        ".join(islice(parts, len(row))) + "\n      ]" for row in value
     )
     return "[\n      " + rows + "\n    ]"
 

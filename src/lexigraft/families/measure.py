@@ -12,9 +12,9 @@ from lexigraft.families.continued_bpe import Merge
 
 
 def new_tokens(
-    base: Family,
     extended: Family,
     choice: Choice,
+    spelled: Mapping[int, Sequence[int]],
     *,
     specificity: Sequence[float] | None,
     terms: frozenset[str],
@@ -22,16 +22,16 @@ def new_tokens(
     """The lines of `new_tokens.jsonl`, in the order of the ids.
 
     Args:
-        base: before.
-        extended: after.
+        extended: the extension.
         choice: the merges with their counts.
+        spelled: new id -> the base ids that spell it.
         specificity: z-score of each token against the contrast (or general) text.
         terms: tokens that a list asked for.
     """
     for place, merge in enumerate(choice.merges):
         token_id = extended.map.ids[merge.token]
         data = extended.token_bytes(token_id)
-        pieces = base.pieces(merge.token)
+        pieces = list(spelled[token_id])
         count = choice.counts[merge.token]
         row: dict[str, Any] = {
             "id": token_id,

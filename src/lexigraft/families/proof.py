@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, first_difference
 
-_BATCH = 256
+Reader = Callable[[Sequence[str]], list[list[int]]]
+_BATCH = 1024
 LONG_TEXT = 1_000_000  # bytes
 
 # Texts on which tokenizers are known to differ: spaces, line ends, scripts, marks, specials.
@@ -102,14 +104,28 @@ def long_text(tokens: Sequence[str]) -> str:
 
 
 def contexts(tokens: Iterable[str]) -> Iterator[str]:
-    """Each new word alone, after a space, inside a run, doubled, and after a digit."""
+    """Each new word alone, after a space, inside a run, doubled and after a digit, in one text."""
     for text in tokens:
         word = text.strip()
-        yield from (word, f" {word}", f"a {word} b", f"在{word}后", word + word, f"7{word}7")
+        yield f"{word}\n {word}\na {word} b\n在{word}后\n{word}{word}\n7{word}7\n{word}"
 
 
-def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
-    """Laws 1, 2, 3 and 5 on `texts`.
+def expansion(base: Family, extended: Family) -> dict[int, list[int]]:
+    """New id -> the base ids that spell it, as the base's own engine does."""
+    return {
+        token_id: base.pieces(text, added=token_id in extended.map.added)
+        for token_id, text in extended.map.texts.items()
+        if token_id >= base.map.tokens
+    }
+
+
+def prove(
+    base: Family,
+    extended: Family,
+    texts: Iterable[str],
+    spelled: Mapping[int, Sequence[int]] | None = None,
+) -> Proof:
+    """Laws 1, 2, 3 and 5 on `texts`; `spelled` is their `expansion`, where it is known already.
 
     Every text must read as before when each new token is replaced by its base pieces (so it is
     coarsened, never longer, and free of drift), and decode as before; engines that agreed on the
@@ -120,41 +136,46 @@ def prove(base: Family, extended: Family, texts: Iterable[str]) -> Proof:
     """
     _prove_ids(base, extended)
     first_id = base.map.tokens
-    expansion = {
-        token_id: base.pieces(text, added=token_id in extended.map.added)
-        for token_id, text in extended.map.texts.items()
-        if token_id >= first_id
-    }
+    pieces = expansion(base, extended) if spelled is None else spelled
     count = drift = differences = unknown = size = length_before = length_after = 0
     emitted: Counter[int] = Counter()
     readers = list(base.engines().items())
     new_readers = extended.engines()
     stream = proof_texts(base, texts)
     while batch := list(islice(stream, _BATCH)):
-        before = [read(batch) for _, read in readers]
-        after = [new_readers[name](batch) for name, _ in readers]
+        before, after = _read(readers, new_readers, batch)
         for place, text in enumerate(batch):
             count += 1
             size += len(text.encode())
             length_before += len(before[0][place])
             length_after += len(after[0][place])
             emitted.update(token_id for token_id in after[0][place] if token_id >= first_id)
-            spelled = base.unknown_id not in before[0][place]
-            unknown += not spelled
-            if spelled:
+            whole = base.unknown_id not in before[0][place]
+            unknown += not whole
+            if whole:
                 for old, new in zip(before, after, strict=True):
-                    _prove_coarser(text, old[place], new[place], expansion)
+                    _prove_coarser(text, old[place], new[place], pieces)
                     drift += old[place] != new[place] and max(new[place]) < first_id
             if all(old[place] == before[0][place] for old in before):
                 if any(new[place] != after[0][place] for new in after):
                     raise _broken(5, text, "the files of the extended tokenizer differ")
             else:
                 differences += 1
-            if spelled:
+            if whole:
                 _prove_decoding(base, extended, text, before[0][place], after[0][place])
     lengths = Lengths(length_before, length_after, size)
     names = tuple(name for name, _ in readers)
     return Proof(count, drift, names, differences, lengths, emitted, unknown)
+
+
+def _read(
+    readers: Sequence[tuple[str, Reader]], new_readers: Mapping[str, Reader], batch: list[str]
+) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+    """A batch as every engine of the base and of the extension reads it, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        before = [pool.submit(read, batch) for _, read in readers]
+        after = [pool.submit(new_readers[name], batch) for name, _ in readers]
+        return [one.result() for one in before], [one.result() for one in after]
 
 
 def offenders(base: Family, extended: Family, texts: Iterable[str]) -> set[str]:
@@ -165,12 +186,7 @@ def offenders(base: Family, extended: Family, texts: Iterable[str]) -> set[str]:
     the base reads otherwise, or the one next to it; of law 5, the later of the two new tokens
     between which the engines choose differently.
     """
-    first_id = base.map.tokens
-    pieces = {
-        token_id: base.pieces(text, added=token_id in extended.map.added)
-        for token_id, text in extended.map.texts.items()
-        if token_id >= first_id
-    }
+    pieces = expansion(base, extended)
     blamed: set[int] = set()
     stream = proof_texts(base, texts)
     while batch := list(islice(stream, _BATCH)):

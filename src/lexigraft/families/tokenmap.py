@@ -50,7 +50,7 @@ class TokenMap:
     added: frozenset[int] = field(default_factory=frozenset)
     special: frozenset[int] = field(default_factory=frozenset)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Max id + 1: the number of rows that this tokenizer needs. Never `vocab_size`."""
         return max(self.texts, default=-1) + 1

@@ -27,6 +27,7 @@ from lexigraft.families.proof import (
     Lengths,
     Proof,
     contexts,
+    expansion,
     long_text,
     offenders,
     prove,
@@ -564,9 +565,10 @@ def _publish(
     domain, general = (between(texts, special) for texts in (domain, general))
     extended, choice = _written(base, picked, partial, special, [*domain, *general])
     first = base.map.tokens
-    hard = prove(base, extended, between(_hard_texts(extended, choice), special))
-    domain_proof = prove(base, extended, domain)
-    general_proof = prove(base, extended, general)
+    spelled = expansion(base, extended)
+    hard = prove(base, extended, between(_hard_texts(extended, choice), special), spelled)
+    domain_proof = prove(base, extended, domain, spelled)
+    general_proof = prove(base, extended, general, spelled)
     proof = hard.plus(domain_proof).plus(general_proof)
     _prove_llama_cpp(base, extended, choice, domain)
     few = [*between(HARD_TEXTS, special), *domain[:_LOADER_TEXTS], *general[:_LOADER_TEXTS]]
@@ -581,7 +583,7 @@ def _publish(
     if contrast is not None:
         specificity = [float(z) for z in contrast.z_scores(choice.merges, choice.counts)]
     asked = frozenset(picked.wanted.tokens.values())
-    rows = measure.new_tokens(base, extended, choice, specificity=specificity, terms=asked)
+    rows = measure.new_tokens(extended, choice, spelled, specificity=specificity, terms=asked)
     (partial / NEW_TOKENS).write_text("".join(f"{row}\n" for row in rows), "utf-8")
     ids = {merge.token: extended.map.ids[merge.token] for merge in choice.merges}
     joined = choice.saved if base.guaranteed else [choice.counts[m.token] for m in choice.merges]
