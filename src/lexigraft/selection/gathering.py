@@ -8,12 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lexigraft.console import note
 from lexigraft.counting import CHUNK, Counted, count_chunks
 from lexigraft.families import Family
 from lexigraft.families.units import Units
 
 # Words in an address are not words of the text: `www.medlineplus.gov` teaches no `medlineplus`.
 _ADDRESS = re.compile(r"://|\bwww\.|[\w.+-]@[\w-]+\.", re.ASCII)
+
+# UTF-8 that was read as Windows-1252 or Latin-1: a letter that stands for the first byte of a
+# character, then those of its other bytes. The single letters are words of no known language, but
+# each alone might be one. Letters that end words before a quotation mark stay out (`É”`, `ß“`).
+_OTHERS = bytes(range(0x80, 0xC0)).decode("cp1252", "ignore") + bytes(range(0x80, 0xC0)).decode(
+    "latin-1"
+)
+_DAMAGED = re.compile(
+    f"[\u00c2-\u00c5\u00ce-\u00d1\u00d7-\u00db][{_OTHERS}]"
+    f"|[\u00e0-\u00ef](?:(?![\u00a0\u00ab\u00bb])[{_OTHERS}]){{2}}"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,14 @@ def gather(
     )
     chunks = {text: n for text, n in counted.chunks.items() if not _ADDRESS.search(text)}
     left_out = sum(counted.chunks.values()) - sum(chunks.values())
+    damaged = {text: n for text, n in chunks.items() if _DAMAGED.search(text)}
+    if damaged:
+        first = min(damaged).strip()
+        note(
+            f"{sum(damaged.values()):,} words are UTF-8 that was read in another encoding, such as "
+            f"{first[:40]!r}: not learned from (mend the text for these)"
+        )
+        chunks = {text: n for text, n in chunks.items() if text not in damaged}
     if special:
         parts: Counter[str] = Counter()
         for text, n in chunks.items():
