@@ -50,13 +50,14 @@ def plain_units(family, text):
         split = words is not None and at_token and words[at_token] != words[at_token - 1]
         size = len(family.token_bytes(token_id))
         kinds = [letters[at] for at in range(place, place + size)]
+        mark = str(kinds[0]).startswith("mark") and letters.get(place - 1) != kinds[0]
         spaced = family.token_bytes(token_id).startswith(b" ")
         body = kinds[1:] if spaced else kinds
         scripts = set(body) - {""}
         good = token_id not in family.map.added | family.map.special
         good = good and None not in body and len(scripts) <= 1
         script = next(iter(scripts), None)
-        if not good or spaced or split or (before and script and script != before):
+        if not good or spaced or split or mark or (before and script and script != before):
             units.append(unit)
             unit = []
         if good:

@@ -66,8 +66,7 @@ class Counted:
     """The chunks of a corpus.
 
     Attributes:
-        chunks: chunk -> occurrences in the sample times the weight of their source, rounded,
-            in the order of the chunks' text.
+        chunks: chunk -> occurrences in the sample times the weight of their source, rounded.
         bytes: UTF-8 bytes of all documents to learn from, before sampling and weights.
         documents: how many these are.
         held_out: held-out documents, those of the smallest content hashes, in their order.
@@ -243,7 +242,7 @@ class Tally:
         self.counts = {}
         self._shorten_held()
         return Counted(
-            chunks=dict(sorted(_weighted(by_weight).items())),
+            chunks=dict(_weighted(by_weight)),
             bytes=sum(self.sizes.values()),
             documents=self.documents,
             held_out=[document for _, document in self.held] if self.task.split else [],

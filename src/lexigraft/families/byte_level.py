@@ -25,11 +25,13 @@ from lexigraft.families.replay import Replayed, replay
 from lexigraft.families.segment import Segmenter
 from lexigraft.families.spelling import may_join
 from lexigraft.families.tokenmap import (
+    BYTE_TO_CHARACTER,
     CHARACTER_TO_BYTE,
     TokenMap,
     byte_text,
 )
 from lexigraft.families.units import Ints, UnitCounter, Units, batches
+from lexigraft.families.words import WordSplitter
 from lexigraft.files import read_json, sha256_json
 
 
@@ -93,59 +95,57 @@ class ByteLevelBPE:
         """
         excluded = self.map.added | self.map.special
         counter = UnitCounter(self.map.texts, self.token_bytes, excluded=excluded)
-        words: dict[str, int] = {}
-        for texts, weights in batches(self._literal(chunks, counter)):
-            for text, weight in zip(texts, weights, strict=True):
-                for word, _ in self._split(text):
-                    words[word] = words.get(word, 0) + weight
-        whole = self._data["model"]["vocab"] if self._data["model"].get("ignore_merges") else {}
-        for texts, weights in batches(self._spelled(words, counter)):
-            tokens, lengths = self._segmenter.run(texts)
-            known = [place for place, word in enumerate(texts) if word in whole]
+        words = WordSplitter(self._engine).count(self._literal(chunks, counter).items())
+        for batch, weights in batches(self._spelled(words, counter)):
+            tokens, lengths = self._segmenter.run(batch)
+            known = [place for place, word in enumerate(batch) if word in self._read_whole]
             if known:
-                tokens, lengths = _replaced(
-                    tokens, lengths, known, [whole[texts[i]] for i in known]
-                )
+                ids = [self._read_whole[batch[place]] for place in known]
+                tokens, lengths = _replaced(tokens, lengths, known, ids)
             counter.add_words(tokens, lengths, weights)
         return counter.units()
 
+    @cached_property
+    def _read_whole(self) -> Mapping[bytes, int]:
+        """Words that are one token whatever the merges say."""
+        model = self._data["model"]
+        if not model.get("ignore_merges"):
+            return {}
+        return {token_bytes(text): token_id for text, token_id in model["vocab"].items()}
+
     def _literal(self, chunks: Mapping[str, int], counter: UnitCounter) -> Mapping[str, int]:
         """`chunks` without those that hold an added token, which the engine itself encodes."""
-        added = [self.map.texts[i] for i in sorted(self.map.added) if self.map.texts[i]]
-        found = re.compile("|".join(map(re.escape, added)) or r"(?!)").search
-        marked = {text: n for text, n in chunks.items() if found(text)}
-        if not marked:
+        texts = "\n".join(chunks)
+        added = [self.map.texts[i] for i in sorted(self.map.added)]
+        added = [text for text in added if text and text in texts]
+        if not added:
             return chunks
-        for texts, weights in batches(marked):
-            encoded = self._engine.encode_batch(texts, add_special_tokens=False)
+        found = re.compile("|".join(map(re.escape, added))).search
+        marked = {text: n for text, n in chunks.items() if found(text)}
+        for batch, weights in batches(marked):
+            encoded = self._engine.encode_batch(batch, add_special_tokens=False)
             counter.add([e.ids for e in encoded], weights, [e.word_ids for e in encoded])
         return {text: n for text, n in chunks.items() if text not in marked}
 
-    def _spelled(self, words: Mapping[str, int], counter: UnitCounter) -> Mapping[str, int]:
+    def _spelled(self, words: Mapping[bytes, int], counter: UnitCounter) -> Mapping[bytes, int]:
         """`words` without those that hold a byte without a token, which the engine leaves out."""
-        missing = [c for c in CHARACTER_TO_BYTE if c not in self._data["model"]["vocab"]]
-        found = re.compile("|".join(map(re.escape, missing)) or r"(?!)").search
-        odd = {word: n for word, n in words.items() if found(word)}
-        if not odd:
+        vocabulary = self._data["model"]["vocab"]
+        missing = [bytes([b]) for c, b in CHARACTER_TO_BYTE.items() if c not in vocabulary]
+        if not missing:
             return words
-        for texts, weights in batches(odd):
+        found = re.compile(b"[" + b"".join(map(re.escape, missing)) + b"]").search
+        odd = {word: n for word, n in words.items() if found(word)}
+        for batch, weights in batches(odd):
+            texts = [byte_text(word) for word in batch]
             encoded = self._plain.encode_batch(texts, add_special_tokens=False)
             counter.add([encoding.ids for encoding in encoded], weights)
-        return {word: n for word, n in words.items() if word not in odd}
-
-    def _split(self, text: str) -> list[tuple[str, tuple[int, int]]]:
-        """The words of a text, as the engine's normalizer and pre-tokenizer make them."""
-        if self._engine.normalizer is not None:
-            text = self._engine.normalizer.normalize_str(text)
-        words: list[tuple[str, tuple[int, int]]] = self._engine.pre_tokenizer.pre_tokenize_str(text)
-        return words
+        return {word: n for word, n in words.items() if word not in odd} if odd else words
 
     @cached_property
     def _segmenter(self) -> Segmenter:
         vocabulary = self._data["model"]["vocab"]
-        listed = (m.split(" ") if isinstance(m, str) else m for m in self._data["model"]["merges"])
-        letters = {c: vocabulary[c] for c in CHARACTER_TO_BYTE if c in vocabulary}
-        return Segmenter(listed, vocabulary, letters)
+        letters = [vocabulary.get(BYTE_TO_CHARACTER[byte], -1) for byte in range(256)]
+        return Segmenter(self._data["model"]["merges"], vocabulary, letters)
 
     def written(self, text: str) -> list[str]:
         """`text` as tokens of this family are spelled in the files."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,11 +48,15 @@ class PlainCounting(ABC):
         for text, weight in chunks.items():
             by_weight[weight].append(text)
         counted: Counter[Unit] = Counter()
+        total = 0
         for weight, texts in by_weight.items():
             for start in range(0, len(texts), _BATCH):
-                for unit in self.units(texts[start : start + _BATCH]):
+                batch = texts[start : start + _BATCH]
+                total += weight * sum(map(len, self.encode_batch(batch)))
+                for unit in self.units(batch):
                     counted[unit] += weight
-        return Units.from_tuples(counted, self.map.ids, self.adoptable(counted))
+        units = Units.from_tuples(counted, self.map.ids, self.adoptable(counted))
+        return replace(units, total=total)
 
     def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
         """What the engine of this tokenizer extended by `merges` makes of `units`."""
@@ -65,6 +70,10 @@ class PlainCounting(ABC):
         pieces = [len(self.pieces(merge.token)) - 1 for merge in merges]
         saved = [counts[m.token] * fewer for m, fewer in zip(merges, pieces, strict=True)]
         return Replayed(counts, np.array(saved, dtype=np.int64))
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
 
     @abstractmethod
     def pieces(self, token: str, *, added: bool = False) -> list[int]:

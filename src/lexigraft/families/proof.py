@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, first_difference
@@ -248,9 +248,10 @@ def _prove_ids(base: Family, extended: Family) -> None:
 def _prove_coarser(
     text: str, old: Sequence[int], new: Sequence[int], expansion: Mapping[int, Sequence[int]]
 ) -> None:
-    spelled: list[int] = []
-    for token_id in new:
-        spelled.extend(expansion.get(token_id, (token_id,)))
+    spelled = list(new)
+    if not expansion.keys().isdisjoint(spelled):
+        known = expansion.get
+        spelled = list(chain.from_iterable(known(i) or (i,) for i in spelled))
     if spelled != list(old):
         raise _broken(2, text, "it is cut differently, not only coarser")
 

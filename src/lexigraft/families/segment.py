@@ -8,7 +8,7 @@ adjacent pair first, the leftmost of equals. A test compares the ids with the en
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,47 +24,38 @@ class Segmenter:
     """A merge list as arrays.
 
     Args:
-        pairs: (left, right) token strings in rank order.
+        merges: (left, right) token strings, or `left right`, in rank order.
         ids: token -> id.
-        letters: single character (as the files spell it) -> id.
-        unknown_from: a character that is no token becomes this number plus its code point; None
-            where every character is a token.
+        letters: (256,) the id of each byte; -1 where it has none.
     """
 
     def __init__(
-        self,
-        pairs: Iterable[Sequence[str]],
-        ids: Mapping[str, int],
-        letters: Mapping[str, int],
-        *,
-        unknown_from: int | None = None,
+        self, merges: Sequence[str | Sequence[str]], ids: Mapping[str, int], letters: Sequence[int]
     ) -> None:
-        rows = [(ids[left], ids[right], ids[left + right]) for left, right in pairs]
-        merges = np.array(rows, dtype=np.int64).reshape(-1, 3)
-        self.keys: Ints = (merges[:, 0] << 32) | merges[:, 1]
-        self.ranks: Symbols = np.arange(len(merges), dtype=np.int32)
-        self.results: Ints = np.ascontiguousarray(merges[:, 2])
-        self.table: Symbols = np.full(table_size(len(merges)), -1, dtype=np.int32)
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        number = ids.__getitem__
+        lefts = np.fromiter((number(left) for left, _ in pairs), np.int64, len(pairs))
+        rights = np.fromiter((number(right) for _, right in pairs), np.int64, len(pairs))
+        self.keys: Ints = (lefts << 32) | rights
+        self.ranks: Symbols = np.arange(len(pairs), dtype=np.int32)
+        self.results: Ints = np.fromiter(
+            (number(left + right) for left, right in pairs), np.int64, len(pairs)
+        )
+        self.table: Symbols = np.full(table_size(len(pairs)), -1, dtype=np.int32)
         fill(self.table, self.keys)
-        base = -1 if unknown_from is None else unknown_from
-        self.letters = np.full(0x110000, -1, dtype=np.int64)
-        if base >= 0:
-            self.letters = base + np.arange(0x110000, dtype=np.int64)
-        for letter, token_id in letters.items():
-            self.letters[ord(letter)] = token_id
+        self.letters: Ints = np.array(letters, dtype=np.int64)
 
-    def run(self, words: Sequence[str]) -> tuple[Ints, Ints]:
+    def run(self, words: Sequence[bytes]) -> tuple[Ints, Ints]:
         """(n,) ids of all words one after the other, and (w,) the number of ids of each.
 
         Raises:
-            KeyError: a character that is no token.
+            KeyError: a byte that is no token.
         """
         counts = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-        text = "".join(words)
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        rows = self.letters[points]
+        data = np.frombuffer(b"".join(words), dtype=np.uint8)
+        rows = self.letters[data]
         if len(rows) and rows.min() < 0:
-            raise KeyError(text[int(np.argmin(rows))])
+            raise KeyError(int(data[int(np.argmin(rows))]))
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         lengths = np.zeros(len(words), dtype=np.int64)
         threads = (os.cpu_count() or 1) if COMPILED and len(rows) > _FEW else 1

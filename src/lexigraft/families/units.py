@@ -13,14 +13,16 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lexigraft.families.spelling import is_symbol, script_of
 
+Text = TypeVar("Text", str, bytes)
 Unit = tuple[str, ...]
 Ints = npt.NDArray[np.int64]
 Symbols = npt.NDArray[np.int32]
@@ -43,6 +45,7 @@ class Units:
         texts: symbol -> token as the files spell it.
         pending: symbol of a letter without a token -> base tokens that spell it now.
         sampled: of the rare units, one in so many was taken (its weight multiplied).
+        total: all base tokens of the text, those outside units too; 0 if nobody counted them.
     """
 
     symbols: Symbols
@@ -51,6 +54,7 @@ class Units:
     texts: Mapping[int, str]
     pending: Mapping[int, int]
     sampled: int = 1
+    total: int = 0
 
     @property
     def next_symbol(self) -> int:
@@ -129,6 +133,7 @@ class UnitCounter:
         self._places = np.zeros(self._tokens, dtype=np.int64)
         self._blob = bytearray()
         self._rows: dict[bytes, int] = {}
+        self._total = 0
 
     def add(
         self,
@@ -173,6 +178,7 @@ class UnitCounter:
         self._count(tokens, edges, np.repeat(np.asarray(weights, dtype=np.int64), lengths))
 
     def _count(self, tokens: Ints, edges: npt.NDArray[np.bool_], weights: Ints) -> None:
+        self._total += int(weights.sum())
         self._learn_bytes(tokens)
         lengths = self._lengths[tokens]
         firsts = np.cumsum(lengths) - lengths
@@ -251,10 +257,11 @@ class UnitCounter:
         dense = buffer.copy()
         outside = dense >= self._tokens
         dense[outside] = self._tokens + np.searchsorted(letters, dense[outside])
-        return _assemble(rows, texts, pending, symbols=dense, sampled=sampled)
+        units = _assemble(rows, texts, pending, symbols=dense, sampled=sampled)
+        return replace(units, total=self._total)
 
 
-def batches(chunks: Mapping[str, int]) -> Iterator[tuple[list[str], list[int]]]:
+def batches(chunks: Mapping[Text, int]) -> Iterator[tuple[list[Text], list[int]]]:
     """Chunks and their counts, some thousand at a time: what one call of an engine gets."""
     stream = iter(chunks.items())
     while batch := list(islice(stream, _BATCH)):

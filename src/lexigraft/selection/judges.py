@@ -26,8 +26,8 @@ class Contrast:
     def __init__(self, family: Family, domain: Units, contrast: Units) -> None:
         self.family = family
         self.contrast = contrast
-        self.domain_tokens = domain.tokens
-        self.contrast_tokens = contrast.tokens
+        self.domain_tokens = domain.total
+        self.contrast_tokens = contrast.total
 
     def z_scores(self, merges: Sequence[Merge], counts: Mapping[str, int]) -> Floats:
         """(n,) z-score of each token's log-odds in the domain."""
