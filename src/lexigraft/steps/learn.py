@@ -58,7 +58,8 @@ from lexigraft.selection.wanted import Wanted, want
 SUPPORT = 100
 FLOOR = 20
 MEASURED_BYTES = 4_000_000  # of held-out and of general text
-_LOADER_TEXTS = 300
+# What slower engines read of the domain and of the general text.
+_FEW_TEXTS, _FEW_CHARACTERS = 200, 1000
 _PROBES = ("The patient was treated.", " 患者冠状动脉正常。\n", "Привет 123 🙂  x")
 
 
@@ -283,7 +284,7 @@ def learn(
         raise LexigraftError(
             "no corpus", needed="text of your field", fix="--corpus FILE (or --from VOCAB)"
         )
-    with TransformersLoader() as loader:
+    with contextlib.closing(TransformersLoader()) as loader:
         family = families.load(folder)
         limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
         words = _Lists(
@@ -294,11 +295,13 @@ def learn(
         if from_vocab is not None:
             picked = _cut(family, Path(from_vocab), None if tokens == "auto" else limit)
         else:
-            picked = _Learning(
+            learning = _Learning(
                 family, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
                 train_bytes=train_bytes, check_text=not change_check_text, engine=engine,
                 workers=workers,
-            ).choose()  # fmt: skip
+            )  # fmt: skip
+            loader.start()  # its imports take the core that choosing leaves free
+            picked = learning.choose()
         words.refuse_clashes(picked.choice)
         settings = {
             "tokens": tokens, "min_count": min_count, "allow_more": allow_more,
@@ -566,7 +569,7 @@ def _publish(
     domain, general = (between(texts, special) for texts in (domain, general))
     extended, choice = _written(base, picked, partial, special, [*domain, *general])
     first = base.map.tokens
-    few = [*between(HARD_TEXTS, special), *domain[:_LOADER_TEXTS], *general[:_LOADER_TEXTS]]
+    few = [*between(HARD_TEXTS, special), *_beginnings(domain), *_beginnings(general)]
     pool = ThreadPoolExecutor(1)  # the child reads while this process proves
     asked_loader = pool.submit(prove_loader, base, extended, few, loader)
     spelled = expansion(base, extended)
@@ -649,7 +652,7 @@ def _prove_llama_cpp(base: Family, extended: Family, choice: Choice, domain: Seq
     texts = [
         *HARD_TEXTS,
         *(word.decode("utf-8", "replace") for word in words),
-        *(document[:2000] for document in domain[:_LOADER_TEXTS]),
+        *_beginnings(domain),
     ]
     before, after = simulate(old)(texts), simulate(new)(texts)
     for text, was, now, base_ids, ids in zip(
@@ -723,6 +726,10 @@ def _say_if_short(tokens: int | str, limit: int, least: int, choice: Choice) -> 
             f"no sequence occurs {least:,} times in the corpus: 0 new tokens "
             "(lower --min-count or add text)"
         )
+
+
+def _beginnings(texts: Sequence[str]) -> list[str]:
+    return [text[:_FEW_CHARACTERS] for text in texts[:_FEW_TEXTS]]
 
 
 def _hard_texts(extended: Family, choice: Choice) -> Iterator[str]:
