@@ -53,7 +53,8 @@ def cut(rows: Sequence[Mapping[str, Any]], size: int) -> tuple[list[Merge], dict
     """The first `size` tokens of a `new_tokens.jsonl`, and their counts without the rest.
 
     A token comes out where it was joined and not joined further: what was made of it by a token
-    that is cut off falls back to it.
+    that is cut off falls back to it. So it is with byte-pair kinds; a kind without parts (Unigram,
+    WordPiece) does not say what comes out instead, and counts are those of the whole.
 
     Args:
         rows: the lines, as data.

@@ -23,6 +23,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,11 +195,14 @@ class Unigram(PlainCounting):
         whole text gets.
         """
         counted: Counter[Unit] = Counter()
+        total = 0
         for texts, weights in batches(chunks):
             for tokens, weight in zip(self._chunk_tokens(texts), weights, strict=True):
+                total += weight * len(tokens)
                 for unit in self._units_of(tokens):
                     counted[unit] += weight
-        return Units.from_tuples(counted, self.map.ids, self.adoptable(counted))
+        units = Units.from_tuples(counted, self.map.ids, self.adoptable(counted))
+        return replace(units, total=total)
 
     def units(self, texts: Sequence[str]) -> Iterator[Unit]:
         """The stretches of `texts` in which new tokens may arise, as base tokens."""
