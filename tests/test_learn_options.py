@@ -626,6 +626,19 @@ def test_a_cut_of_a_cut_is_the_cut(cut, tmp_path):
         assert (tmp_path / "direct" / name).read_bytes() == (root / "w9" / name).read_bytes()
 
 
+def test_pinned_words_of_an_earlier_result_stay_what_they_are(cut, tmp_path):
+    root, *_ = cut
+    whole = rows_of(root / "v")
+    size = max(place for place, row in enumerate(whole) if row["origin"] == "term") + 1
+    learn(root / "base", from_vocab=root / "v", tokens=size, output=tmp_path / "v")
+    rows = rows_of(tmp_path / "v")
+    pinned = {"zygote", " zygote", "xylophone", "肾", " 肾"}
+    assert {row["text"] for row in rows if row["origin"] == "term"} == pinned
+    assert {row["text"]: row["count"] for row in rows}["xylophone"] == 0
+    for row, old in zip(rows, whole, strict=False):
+        assert row["origin"] == old["origin"] or row["count"] > old["count"]
+
+
 def test_what_cannot_be_cut_is_refused(cut, tmp_path):
     root, *_ = cut
     base = root / "base"
@@ -640,6 +653,8 @@ def test_what_cannot_be_cut_is_refused(cut, tmp_path):
     (tmp_path / "empty").mkdir()
     fails("is no result of learn", from_vocab=tmp_path / "empty", tokens=5)
     fails("no corpus", tokens=5)
+    for name in ("terms", "contrast", "pin", "ban"):
+        fails("--from with", from_vocab=root / "w9", **{name: [root / "pin.txt"]})
     another = parts.write_byte_level(tmp_path / "another", vocab_size=380)
     fails("extends another base", base=another, from_vocab=root / "w9", tokens=5)
 

@@ -284,6 +284,12 @@ def learn(
         raise LexigraftError(
             "no corpus", needed="text of your field", fix="--corpus FILE (or --from VOCAB)"
         )
+    if from_vocab is not None and (terms or contrast or pin or ban):
+        raise LexigraftError(
+            "--from with --terms, --contrast, --pin or --ban",
+            needed="either: of an earlier result the first tokens are taken, whatever they are",
+            fix="leave these out, or leave --from out and learn again",
+        )
     with contextlib.closing(TransformersLoader()) as loader:
         family = families.load(folder)
         limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
@@ -528,9 +534,11 @@ def _cut(family: Family, vocab: Path, size: int | None) -> _Picked:
             fix="learn from the corpus again for more",
         )
     merges, counts = measure.cut(rows, len(rows) if size is None else size)
-    saved = [merge.occurrences for merge in merges]
+    saved = np.array([merge.occurrences for merge in merges], dtype=np.int64)
+    asked = {row["token"]: row["token"] for row in rows[: len(merges)] if row["origin"] == "term"}
     least = record.settings.get("least") or FLOOR
-    return _Picked(Choice(merges, counts, np.array(saved)), least, Wanted(), [], learned=False)
+    wanted = Wanted(tokens=asked)
+    return _Picked(Choice(merges, counts, saved), least, wanted, [], learned=False)
 
 
 def _earlier_record(family: Family, vocab: Path) -> LearnRecord:
