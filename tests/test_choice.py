@@ -207,6 +207,19 @@ def test_a_banned_letter_is_not_adopted(tmp_path):
     assert {m.token for m in choice.merges} == {"者", "肺"}
 
 
+def test_a_pinned_word_may_have_letters_that_the_text_has_not(tmp_path):
+    base = families.load(parts.write_sentencepiece(tmp_path / "base", fast=False))
+    units = base.count_units({" table": 50, "患者": 9})
+    first = [Merge("肝", "肝", None, 0), Merge("癌", "癌", None, 0), Merge("肝癌", "肝", "癌", 0)]
+    choice = choose(base, units, limit=9, min_count=5, first=first, pinned=frozenset({"肝癌"}))
+    assert [m.token for m in choice.merges[:3]] == ["肝", "癌", "肝癌"]
+    assert choice.counts["肝癌"] == 0 and choice.bridges == {"肝", "癌"}
+    (tmp_path / "v").mkdir()
+    base.extend(choice.merges, tmp_path / "v")
+    extended = families.load(tmp_path / "v", own=True)
+    assert extended.pieces("肝癌") == [extended.map.ids["肝癌"]]
+
+
 # --- the engine decides -------------------------------------------------------------------------
 
 SYLLABLES = [" ", "ca", "r", "di", "o", "it", "is", "he", "the", " th", "冠", "状", "动脉", "é", "𠮷",

@@ -145,6 +145,9 @@ class _Learner:
             if merge.right is None:
                 if left in self.letters and left is not None:
                     yield self._adopt(left, counts.get(left, 0))
+                elif left is None:  # a letter that these units do not hold
+                    self._number(merge.token)
+                    yield merge._replace(occurrences=0)
                 continue
             if left is None or right is None or {left, right} & self.letters.keys():
                 continue
