@@ -637,6 +637,10 @@ def test_pinned_words_of_an_earlier_result_stay_what_they_are(cut, tmp_path):
     assert {row["text"]: row["count"] for row in rows}["xylophone"] == 0
     for row, old in zip(rows, whole, strict=False):
         assert row["origin"] == old["origin"] or row["count"] > old["count"]
+    # in the middle of what a pinned word is made of
+    learn(root / "base", from_vocab=root / "v", tokens=3, output=tmp_path / "w")
+    for row in rows_of(tmp_path / "w"):
+        assert (row["origin"] == "bridge") == (row["count"] == 0 and row["text"] not in pinned)
 
 
 def test_what_cannot_be_cut_is_refused(cut, tmp_path):

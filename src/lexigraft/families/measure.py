@@ -76,7 +76,7 @@ def cut(rows: Sequence[Mapping[str, Any]], size: int) -> tuple[list[Merge], dict
 def _origin(merge: Merge, choice: Choice, terms: frozenset[str]) -> str:
     if merge.token in terms:
         return "term"
-    if merge.token in choice.bridges:
+    if not choice.counts[merge.token]:  # a part of others, in a cut perhaps of one cut off
         return "bridge"
     return "character" if merge.right is None else "merge"
 
