@@ -37,7 +37,7 @@ from lexigraft.families.byte_level import (
 )
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.replay import Replayed, replay
-from lexigraft.families.spelling import is_joinable, is_word
+from lexigraft.families.spelling import is_word
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 from lexigraft.families.units import UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
@@ -200,14 +200,15 @@ class SentencePieceBPE:
         Were such a string a piece, the dead base piece could be formed by it: a base token
         would appear in texts where it never did.
         """
-        living = [
+        pieces = [
             (token_id, text)
             for token_id, text in self.map.texts.items()
-            if token_id not in self.map.added | self.map.special
-            and text not in _BYTE_PIECES
-            and is_joinable(_spaced(text).encode())
+            if token_id not in self.map.added | self.map.special and text not in _BYTE_PIECES
         ]
-        dead = [text for token_id, text in living if self.pieces(text) != [token_id]]
+        read = self._plain_encode([text.replace(SPACE, " ") for _, text in pieces])
+        dead = [
+            text for (token_id, text), ids in zip(pieces, read, strict=True) if ids != [token_id]
+        ]
         return frozenset(
             part
             for text in dead

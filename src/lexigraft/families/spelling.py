@@ -82,26 +82,6 @@ def is_character_start(data: bytes) -> bool:
     return bool(body) and len(body) < character_width(body[0]) and _all_continue(body[1:])
 
 
-def is_joinable(data: bytes) -> bool:
-    """True for what may be a part of a new token: letters, a lone space, parts of characters.
-
-    >>> is_joinable(b" "), is_joinable("痛".encode()[:2]), is_joinable("痛".encode()[1:])
-    (True, True, True)
-    >>> is_joinable(b"7"), is_joinable(b", "), is_joinable("痛".encode() + b"7")
-    (False, False, False)
-    """
-    body = data.lstrip(_CONTINUATION_BYTES)
-    if body in (b"", b" "):
-        return bool(data) and (body == data or not body)
-    text = body.decode("utf-8", "ignore")
-    rest = body[len(text.encode()) :]
-    if text.encode() + rest != body or (rest and not is_character_start(rest)):
-        return False
-    if body != data and text.startswith(" "):
-        return False
-    return is_word(text) or (text in ("", " ") and bool(rest))
-
-
 @lru_cache(maxsize=2**12)
 def is_symbol(character: str) -> bool:
     """True for one punctuation mark or symbol outside ASCII, such as `，` or `℃`.

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lexigraft.console import note
 from lexigraft.counting import CHUNK, Counted, count_chunks
 from lexigraft.families import Family
+from lexigraft.families.spelling import is_symbol, script_of
 from lexigraft.families.units import Units
 
 # Words in an address are not words of the text: `www.medlineplus.gov` teaches no `medlineplus`.
@@ -106,3 +109,27 @@ def between(texts: Iterable[str], special: Sequence[str]) -> list[str]:
     longest_first = sorted(special, key=len, reverse=True)
     found = re.compile("|".join(map(re.escape, longest_first)))
     return [part for text in texts for part in found.split(text) if part]
+
+
+def characters_in_parts(family: Family, chunks: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Letters and symbols of a text that are no token of `family`, the most frequent first.
+
+    They are spelled in bytes, or not at all; each comes with its occurrences.
+    """
+    texts = list(chunks)
+    points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    weights = np.repeat(
+        np.fromiter(chunks.values(), np.float64, len(texts)),
+        np.fromiter(map(len, texts), np.int64, len(texts)),
+    )
+    found, places = np.unique(points, return_inverse=True)
+    totals = np.bincount(places, weights=weights, minlength=len(found))
+    left = []
+    for point, count in zip(found.tolist(), totals.tolist(), strict=True):
+        character = chr(point)
+        if point < 0x80 or not (script_of(character) or is_symbol(character)):
+            continue
+        pieces = family.pieces(family.written(character)[0])
+        if len(pieces) > 1 or family.unknown_id in pieces:
+            left.append((character, int(count)))
+    return sorted(left, key=lambda row: (-row[1], row[0]))

@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,13 @@ from lexigraft.manifest import (
     TextSource,
     versions,
 )
-from lexigraft.selection.gathering import Gathered, between, gather, units_of_texts
+from lexigraft.selection.gathering import (
+    Gathered,
+    between,
+    characters_in_parts,
+    gather,
+    units_of_texts,
+)
 from lexigraft.selection.judges import Contrast, check_text_judge
 from lexigraft.selection.lists import Term, read_special, read_words
 from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, choose_size, model_size
@@ -88,6 +94,7 @@ class LearnResult:
         terms: what became of each listed term; None without a list.
         limits: what is to be known of this kind of tokenizer.
         addresses: words of URLs and e-mail addresses that were not learned from.
+        in_parts: letters and symbols of the corpus that are still no token, with occurrences.
     """
 
     output: Path
@@ -110,6 +117,7 @@ class LearnResult:
     terms: TermTable | None
     limits: tuple[str, ...]
     addresses: int
+    in_parts: list[tuple[str, int]]
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -150,6 +158,7 @@ class LearnResult:
             "terms": self.terms.to_json() if self.terms else None,
             "limits": list(self.limits),
             "addresses": self.addresses,
+            "in_parts": [list(row) for row in self.in_parts[:100]],
         }
 
     def lines(self) -> list[str]:
@@ -170,6 +179,12 @@ class LearnResult:
         ]
         if self.terms:
             lines += self.terms.lines()
+        if self.in_parts:
+            first = ", ".join(f"{character} {n:,}" for character, n in self.in_parts[:8])
+            lines.append(
+                f"{len(self.in_parts):,} characters of the corpus have no token of their own, "
+                f"most frequent: {first}"
+            )
         if self.addresses:
             lines.append(f"not learned from: {self.addresses:,} URLs and e-mail addresses")
         lines += [f"note: {limit}" for limit in self.limits]
@@ -393,7 +408,7 @@ class _Picked:
     contrast: Contrast | None = None
     stretches: Units | None = None
     addresses: int = 0
-    learned: bool = True
+    chunks: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Learning:
@@ -464,7 +479,7 @@ class _Learning:
             size = replace(self._size(choice) or size, why=size.why)
         return _Picked(
             choice, self.least, wanted, text.counted.held_out, size, self.contrast, text.units,
-            text.addresses,
+            text.addresses, text.chunks,
         )  # fmt: skip
 
     def _judges(self, asked: frozenset[str]) -> list[Judge]:
@@ -538,7 +553,7 @@ def _cut(family: Family, vocab: Path, size: int | None) -> _Picked:
     asked = {row["token"]: row["token"] for row in rows[: len(merges)] if row["origin"] == "term"}
     least = record.settings.get("least") or FLOOR
     wanted = Wanted(tokens=asked)
-    return _Picked(Choice(merges, counts, saved), least, wanted, [], learned=False)
+    return _Picked(Choice(merges, counts, saved), least, wanted, [])
 
 
 def _earlier_record(family: Family, vocab: Path) -> LearnRecord:
@@ -623,6 +638,7 @@ def _publish(
         terms=picked.wanted.table(formed, ids) if picked.wanted.reports else None,
         limits=tuple(extended.limits()),
         addresses=picked.addresses,
+        in_parts=characters_in_parts(extended, picked.chunks),
     )
 
 
