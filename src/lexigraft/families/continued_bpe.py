@@ -95,7 +95,7 @@ class _Learner:
         heapq.heapify(letters)
         while True:
             pair = self.pairs.best(self.min_count)
-            gain = int(self.pairs.counts[pair]) if pair >= 0 else 0
+            gain = self.pairs.count(pair) if pair >= 0 else 0
             # A character is completed before anything is made of it.
             if letters and -letters[0][0] >= gain:
                 if pair >= 0:
@@ -123,7 +123,7 @@ class _Learner:
             self.pairs.ban(pair)
             return None
         known = self.made.get(token)
-        count = int(self.pairs.counts[pair])
+        count = self.pairs.count(pair)
         self.pairs.merge(pair, self._number(token))
         if known is not None:
             return None
@@ -154,7 +154,7 @@ class _Learner:
             fresh = merge.token not in self.made
             symbol = self._number(merge.token)
             pair = self.pairs.find(left, right)
-            count = int(self.pairs.counts[pair]) if pair >= 0 else 0
+            count = self.pairs.count(pair) if pair >= 0 else 0
             if pair >= 0:
                 self.pairs.merge(pair, symbol)
             if fresh:

@@ -1,8 +1,15 @@
 """Adjacent pairs of symbols in counted units: how often each occurs, where, and which is best.
 
-The inner loops are compiled (`native`): integers and arrays of integers only. `store` is (keys,
-counts, head, stamps, listed, places, links, sizes); `sizes` is [pairs, places, heap, stamp]. A key
-is left * 2**32 + right; `table` finds the number of a pair by its key: key, number, key, number ...
+The inner loops are compiled (`native`): integers and arrays of integers only. Memory decides their
+speed, so what is read together lies together:
+
+- `cells` (n, 4): of each place its symbol, the place after it, the place before it, and the number
+  of the pair that begins there; -1 for none.
+- `pairs` (p, 5): of each pair its key (left * 2**32 + right), its count, its last occurrence, how
+  many occurrences were listed, and the last merge that offered it (-1: never again).
+- `places`, `links`: occurrences, each with the one listed before it.
+- `table`: key, number, key, number ...: finds a pair by its key.
+- `sizes`: pairs, occurrences, entries of the heap, merges.
 """
 
 from __future__ import annotations
@@ -10,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from lexigraft.families.native import compiled
 from lexigraft.families.units import Ints, Symbols, Units
 
 _BLOCK = 1 << 16
+_SYMBOL, _AFTER, _BEFORE, _PAIR = range(4)
+_KEY, _COUNT, _HEAD, _LISTED, _STAMP = range(5)
 
 
 class Pairs:
@@ -23,44 +31,34 @@ class Pairs:
 
     def __init__(self, units: Units) -> None:
         n = len(units.symbols)
-        self.symbols: Symbols = units.symbols.astype(np.int32, copy=True)
-        self.after: Symbols = np.arange(1, n + 1, dtype=np.int32)
-        self.before: Symbols = np.arange(-1, n - 1, dtype=np.int32)
+        self.cells: Symbols = np.empty((n, 4), dtype=np.int32)
+        self.cells[:, _SYMBOL] = units.symbols
+        self.cells[:, _AFTER] = np.arange(1, n + 1)
+        self.cells[:, _BEFORE] = np.arange(-1, n - 1)
+        self.cells[:, _PAIR] = -1
         if n:
-            self.after[units.starts[1:] - 1] = -1
-            self.before[units.starts[:-1]] = -1
+            self.cells[units.starts[1:] - 1, _AFTER] = -1
+            self.cells[units.starts[:-1], _BEFORE] = -1
         self.weights: Ints = np.repeat(units.weights, np.diff(units.starts))
-        self.pair_at: Symbols = np.full(n, -1, dtype=np.int32)  # of a symbol and its follower
         self.pending = np.zeros(units.next_symbol + 1, dtype=np.bool_)
         self.pending[list(units.pending)] = True
-        # Each merge of two symbols adds two places at most and takes one symbol away: memory
+        # Each merge of two symbols adds two occurrences at most and takes one symbol away: memory
         # that is never written costs nothing.
         most = 3 * n + 16
-        self.keys: Ints = np.empty(most, dtype=np.int64)
-        self.counts: Ints = np.zeros(most, dtype=np.int64)
-        self.head: Symbols = np.empty(most, dtype=np.int32)
-        self.stamps: Symbols = np.zeros(most, dtype=np.int32)
-        self.listed: Symbols = np.zeros(most, dtype=np.int32)  # places ever listed, by pair
+        self.pairs: Ints = np.empty((most, 5), dtype=np.int64)
         self.places: Symbols = np.empty(most, dtype=np.int32)
         self.links: Symbols = np.empty(most, dtype=np.int32)
-        self.heap_counts: Ints = np.empty(2 * most, dtype=np.int64)
-        self.heap_pairs: Symbols = np.empty(2 * most, dtype=np.int32)
-        self.sizes: Ints = np.zeros(4, dtype=np.int64)  # pairs, places, heap, stamp
-        self.table: Ints = np.full(1 << 12, -1, dtype=np.int64)  # key, pair, key, pair ...
+        self.heap: Ints = np.empty((2 * most, 2), dtype=np.int64)  # count, pair
+        self.sizes: Ints = np.zeros(4, dtype=np.int64)
+        self.table: Ints = np.full(1 << 12, -1, dtype=np.int64)
         at = 0
         while at < n:  # a block at a time, since most pairs are seen before
             self._reserve(_BLOCK)
-            at = _count_all(
-                at, min(n, at + _BLOCK), self.symbols, self.after, self.weights, self.pending,
-                self.pair_at, self._store(), self.table,
-            )  # fmt: skip
-        _heap_all(self.counts, self.keys, self.heap_counts, self.heap_pairs, self.sizes)
+            at = _count_all(at, min(n, at + _BLOCK), self.weights, self.pending, *self._store())
+        _heap_all(self.pairs, self.heap, self.sizes)
 
-    def _store(self) -> tuple[npt.NDArray[np.int64], ...]:
-        return (  # type: ignore[return-value]
-            self.keys, self.counts, self.head, self.stamps, self.listed, self.places, self.links,
-            self.sizes,
-        )  # fmt: skip
+    def _store(self) -> tuple[Symbols, Ints, Symbols, Symbols, Ints, Ints]:
+        return self.cells, self.pairs, self.places, self.links, self.sizes, self.table
 
     def _reserve(self, more: int) -> None:
         """Make the table large enough for `more` new pairs."""
@@ -70,30 +68,32 @@ class Pairs:
             while size < need:
                 size *= 2
             self.table = np.full(size, -1, dtype=np.int64)
-            _fill_table(self.table, self.keys, int(self.sizes[0]))
+            _fill_table(self.table, self.pairs, int(self.sizes[0]))
+
+    def count(self, pair: int) -> int:
+        """How often a pair occurs."""
+        return int(self.pairs[pair, _COUNT])
 
     def letter_counts(self, letters: Mapping[int, int]) -> dict[int, int]:
         """How often each pending letter occurs."""
         if not letters:
             return {}
-        here = self.pending[self.symbols]
-        symbols = self.symbols[here]
+        here = self.pending[self.cells[:, _SYMBOL]]
+        symbols = self.cells[here, _SYMBOL]
         totals = np.bincount(symbols, weights=self.weights[here].astype(np.float64))
         return {letter: int(totals[letter]) for letter in letters if letter < len(totals)}
 
     def best(self, least: int) -> int:
         """The pair that occurs most often, taken off the heap; -1 if none occurs often enough."""
-        return int(
-            _best(self.counts, self.keys, self.heap_counts, self.heap_pairs, self.sizes, least)
-        )
+        return int(_best(self.pairs, self.heap, self.sizes, least))
 
     def give_back(self, pair: int) -> None:
         """Put a pair that `best` took back on the heap."""
-        _push(self.counts, self.keys, self.heap_counts, self.heap_pairs, self.sizes, pair)
+        _push(self.pairs, self.heap, self.sizes, pair)
 
     def parts(self, pair: int) -> tuple[int, int]:
         """The two symbols of a pair."""
-        key = int(self.keys[pair])
+        key = int(self.pairs[pair, _KEY])
         return key >> 32, key & 0xFFFFFFFF
 
     def find(self, left: int, right: int) -> int:
@@ -102,27 +102,24 @@ class Pairs:
 
     def ban(self, pair: int) -> None:
         """Never offer this pair again. Its count goes, its neighbours stay."""
-        self.stamps[pair] = -1
+        self.pairs[pair, _STAMP] = -1
 
     def merge(self, pair: int, symbol: int) -> None:
         """Replace the pair by `symbol` wherever it stands."""
         if symbol >= len(self.pending):
             self.pending = np.append(self.pending, np.zeros(len(self.pending) + 1, dtype=np.bool_))
-        self._reserve(2 * int(self.listed[pair]))
-        _merge(
-            pair, symbol, self.symbols, self.after, self.before, self.weights, self.pending,
-            self.pair_at, self._store(), self.table, self.heap_counts, self.heap_pairs,
-        )  # fmt: skip
+        self._reserve(2 * int(self.pairs[pair, _LISTED]))
+        _merge(pair, symbol, self.weights, self.pending, self.heap, *self._store())
 
     def open(self, letter: int) -> None:
         """Count the pairs of a letter that is now a token."""
         self.pending[letter] = False
-        places = np.flatnonzero(self.symbols == letter).astype(np.int32)
+        places = np.flatnonzero(self.cells[:, _SYMBOL] == letter).astype(np.int32)
         self._reserve(2 * len(places))
-        _open(
-            letter, places, self.symbols, self.after, self.before, self.weights, self.pending,
-            self.pair_at, self._store(), self.table, self.heap_counts, self.heap_pairs,
-        )  # fmt: skip
+        _open(letter, places, self.weights, self.pending, self.heap, *self._store())
+
+
+# --- compiled ------------------------------------------------------------------------------------
 
 
 @compiled
@@ -144,20 +141,19 @@ def _find(table: Ints, key: int) -> int:
 
 
 @compiled
-def _fill_table(table: Ints, keys: Ints, count: int) -> None:
+def _fill_table(table: Ints, pairs: Ints, count: int) -> None:
     mask = (len(table) >> 1) - 1
     for pair in range(count):
-        slot = _slot(keys[pair], mask)
+        slot = _slot(pairs[pair, 0], mask)
         while table[2 * slot] >= 0:
             slot = (slot + 1) & mask
-        table[2 * slot] = keys[pair]
+        table[2 * slot] = pairs[pair, 0]
         table[2 * slot + 1] = pair
 
 
 @compiled
-def _add(store, table, key, weight, place, pair_at) -> int:  # type: ignore[no-untyped-def]
+def _add(key, weight, place, cells, pairs, places, links, sizes, table) -> int:  # type: ignore[no-untyped-def]
     """Count one more occurrence of a pair, at `place`; returns its number."""
-    keys, counts, head, _stamps, listed, places, links, sizes = store
     mask = (len(table) >> 1) - 1
     slot = _slot(key, mask)
     while table[2 * slot] >= 0 and table[2 * slot] != key:
@@ -168,29 +164,32 @@ def _add(store, table, key, weight, place, pair_at) -> int:  # type: ignore[no-u
         sizes[0] += 1
         table[2 * slot] = key
         table[2 * slot + 1] = pair
-        keys[pair] = key
-        head[pair] = -1
+        pairs[pair, 0] = key
+        pairs[pair, 1] = 0
+        pairs[pair, 2] = -1
+        pairs[pair, 3] = 0
+        pairs[pair, 4] = 0
     node = sizes[1]
     sizes[1] += 1
     places[node] = place
-    links[node] = head[pair]
-    head[pair] = node
-    counts[pair] += weight
-    listed[pair] += 1
-    pair_at[place] = pair
+    links[node] = pairs[pair, 2]
+    pairs[pair, 1] += weight
+    pairs[pair, 2] = node
+    pairs[pair, 3] += 1
+    cells[place, 3] = pair
     return pair
 
 
 @compiled
 def _count_all(  # type: ignore[no-untyped-def]
-    begin, end, symbols, after, weights, pending, pair_at, store, table,
+    begin, end, weights, pending, cells, pairs, places, links, sizes, table,
 ) -> int:  # fmt: skip
     for place in range(begin, end):
-        follower = after[place]
-        if follower < 0 or pending[symbols[place]] or pending[symbols[follower]]:
+        follower = cells[place, 1]
+        if follower < 0 or pending[cells[place, 0]] or pending[cells[follower, 0]]:
             continue
-        key = (np.int64(symbols[place]) << 32) | symbols[follower]
-        _add(store, table, key, weights[place], place, pair_at)
+        key = (np.int64(cells[place, 0]) << 32) | cells[follower, 0]
+        _add(key, weights[place], place, cells, pairs, places, links, sizes, table)
     return end
 
 
@@ -200,75 +199,75 @@ def _is_before(count: int, key: int, other_count: int, other_key: int) -> bool:
 
 
 @compiled
-def _sift_up(heap_counts: Ints, heap_pairs: Symbols, keys: Ints, at: int) -> None:
-    count, pair = heap_counts[at], heap_pairs[at]
-    key = keys[pair]
+def _sift_up(heap: Ints, pairs: Ints, at: int) -> None:
+    count, pair = heap[at, 0], heap[at, 1]
+    key = pairs[pair, 0]
     while at > 0:
         parent = (at - 1) >> 1
-        if not _is_before(count, key, heap_counts[parent], keys[heap_pairs[parent]]):
+        if not _is_before(count, key, heap[parent, 0], pairs[heap[parent, 1], 0]):
             break
-        heap_counts[at], heap_pairs[at] = heap_counts[parent], heap_pairs[parent]
+        heap[at, 0], heap[at, 1] = heap[parent, 0], heap[parent, 1]
         at = parent
-    heap_counts[at], heap_pairs[at] = count, pair
+    heap[at, 0], heap[at, 1] = count, pair
 
 
 @compiled
-def _sift_down(heap_counts: Ints, heap_pairs: Symbols, keys: Ints, at: int, size: int) -> None:
-    count, pair = heap_counts[at], heap_pairs[at]
-    key = keys[pair]
+def _sift_down(heap: Ints, pairs: Ints, at: int, size: int) -> None:
+    count, pair = heap[at, 0], heap[at, 1]
+    key = pairs[pair, 0]
     while True:
         child = 2 * at + 1
         if child >= size:
             break
         other = child + 1
         if other < size and _is_before(
-            heap_counts[other], keys[heap_pairs[other]], heap_counts[child], keys[heap_pairs[child]]
+            heap[other, 0], pairs[heap[other, 1], 0], heap[child, 0], pairs[heap[child, 1], 0]
         ):
             child = other
-        if not _is_before(heap_counts[child], keys[heap_pairs[child]], count, key):
+        if not _is_before(heap[child, 0], pairs[heap[child, 1], 0], count, key):
             break
-        heap_counts[at], heap_pairs[at] = heap_counts[child], heap_pairs[child]
+        heap[at, 0], heap[at, 1] = heap[child, 0], heap[child, 1]
         at = child
-    heap_counts[at], heap_pairs[at] = count, pair
+    heap[at, 0], heap[at, 1] = count, pair
 
 
 @compiled
-def _push(counts, keys, heap_counts, heap_pairs, sizes, pair) -> None:  # type: ignore[no-untyped-def]
+def _push(pairs: Ints, heap: Ints, sizes: Ints, pair: int) -> None:
     at = sizes[2]
     sizes[2] += 1
-    heap_counts[at], heap_pairs[at] = counts[pair], pair
-    _sift_up(heap_counts, heap_pairs, keys, at)
+    heap[at, 0], heap[at, 1] = pairs[pair, 1], pair
+    _sift_up(heap, pairs, at)
 
 
 @compiled
-def _heap_all(counts, keys, heap_counts, heap_pairs, sizes) -> None:  # type: ignore[no-untyped-def]
+def _heap_all(pairs: Ints, heap: Ints, sizes: Ints) -> None:
     size = sizes[0]
     sizes[2] = size
     for pair in range(size):
-        heap_counts[pair], heap_pairs[pair] = counts[pair], pair
+        heap[pair, 0], heap[pair, 1] = pairs[pair, 1], pair
     for at in range(size // 2 - 1, -1, -1):
-        _sift_down(heap_counts, heap_pairs, keys, at, size)
+        _sift_down(heap, pairs, at, size)
 
 
 @compiled
-def _best(counts, keys, heap_counts, heap_pairs, sizes, least) -> int:  # type: ignore[no-untyped-def]
+def _best(pairs: Ints, heap: Ints, sizes: Ints, least: int) -> int:
     # Counts of a pair grow only when it is made, and are then pushed; so an entry is never
     # below the truth, and one above it is brought up to date here.
     while sizes[2] > 0:
-        count, pair = heap_counts[0], heap_pairs[0]
-        if count == counts[pair] and count >= least and counts[pair] >= 0:
+        count, pair = heap[0, 0], heap[0, 1]
+        if count == pairs[pair, 1] and count >= least:
             found = pair
         else:
-            found = -1
-            if counts[pair] < count and counts[pair] >= least:
-                heap_counts[0] = counts[pair]
-                _sift_down(heap_counts, heap_pairs, keys, 0, sizes[2])
+            found = np.int64(-1)
+            if least <= pairs[pair, 1] < count:
+                heap[0, 0] = pairs[pair, 1]
+                _sift_down(heap, pairs, 0, sizes[2])
                 continue
         sizes[2] -= 1
         last = sizes[2]
-        heap_counts[0], heap_pairs[0] = heap_counts[last], heap_pairs[last]
+        heap[0, 0], heap[0, 1] = heap[last, 0], heap[last, 1]
         if last > 0:
-            _sift_down(heap_counts, heap_pairs, keys, 0, last)
+            _sift_down(heap, pairs, 0, last)
         if found >= 0:
             return found
     return -1
@@ -276,93 +275,88 @@ def _best(counts, keys, heap_counts, heap_pairs, sizes, least) -> int:  # type: 
 
 @compiled
 def _merge(  # type: ignore[no-untyped-def]
-    pair, symbol, symbols, after, before, weights, pending, pair_at, store, table,
-    heap_counts, heap_pairs,
+    pair, symbol, weights, pending, heap, cells, pairs, places, links, sizes, table,
 ) -> None:  # fmt: skip
-    keys, counts, head, stamps, listed, places, links, sizes = store
-    left, right = keys[pair] >> 32, keys[pair] & 0xFFFFFFFF
-    standing = np.empty(listed[pair], dtype=np.int32)
+    left, right = pairs[pair, 0] >> 32, pairs[pair, 0] & 0xFFFFFFFF
+    standing = np.empty(pairs[pair, 3], dtype=np.int32)
     number = 0
-    node = head[pair]
+    node = pairs[pair, 2]
     while node >= 0:
         standing[number] = places[node]
         number += 1
-        node = links[node]
+        node = np.int64(links[node])
     if left == right:  # x x x: the left pair is joined, not the right one
         standing.sort()
-    counts[pair] = 0
-    head[pair] = -1
-    listed[pair] = 0
-    new_pairs = np.empty(2 * number, dtype=np.int32)
-    changed = 0
+    pairs[pair, 2] = -1
+    pairs[pair, 3] = 0
+    changed = np.empty(2 * number, dtype=np.int64)
+    new = 0
     sizes[3] += 1
     stamp = sizes[3]
     for at in range(number):
         place = standing[at]
-        second = after[place]
-        if symbols[place] != left or second < 0 or symbols[second] != right:
+        second = cells[place, 1]
+        if cells[place, 0] != left or second < 0 or cells[second, 0] != right:
             continue
         weight = weights[place]
-        previous, following = before[place], after[second]
-        if previous >= 0 and pair_at[previous] >= 0:
-            counts[pair_at[previous]] -= weight
-            pair_at[previous] = -1
-        if pair_at[second] >= 0:
-            counts[pair_at[second]] -= weight
-            pair_at[second] = -1
-        pair_at[place] = -1
-        symbols[place] = symbol
-        symbols[second] = -1
-        after[place] = following
-        after[second] = -1
+        previous, following = cells[place, 2], cells[second, 1]
+        if previous >= 0 and cells[previous, 3] >= 0:
+            pairs[cells[previous, 3], 1] -= weight
+            cells[previous, 3] = -1
+        if cells[second, 3] >= 0:
+            pairs[cells[second, 3], 1] -= weight
+            cells[second, 3] = -1
+        cells[place, 0] = symbol
+        cells[place, 1] = following
+        cells[place, 3] = -1
+        cells[second, 0] = -1
+        cells[second, 1] = -1
         if following >= 0:
-            before[following] = place
-        if previous >= 0 and not pending[symbols[previous]]:
-            key = (np.int64(symbols[previous]) << 32) | symbol
-            new = _add(store, table, key, weight, previous, pair_at)
-            if stamps[new] != stamp and stamps[new] >= 0:
-                stamps[new] = stamp
-                new_pairs[changed] = new
-                changed += 1
-        if following >= 0 and not pending[symbols[following]]:
-            key = (np.int64(symbol) << 32) | symbols[following]
-            new = _add(store, table, key, weight, place, pair_at)
-            if stamps[new] != stamp and stamps[new] >= 0:
-                stamps[new] = stamp
-                new_pairs[changed] = new
-                changed += 1
-    counts[pair] = 0
-    for at in range(changed):
-        _push(counts, keys, heap_counts, heap_pairs, sizes, new_pairs[at])
+            cells[following, 2] = place
+        if previous >= 0 and not pending[cells[previous, 0]]:
+            key = (np.int64(cells[previous, 0]) << 32) | symbol
+            made = _add(key, weight, previous, cells, pairs, places, links, sizes, table)
+            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
+                pairs[made, 4] = stamp
+                changed[new] = made
+                new += 1
+        if following >= 0 and not pending[cells[following, 0]]:
+            key = (np.int64(symbol) << 32) | cells[following, 0]
+            made = _add(key, weight, place, cells, pairs, places, links, sizes, table)
+            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
+                pairs[made, 4] = stamp
+                changed[new] = made
+                new += 1
+    pairs[pair, 1] = 0
+    for at in range(new):
+        _push(pairs, heap, sizes, changed[at])
 
 
 @compiled
 def _open(  # type: ignore[no-untyped-def]
-    letter, standing, symbols, after, before, weights, pending, pair_at, store, table,
-    heap_counts, heap_pairs,
+    letter, standing, weights, pending, heap, cells, pairs, places, links, sizes, table,
 ) -> None:  # fmt: skip
-    keys, counts, _head, stamps, _listed, _places, _links, sizes = store
-    new_pairs = np.empty(2 * len(standing), dtype=np.int32)
-    changed = 0
+    changed = np.empty(2 * len(standing), dtype=np.int64)
+    new = 0
     sizes[3] += 1
     stamp = sizes[3]
     for place in standing:
         weight = weights[place]
-        previous, following = before[place], after[place]
-        if following >= 0 and not pending[symbols[following]]:
-            key = (np.int64(letter) << 32) | symbols[following]
-            new = _add(store, table, key, weight, place, pair_at)
-            if stamps[new] != stamp and stamps[new] >= 0:
-                stamps[new] = stamp
-                new_pairs[changed] = new
-                changed += 1
+        previous, following = cells[place, 2], cells[place, 1]
+        if following >= 0 and not pending[cells[following, 0]]:
+            key = (np.int64(letter) << 32) | cells[following, 0]
+            made = _add(key, weight, place, cells, pairs, places, links, sizes, table)
+            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
+                pairs[made, 4] = stamp
+                changed[new] = made
+                new += 1
         # Where the letter stands before itself, the pair was counted from there.
-        if previous >= 0 and symbols[previous] != letter and not pending[symbols[previous]]:
-            key = (np.int64(symbols[previous]) << 32) | letter
-            new = _add(store, table, key, weight, previous, pair_at)
-            if stamps[new] != stamp and stamps[new] >= 0:
-                stamps[new] = stamp
-                new_pairs[changed] = new
-                changed += 1
-    for at in range(changed):
-        _push(counts, keys, heap_counts, heap_pairs, sizes, new_pairs[at])
+        if previous >= 0 and cells[previous, 0] != letter and not pending[cells[previous, 0]]:
+            key = (np.int64(cells[previous, 0]) << 32) | letter
+            made = _add(key, weight, previous, cells, pairs, places, links, sizes, table)
+            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
+                pairs[made, 4] = stamp
+                changed[new] = made
+                new += 1
+    for at in range(new):
+        _push(pairs, heap, sizes, changed[at])
