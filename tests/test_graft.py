@@ -195,9 +195,9 @@ def test_side_files_are_copied_and_other_weights_are_not(make, tmp_path, capsys)
     ):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text("x")
-    for name in ("model.gguf", "consolidated.safetensors", "tekken.json", "merges.txt"):
-        (base / name).write_text("x" if name != "merges.txt" else "")
-    (base / "tekken.json").unlink()
+    for name in ("model.gguf", "consolidated.safetensors"):
+        (base / name).write_text("x")
+    (base / "added_tokens.json").write_text("{}")  # a tokenizer file that VOCAB does not have
     graft(base, vocab, output=tmp_path / "model")
     out = tmp_path / "model"
     kept = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
