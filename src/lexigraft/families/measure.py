@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.choice import Choice
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.tokenmap import TokenMap
+
+
+class _Row(BaseModel):
+    """One line, as docs/files.md has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: NonNegativeInt
+    token: str
+    bytes: str
+    text: str | None
+    pieces: list[NonNegativeInt]
+    count: NonNegativeInt
+    tokens_saved: int
+    specificity: float | None
+    origin: Literal["merge", "term", "character", "bridge"]
+    parts: Annotated[list[str], Field(min_length=2, max_length=2)] | None
+    joined: NonNegativeInt
 
 
 def new_tokens(
@@ -49,6 +72,41 @@ def new_tokens(
         yield json.dumps(row, ensure_ascii=False)
 
 
+def read_rows(path: Path, first_id: int, added: int) -> list[dict[str, Any]]:
+    """The lines of the `new_tokens.jsonl` at `path`, held against the tokenizer beside it.
+
+    Args:
+        path: the file in the folder that `learn` wrote.
+        first_id: the id of the first new token, by the manifest.
+        added: how many ids are new, by the manifest; those behind the lines are special tokens.
+
+    Raises:
+        LexigraftError: a line is damaged, or the lines are not those of the tokenizer's tokens.
+    """
+    lines = path.read_bytes().splitlines()  # at line ends alone, unlike those of a text
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    token_map = TokenMap.read(path.parent)
+    new_ids = range(first_id, first_id + added)
+    learned = [token_id for token_id in new_ids if token_id not in token_map.added]
+    for number, (row, token_id) in enumerate(zip(rows, learned, strict=False), 1):
+        token = token_map.texts.get(token_id)
+        if (row["id"], row["token"]) != (token_id, token):
+            raise _unfit(
+                path,
+                f"line {number} is of id {row['id']} {row['token']!r}, the tokenizer has "
+                f"{token_id} {token!r} there",
+            )
+        left, right = row["parts"] or ("", "")  # empty: a kind whose tokens need no parts
+        if (left or right) and (
+            left + right != token
+            or any(token_map.ids.get(part, token_id) >= token_id for part in (left, right))
+        ):
+            raise _unfit(path, f"line {number}: {left!r} and {right!r} do not make {token!r}")
+    if len(rows) != len(learned):
+        raise _unfit(path, f"{len(rows):,} lines for {len(learned):,} learned tokens")
+    return rows
+
+
 def cut(rows: Sequence[Mapping[str, Any]], size: int) -> tuple[list[Merge], dict[str, int]]:
     """The first `size` tokens of a `new_tokens.jsonl`, and their counts without the rest.
 
@@ -71,6 +129,23 @@ def cut(rows: Sequence[Mapping[str, Any]], size: int) -> tuple[list[Merge], dict
             if part in counts:
                 counts[part] += row["joined"]
     return merges, counts
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return _Row.model_validate_json(line).model_dump()
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise _unfit(path, f"line {number}: {place}{first['msg']}") from None
+
+
+def _unfit(path: Path, found: str) -> LexigraftError:
+    return LexigraftError(
+        f"{path}: {found}",
+        needed="one line for each learned token, in the order of the ids, as `learn` wrote them",
+        fix=f"copy {path.name} again from where `learn` wrote it, or learn again",
+    )
 
 
 def _origin(merge: Merge, choice: Choice, terms: frozenset[str]) -> str:

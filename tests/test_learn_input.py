@@ -1,0 +1,90 @@
+"""What `learn` is given: damaged files, odd options, folders of all sorts, two runs at once."""
+
+import json
+
+import pytest
+
+import parts
+from lexigraft import learn
+from lexigraft.errors import LexigraftError
+from lexigraft.families import measure, proof
+from lexigraft.manifest import Manifest
+
+# --- the lines of an earlier result -------------------------------------------------------------
+
+BASES = {
+    "byte": parts.write_byte_level,
+    "sp-model": lambda folder: parts.write_sentencepiece(folder, fast=False),
+    "wordpiece": parts.write_wordpiece,
+    "unigram": parts.write_unigram,
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def earlier(request, tmp_path_factory):
+    """A base and what `learn` made of it, 12 tokens and 2 special ones."""
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "c.txt").write_text(parts.corpus_text(documents=60))
+    (root / "s.txt").write_text("<|diagnosis|>\n<|plan|>\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "LONG_TEXT", 20_000)
+        learn(BASES[request.param](root / "base"), corpus=[root / "c.txt"], tokens=12,
+              min_count=10, special=[root / "s.txt"], output=root / "v")  # fmt: skip
+    return root
+
+
+def read(root):
+    record = Manifest.read(root / "v").last("learn")
+    return measure.read_rows(root / "v" / "new_tokens.jsonl", record.first_id, record.added)
+
+
+def test_lines_are_read_as_they_were_written(earlier):
+    text = (earlier / "v" / "new_tokens.jsonl").read_text("utf-8")
+    assert read(earlier) == [json.loads(line) for line in text.split("\n")[:-1]]
+    assert len(read(earlier)) == 12
+
+
+def changed(line, **values):
+    row = {key: value for key, value in {**json.loads(line), **values}.items() if value != "gone"}
+    return json.dumps(row).encode()
+
+
+DAMAGE = {
+    "line 2: Invalid JSON": lambda lines: [lines[0], b"{", *lines[2:]],
+    "line 3: Invalid JSON": lambda lines: [*lines[:2], b"\xff", *lines[3:]],
+    "line 1: Input should be an object": lambda lines: [b"[1]", *lines[1:]],
+    "line 4: Invalid JSON": lambda lines: [*lines[:3], b"", *lines[3:]],
+    "line 12: parts: Field required": lambda lines: [*lines[:-1], changed(lines[-1], parts="gone")],
+    "line 12: parts: List should have at least 2": (
+        lambda lines: [*lines[:-1], changed(lines[-1], parts=["a"])]
+    ),
+    "line 5: 'x' and ''": lambda lines: [
+        *lines[:4], changed(lines[4], parts=["x", ""]), *lines[5:],
+    ],
+    "line 1: '.*' and '' do not make": (  # itself
+        lambda lines: [changed(lines[0], parts=[json.loads(lines[0])["token"], ""]), *lines[1:]]
+    ),
+    "line 1: joined: ": lambda lines: [changed(lines[0], joined="7"), *lines[1:]],
+    "line 1: count: ": lambda lines: [changed(lines[0], count=-1), *lines[1:]],
+    "5 lines for 12 learned tokens": lambda lines: lines[:5],
+    "0 lines for 12 learned tokens": lambda lines: [],
+    "13 lines for 12 learned tokens": lambda lines: [*lines, lines[-1]],
+    "line 1 is of id": lambda lines: lines[::-1],
+    "line 2 is of id .*'other'": lambda lines: [
+        lines[0], changed(lines[1], token="other"), *lines[2:],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("found", DAMAGE)
+def test_damaged_lines_are_told_with_their_place(earlier, found):
+    path = earlier / "v" / "new_tokens.jsonl"
+    whole = path.read_bytes()
+    lines = DAMAGE[found](whole.removesuffix(b"\n").split(b"\n"))
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    try:
+        with pytest.raises(LexigraftError, match=rf"new_tokens\.jsonl: {found}") as caught:
+            read(earlier)
+    finally:
+        path.write_bytes(whole)
+    assert "copy new_tokens.jsonl again" in caught.value.fix
