@@ -1,5 +1,6 @@
 """llama.cpp: the text by which it knows a tokenizer, and its SentencePiece tokenizer."""
 
+import hashlib
 import random
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import sentencepiece
 
 import parts
 from lexigraft import families
-from lexigraft.families.llama_cpp import changes_check_text, check_text, fingerprint, simulate
+from lexigraft.families.llama_cpp import changes_check_text, check_text, simulate
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.tokenmap import parse_sentencepiece
 
@@ -21,6 +22,11 @@ LISTED = {
     "llama3_tiktoken": "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5",
     "gpt2_bpe": "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454",
 }
+
+
+def fingerprint(ids):
+    """llama.cpp's hash of the ids of its check text, bos and eos of the template included."""
+    return hashlib.sha256(str(list(ids)).encode()).hexdigest()
 
 
 @pytest.mark.real

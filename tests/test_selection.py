@@ -476,9 +476,6 @@ def test_few_occurrences_prove_little_and_the_size_of_the_texts_matters():
     # 100 against 10 says nothing where the domain text is ten times as long.
     _, z = contrast.log_odds([100], [10], domain_total=10**7, contrast_total=10**6)
     assert not contrast.is_specific(z)[0]
-    assert contrast.why_not_specific(-2.5) == "more frequent in the contrast text: z = -2.5"
-    assert contrast.why_not_specific(1.0) == "as frequent in the contrast text: z = 1.0"
-    assert contrast.why_not_specific(2.0) is None
 
 
 @pytest.mark.parametrize("rate", [1, 5, 20, 100])

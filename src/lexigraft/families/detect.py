@@ -176,15 +176,6 @@ def _wordpiece(folder: Path, data: dict[str, Any] | None) -> Family:
     return WordPiece(folder, data)
 
 
-def _refusal(path: Path, kind: str) -> RefusalError:
-    return RefusalError(
-        f"{path} is {kind}",
-        needed="byte-level BPE (tokenizer.json) or SentencePiece BPE with byte fallback "
-        "(tokenizer.model, tokenizer.json or both)",
-        fix="extend a base of one of these families; this one is not supported yet",
-    )
-
-
 def _has_byte_level(data: dict[str, Any]) -> bool:
     """True if the pre-tokenizer maps bytes to characters (GPT-2's byte level)."""
     stack = [data.get("pre_tokenizer")]

@@ -8,7 +8,6 @@ extended `tokenizer.model` can be proved for GGUF without building llama.cpp.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +35,6 @@ _CHECK_TEXT = (
 def check_text() -> str:
     """The text whose ids tell llama.cpp's converter which pre-tokenizer a model has."""
     return _CHECK_TEXT
-
-
-def fingerprint(ids: Sequence[int]) -> str:
-    """llama.cpp's hash of the ids of `check_text`, bos and eos of the template included."""
-    return hashlib.sha256(str(list(ids)).encode()).hexdigest()
 
 
 def changes_check_text(family: Family, merges: Sequence[Merge]) -> frozenset[str]:

@@ -7,8 +7,7 @@ among those that begin with `##`; a word that meets a place where nothing matche
 - A new token needs none of its parts: there are no bridges, and any of them may be dropped alone.
 - A token is taken wherever it matches, even where the base would have read across its end:
   with `cardio` (card ##io) added, `cardion`, which the base reads card ##ion, becomes
-  cardio ##n. No order of ids can prevent that. `breakers` finds such tokens on given words and
-  `holds_everywhere` those that cannot do it in any text.
+  cardio ##n. No order of ids can prevent that. `breakers` finds such tokens on given words.
 - A character that has no token makes its whole word unknown, not only itself. It needs one token
   at the beginning of words and another, with `##`, inside them; each is adopted by its own count.
 
@@ -308,33 +307,6 @@ class WordPiece(PlainCounting):
             kept -= guilty
             pending = list({home[0]: home for token in guilty for home in homes[token]}.values())
         return blamed
-
-    def holds_everywhere(self, tokens: Iterable[str]) -> set[str]:
-        """Those of `tokens` that only coarsen, whatever the text and whatever other such tokens.
-
-        A token breaks a word if the base, having begun it as the token's own pieces, reads on
-        across its end: if some `##` token of the base is longer than, and begins with, what
-        follows one of the token's inner boundaries. Where there is none, the base reads the
-        token's pieces wherever the token matches (by induction over the boundaries of the word:
-        a longer base token at its beginning would be taken instead of it).
-        """
-        safe = set()
-        for token in tokens:
-            symbols = self._symbols(token)
-            letters = [self._unmarked(symbol)[0] for symbol in symbols]
-            rests = ("".join(letters[at:]) for at in range(1, len(letters)))
-            readable = all(symbol in self._vocabulary for symbol in symbols)
-            if readable and not any(rest in self._inner_beginnings for rest in rests):
-                safe.add(token)
-        return safe
-
-    @cached_property
-    def _inner_beginnings(self) -> frozenset[str]:
-        """Every true beginning of a base token that stands inside words."""
-        letters = [self._unmarked(token) for token in self._vocabulary]
-        return frozenset(
-            text[:end] for text, inner in letters if inner for end in range(1, len(text))
-        )
 
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with the tokens of `merges` appended, in each of its formats."""

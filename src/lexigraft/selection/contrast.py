@@ -71,15 +71,3 @@ def log_odds(
 def is_specific(z: ArrayLike, threshold: float = SPECIFIC) -> NDArray[np.bool_]:
     """Whether each candidate is more frequent in the domain than chance explains."""
     return np.asarray(np.asarray(z, np.float64) >= threshold)
-
-
-def why_not_specific(z: float, threshold: float = SPECIFIC) -> str | None:
-    """Why a candidate is no word of the domain; None if it is one.
-
-    >>> why_not_specific(-3.2), why_not_specific(12)
-    ('more frequent in the contrast text: z = -3.2', None)
-    """
-    if is_specific(z, threshold):
-        return None
-    how = "more" if z <= -threshold else "as"
-    return f"{how} frequent in the contrast text: z = {z:.1f}"
