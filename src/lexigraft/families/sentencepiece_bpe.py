@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from google.protobuf.unknown_fields import UnknownFieldSet
 from tokenizers import Tokenizer
 
 from lexigraft.families import copy_tokenizer
@@ -37,16 +36,22 @@ from lexigraft.families.byte_level import (
 )
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.replay import Replayed, replay
+from lexigraft.families.sentencepiece_model import (
+    BYTE_PIECES,
+    NORMAL,
+    SPACE,
+    UNUSED,
+    USER_DEFINED,
+    copy_of,
+    processor_of,
+    spaced,
+    without_prefix,
+    without_self_test,
+)
 from lexigraft.families.spelling import is_word
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 from lexigraft.families.units import UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
-
-SPACE = "\u2581"
-# sentencepiece_model.proto, ModelProto.SentencePiece.Type
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
-_SELF_TEST_FIELD = 4  # ModelProto.self_test_data
-_BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 class SentencePieceBPE:
@@ -71,7 +76,7 @@ class SentencePieceBPE:
         self._processor: sentencepiece.SentencePieceProcessor | None = None
         if model_file:
             self._proto = parse_sentencepiece(model_file.read_bytes(), model_file)
-            self._processor = _processor(self._proto)
+            self._processor = processor_of(self._proto)
 
     @cached_property
     def content_hash(self) -> str:
@@ -134,13 +139,13 @@ class SentencePieceBPE:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; `▁` is a space, `<0xE6>` a byte."""
         text = self.map.texts[token_id]
-        if text in _BYTE_PIECES:
-            return bytes([_BYTE_PIECES[text]])
-        return text.encode() if token_id in self.map.added else _spaced(text).encode()
+        if text in BYTE_PIECES:
+            return bytes([BYTE_PIECES[text]])
+        return text.encode() if token_id in self.map.added else spaced(text).encode()
 
     @cached_property
     def _plain_processor(self) -> sentencepiece.SentencePieceProcessor | None:
-        return _processor(_without_prefix(self._proto)) if self._proto is not None else None
+        return processor_of(without_prefix(self._proto)) if self._proto is not None else None
 
     @cached_property
     def _plain_engine(self) -> Tokenizer:
@@ -158,7 +163,7 @@ class SentencePieceBPE:
             pieces,
             self.token_bytes,
             excluded=self.map.added | self.map.special,
-            byte_pieces=(i for i, text in pieces.items() if text in _BYTE_PIECES),
+            byte_pieces=(i for i, text in pieces.items() if text in BYTE_PIECES),
         )
         for texts, weights in batches(chunks):
             counter.add(self._plain_encode(texts), weights)
@@ -189,7 +194,7 @@ class SentencePieceBPE:
     def join(self, left: str, right: str) -> str | None:
         """The piece of two parts, unless it is no word, known, or awaited by a dead base piece."""
         token = left + right
-        if not is_word(_spaced(token)) or token in self.map.ids or token in self._awaited:
+        if not is_word(spaced(token)) or token in self.map.ids or token in self._awaited:
             return None
         return token
 
@@ -203,7 +208,7 @@ class SentencePieceBPE:
         pieces = [
             (token_id, text)
             for token_id, text in self.map.texts.items()
-            if token_id not in self.map.added | self.map.special and text not in _BYTE_PIECES
+            if token_id not in self.map.added | self.map.special and text not in BYTE_PIECES
         ]
         read = self._plain_encode([text.replace(SPACE, " ") for _, text in pieces])
         dead = [
@@ -253,20 +258,20 @@ class SentencePieceBPE:
         return readers
 
     def _extended_proto(self, merges: Sequence[Merge]) -> Any:
-        proto = _copy(self._proto)
+        proto = copy_of(self._proto)
         # Ids behind the model belong to added tokens: pieces of the same text keep them there.
         for token_id in range(len(proto.pieces), self.map.tokens):
             text = self.map.texts.get(token_id)
             piece = proto.pieces.add()
             piece.piece = text if text is not None else f"<unused_{token_id}>"
-            piece.score, piece.type = 0.0, _UNUSED if text is None else _USER_DEFINED
+            piece.score, piece.type = 0.0, UNUSED if text is None else USER_DEFINED
         score = np.float32(min(p.score for p in self._proto.pieces))
         for merge in merges:
             score = np.nextafter(score, np.float32(-np.inf), dtype=np.float32)
             piece = proto.pieces.add()
-            piece.piece, piece.score, piece.type = merge.token, float(score), _NORMAL
+            piece.piece, piece.score, piece.type = merge.token, float(score), NORMAL
         proto.trainer_spec.vocab_size = len(proto.pieces)
-        return _without_self_test(proto)
+        return without_self_test(proto)
 
     def _extended_data(self, merges: Sequence[Merge]) -> dict[str, Any]:
         assert self._data is not None
@@ -292,36 +297,3 @@ def is_ambiguous(token: str, known: Iterable[str]) -> bool:
     pairs = splits(token, known)
     lefts = dict(pairs)
     return any(right in lefts and (right, lefts[right]) != (left, right) for left, right in pairs)
-
-
-def _spaced(text: str) -> str:
-    return text.replace(SPACE, " ")
-
-
-def _processor(proto: Any) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-
-
-def _copy(proto: Any) -> Any:
-    copy = type(proto)()
-    copy.CopyFrom(proto)
-    return copy
-
-
-def _without_prefix(proto: Any) -> Any:
-    """The model as it joins symbols: text in, no dummy prefix, nothing normalised away."""
-    plain = _copy(proto)
-    plain.normalizer_spec.add_dummy_prefix = False
-    plain.normalizer_spec.remove_extra_whitespaces = False
-    return _without_self_test(plain)
-
-
-def _without_self_test(proto: Any) -> Any:
-    """Drop the stored samples of text and ids, which the engine verifies at loading.
-
-    They hold the old segmentation. The Python classes of the format do not know the field, so
-    it can only go with the other unknown fields; models without it keep those.
-    """
-    if any(unknown.field_number == _SELF_TEST_FIELD for unknown in UnknownFieldSet(proto)):
-        proto.DiscardUnknownFields()
-    return proto

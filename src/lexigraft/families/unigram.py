@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
-from google.protobuf.unknown_fields import UnknownFieldSet
 from tokenizers import Tokenizer
 
 from lexigraft.errors import LexigraftError
@@ -45,12 +44,24 @@ from lexigraft.families.byte_level import (
 from lexigraft.families.continued_bpe import Merge, Unit
 from lexigraft.families.layouts import layout_of, tokenizer_class
 from lexigraft.families.plain import PlainCounting
+from lexigraft.families.sentencepiece_model import (
+    BYTE_PIECES,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNUSED,
+    USER_DEFINED,
+    copy_of,
+    processor_of,
+    spaced,
+    without_prefix,
+    without_self_test,
+)
 from lexigraft.families.spelling import is_word, script_of
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 from lexigraft.families.units import Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
-SPACE = "\u2581"
 # What a saved token is worth, in nats. The more, the more near-ties of the base turn (of 32,000
 # distinct words of English Wikipedia, T5 cut 0 otherwise at 0.001, 3 at 0.01 and 25 at 0.1); the
 # less, the earlier the float32 sums of long lines lose it (at 0.001 at 100,000 characters; at
@@ -58,9 +69,6 @@ SPACE = "\u2581"
 DELTA = 0.01
 _UNKNOWN_PENALTY = 10.0  # kUnkPenalty in both engines: an unknown character is that far below all
 _ADOPTION = 2  # an unknown character loses its text: adopting it is worth one saved token
-# sentencepiece_model.proto, ModelProto.SentencePiece.Type
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_SELF_TEST_FIELD = 4  # ModelProto.self_test_data
 _WHITESPACE = re.compile(r"\s+")
 # SentencePiece adds up the scores of a whole text in float32, whose step behind 1,000 characters
 # of English is a fortieth of DELTA. Longer texts are proved in parts.
@@ -70,7 +78,6 @@ _LIMIT = (
     f"{_PROOF_CHARACTERS:,} characters; in far longer ones, with the base as with the extension, "
     "roundings decide where two spellings nearly tie"
 )
-_BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 class Unigram(PlainCounting):
@@ -101,7 +108,7 @@ class Unigram(PlainCounting):
             proto = parse_sentencepiece(model_file.read_bytes(), model_file)
             self._ids = _ids_of_places(proto, self.map, model_file)
             self._proto = self._with_gap_filled(proto)
-            self._processor = _processor(self._proto)
+            self._processor = processor_of(self._proto)
 
     @property
     def unknown_id(self) -> int | None:
@@ -175,13 +182,13 @@ class Unigram(PlainCounting):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; `▁` is a space, `<0xE6>` a byte."""
         text = self.map.texts[token_id]
-        if text in _BYTE_PIECES:
-            return bytes([_BYTE_PIECES[text]])
-        return text.encode() if token_id in self.map.added else _spaced(text).encode()
+        if text in BYTE_PIECES:
+            return bytes([BYTE_PIECES[text]])
+        return text.encode() if token_id in self.map.added else spaced(text).encode()
 
     @cached_property
     def _plain_processor(self) -> sentencepiece.SentencePieceProcessor:
-        return _processor(_plain_proto(self._proto))
+        return processor_of(_plain_proto(self._proto))
 
     @cached_property
     def _plain_engine(self) -> Tokenizer:
@@ -239,7 +246,7 @@ class Unigram(PlainCounting):
 
     @cached_property
     def _chunk_processor(self) -> sentencepiece.SentencePieceProcessor:
-        return _processor(_without_prefix(self._proto))
+        return processor_of(without_prefix(self._proto))
 
     @cached_property
     def prefix(self) -> str:
@@ -260,8 +267,8 @@ class Unigram(PlainCounting):
         """Tokens, letters out of bytes and out of unknown text, None for what ends a stretch."""
         spelled = bytearray()
         for token in tokens:
-            if token in _BYTE_PIECES:
-                spelled.append(_BYTE_PIECES[token])
+            if token in BYTE_PIECES:
+                spelled.append(BYTE_PIECES[token])
                 continue
             yield from _letters(spelled.decode("utf-8", "replace"))
             spelled.clear()
@@ -294,7 +301,7 @@ class Unigram(PlainCounting):
     def join(self, left: str, right: str) -> str | None:
         """The piece of two parts, unless it is no word or known."""
         token = left + right
-        return None if token in self.map.ids or not is_word(_spaced(token)) else token
+        return None if token in self.map.ids or not is_word(spaced(token)) else token
 
     def admits(self, merges: Sequence[Merge]) -> list[Merge]:
         """`merges` without those whose own spelling is a near-tie, or would outweigh every piece.
@@ -312,7 +319,7 @@ class Unigram(PlainCounting):
     def emitted(self, merges: Sequence[Merge], stretches: Sequence[str]) -> list[list[str]]:
         """Tokens of each stretch (as `units` spells it) under the base extended by `merges`."""
         if self._proto is not None:
-            processor = _processor(_plain_proto(self._extended_proto(merges)))
+            processor = processor_of(_plain_proto(self._extended_proto(merges)))
             tokens: list[list[str]] = processor.encode(list(stretches), out_type=str)
             return tokens
         engine = open_engine(_plain_data(self._extended_data(merges)))
@@ -351,9 +358,9 @@ class Unigram(PlainCounting):
         vocabulary = []
         for piece in self._proto.pieces:
             score = piece.score
-            if piece.type == _USER_DEFINED:  # as SentencePiece scores them
+            if piece.type == USER_DEFINED:  # as SentencePiece scores them
                 score = len(piece.piece.encode()) * scores.highest - 0.1
-            elif piece.type != _NORMAL:
+            elif piece.type != NORMAL:
                 score = 2 * len(piece.piece) * scores.unknown
             vocabulary.append([piece.piece, score])
         model = {
@@ -369,21 +376,21 @@ class Unigram(PlainCounting):
 
         Special tokens become control pieces, which text never becomes; others user-defined ones.
         """
-        filled = _copy(proto)
+        filled = copy_of(proto)
         known = {piece.piece for piece in proto.pieces}
         for token_id in range(self._ids[-1] + 1, self.map.tokens):
             text = self.map.texts.get(token_id)
             piece = filled.pieces.add()
             piece.score = 0.0
             if text is None or text in known:
-                piece.piece, piece.type = f"<unused_{token_id}>", _UNUSED
+                piece.piece, piece.type = f"<unused_{token_id}>", UNUSED
             else:
                 special = token_id in self.map.special
-                piece.piece, piece.type = text, _CONTROL if special else _USER_DEFINED
+                piece.piece, piece.type = text, CONTROL if special else USER_DEFINED
             known.add(piece.piece)
             self._ids.append(token_id)
         filled.trainer_spec.vocab_size = len(filled.pieces)
-        return _without_self_test(filled)
+        return without_self_test(filled)
 
     def _settle_sentinels(self, path: Path) -> None:
         """T5's loaders put `extra_ids` sentinels behind the `.model`; it now holds them itself."""
@@ -405,10 +412,10 @@ class Unigram(PlainCounting):
         path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
     def _extended_proto(self, merges: Sequence[Merge]) -> Any:
-        proto = _copy(self._proto)
+        proto = copy_of(self._proto)
         for token, score in self._proto_scores.of(merges):
             piece = proto.pieces.add()
-            piece.piece, piece.score, piece.type = token, float(np.float32(score)), _NORMAL
+            piece.piece, piece.score, piece.type = token, float(np.float32(score)), NORMAL
         proto.trainer_spec.vocab_size = len(proto.pieces)
         return proto
 
@@ -430,7 +437,7 @@ class Unigram(PlainCounting):
 
     @cached_property
     def _proto_scores(self) -> _Scores:
-        normal = {p.piece: p.score for p in self._proto.pieces if p.type == _NORMAL}
+        normal = {p.piece: p.score for p in self._proto.pieces if p.type == NORMAL}
         return _Scores(normal, min(normal.values()), max(normal.values()))
 
     @cached_property
@@ -558,35 +565,13 @@ def _letters(text: str) -> Iterator[str | None]:
         yield character if script_of(character) is not None else None
 
 
-def _spaced(text: str) -> str:
-    return text.replace(SPACE, " ")
-
-
 def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _processor(proto: Any) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-
-
-def _copy(proto: Any) -> Any:
-    copy = type(proto)()
-    copy.CopyFrom(proto)
-    return copy
-
-
-def _without_prefix(proto: Any) -> Any:
-    """The model for text from inside a text: its spaces stay, and none is put before it."""
-    inner = _copy(proto)
-    inner.normalizer_spec.add_dummy_prefix = False
-    inner.normalizer_spec.remove_extra_whitespaces = False
-    return inner
-
-
 def _plain_proto(proto: Any) -> Any:
     """The model alone, for text that is normalised already."""
-    plain = _without_prefix(proto)
+    plain = without_prefix(proto)
     plain.normalizer_spec.precompiled_charsmap = b""
     return plain
 
@@ -595,14 +580,3 @@ def _plain_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """The Unigram model alone: no normalizer, no pre-tokenizer, no added tokens."""
     bare = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     return {"version": "1.0", "added_tokens": [], **bare, "model": data["model"]}
-
-
-def _without_self_test(proto: Any) -> Any:
-    """Drop the stored samples of text and ids, which the engine verifies at loading.
-
-    They hold the old segmentation. The Python classes of the format do not know the field, so
-    it can only go with the other unknown fields; models without it keep those.
-    """
-    if any(unknown.field_number == _SELF_TEST_FIELD for unknown in UnknownFieldSet(proto)):
-        proto.DiscardUnknownFields()
-    return proto
