@@ -141,7 +141,10 @@ def test_options_of_a_spec(tmp_path):
     assert file.weight == 3
     assert inputs([tmp_path / "b#weight=2.txt"])[0].weight == 1
     assert [f.weight for f in inputs([f"{tmp_path}#weight=4"])] == [4, 4]
-    for wrong in ("weight=0", "weight=-1", "weight=x", "weight=nan", "weight=inf", "wight=2"):
+    for weight in (0.001, 1000):
+        assert inputs([f"{tmp_path}/a.txt#weight={weight}"])[0].weight == weight
+    for wrong in ("weight=0", "weight=-1", "weight=x", "weight=nan", "weight=inf", "wight=2",
+                  "weight=1e300", "weight=1000.1", "weight=1e-9", "weight=0.0009"):  # fmt: skip
         with pytest.raises(LexigraftError, match="#w") as caught:
             inputs([f"{tmp_path}/a.txt#{wrong}"])
         assert "#weight=" in caught.value.needed

@@ -6,9 +6,21 @@ import pytest
 
 import parts
 from lexigraft import learn
+from lexigraft.counting import count_chunks
 from lexigraft.errors import LexigraftError
 from lexigraft.families import measure, proof
 from lexigraft.manifest import Manifest
+
+# --- options of a text --------------------------------------------------------------------------
+
+
+def test_a_weight_that_leaves_nothing_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("angina " * 400)
+    (tmp_path / "b.txt").write_text("angina " * 600)
+    with pytest.raises(LexigraftError, match=r"nothing occurs once in .*a\.txt#weight"):
+        count_chunks([f"{tmp_path}/a.txt#weight=0.001"])
+    assert sum(count_chunks([f"{tmp_path}/b.txt#weight=0.001"]).chunks.values()) == 1
+
 
 # --- the lines of an earlier result -------------------------------------------------------------
 

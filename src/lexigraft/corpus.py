@@ -54,6 +54,8 @@ HELD_OUT_SHARE = 0.05
 _GLOB_CHARACTERS = frozenset("*?[")
 _FRAGMENT = re.compile(r"#(\w+=[^#/]*)$")
 _NAMES_SHOWN = 3
+# Outside, counts round to 0 or make all others vanish beside them.
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 1000.0
 
 
 def inputs(specs: Sequence[str | Path]) -> list[TextFile]:
@@ -203,10 +205,11 @@ def _parsed(spec: str) -> tuple[str, str, float]:
         weight = float(options.get("weight", 1))
     except ValueError:
         weight = 0.0
-    if unknown or not 0 < weight < float("inf"):
+    if unknown or not _LEAST_WEIGHT <= weight <= _MOST_WEIGHT:
         raise LexigraftError(
             f"{spec}: {fragment[0]}",
-            needed="#weight=NUMBER above 0, #column=NAME, or both with a comma between",
+            needed=f"#weight=NUMBER from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, #column=NAME, or "
+            "both with a comma between",
             fix=f"{spec[: fragment.start()]}#weight=2,column=text",
         )
     return spec[: fragment.start()], options.get("column") or "text", weight

@@ -126,7 +126,16 @@ def count_chunks(
             f"the corpus has {sum(tally.sizes.values()):,} bytes: counted is a sample of "
             f"1/{2**tally.level} of its documents, chosen by content hash"
         )
-    return tally.result()
+    counted = tally.result()
+    if not counted.chunks:
+        raise LexigraftError(
+            f"nothing occurs once in {', '.join(str(spec) for spec in specs[:3])}: occurrences "
+            "times weight are below 1",
+            needed="weights that keep at least the frequent words",
+            fix="leave #weight= out; if another text is to count more, give that one a weight "
+            "above 1",
+        )
+    return counted
 
 
 @dataclass(frozen=True)
