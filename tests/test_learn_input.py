@@ -1,15 +1,18 @@
 """What `learn` is given: damaged files, odd options, folders of all sorts, two runs at once."""
 
+import gzip
 import json
 
 import pytest
 
 import parts
 from lexigraft import learn
+from lexigraft.corpus import OF_TOKENIZERS, SUFFIXES, inputs
 from lexigraft.counting import count_chunks
 from lexigraft.errors import LexigraftError
 from lexigraft.families import measure, proof
-from lexigraft.manifest import Manifest
+from lexigraft.families.tokenmap import TOKENIZER_FILES
+from lexigraft.manifest import NEW_TOKENS, Manifest
 
 # --- options of a text --------------------------------------------------------------------------
 
@@ -20,6 +23,27 @@ def test_a_weight_that_leaves_nothing_is_told(tmp_path):
     with pytest.raises(LexigraftError, match=r"nothing occurs once in .*a\.txt#weight"):
         count_chunks([f"{tmp_path}/a.txt#weight=0.001"])
     assert sum(count_chunks([f"{tmp_path}/b.txt#weight=0.001"]).chunks.values()) == 1
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_files_of_a_tokenizer_in_a_folder_are_no_text(tmp_path, capsys):
+    parts.write_byte_level_files(tmp_path / "gp")
+    parts.write_wordpiece(tmp_path / "gp" / "bert")
+    (tmp_path / "gp" / "VOCAB.txt.gz").write_bytes(gzip.compress(b"angina\n"))
+    (tmp_path / "gp" / "new_tokens.jsonl").write_text('{"text": "angina"}\n')
+    (tmp_path / "gp" / "config.json").write_text("{}")
+    (tmp_path / "gp" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(LexigraftError, match=r"no text file in .*gp"):
+        inputs([tmp_path / "gp"])
+    assert "4 of a tokenizer (VOCAB.txt.gz, vocab.txt, merges.txt, ...)" in capsys.readouterr().err
+    (tmp_path / "gp" / "notes.txt").write_text("heart\n")
+    assert [file.name for file in inputs([tmp_path / "gp"])] == ["notes.txt"]
+    named = tmp_path / "gp" / "merges.txt"  # by itself
+    assert [file.name for file in inputs([named])] == ["merges.txt"]
+    ends_as_text = {name for name in (*TOKENIZER_FILES, NEW_TOKENS) if name.endswith(SUFFIXES)}
+    assert ends_as_text == OF_TOKENIZERS
 
 
 # --- the lines of an earlier result -------------------------------------------------------------

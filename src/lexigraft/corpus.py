@@ -21,6 +21,7 @@ from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import sha256_bytes, sha256_file, sha256_json
 from lexigraft.text_formats import (
     BOM_DROPPED,
+    COMPRESSIONS,
     DOCUMENT_LIMIT,
     HUB,
     SUFFIXES,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # pydantic is slow to import for counting processes, which re
 __all__ = [
     "DOCUMENT_LIMIT",
     "HELD_OUT_SHARE",
+    "OF_TOKENIZERS",
     "SUFFIXES",
     "beginning",
     "content_digest",
@@ -51,6 +53,8 @@ __all__ = [
 ]
 
 HELD_OUT_SHARE = 0.05
+# Files of tokenizers, ours among them, whose names end as those of texts do.
+OF_TOKENIZERS = frozenset({"merges.txt", "vocab.txt", "new_tokens.jsonl"})
 _GLOB_CHARACTERS = frozenset("*?[")
 _FRAGMENT = re.compile(r"#(\w+=[^#/]*)$")
 _NAMES_SHOWN = 3
@@ -220,12 +224,18 @@ def _is_readable(path: Path) -> bool:
 
 
 def _texts_in(folder: Path) -> list[Path]:
-    """The text files of a folder; says which files of it are none."""
-    skipped: dict[str, list[str]] = {"of other kinds": [], "empty": [], "binary": []}
+    """The text files of a folder; says which files of it are none.
+
+    Files of a tokenizer are read where they are named themselves: a folder may be a model's.
+    """
+    kinds = ("of other kinds", "of a tokenizer", "empty", "binary")
+    skipped: dict[str, list[str]] = {kind: [] for kind in kinds}
     texts = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         if not _is_readable(path):
             skipped["of other kinds"].append(path.name)
+        elif _without_compression(path.name.lower()) in OF_TOKENIZERS:
+            skipped["of a tokenizer"].append(path.name)
         elif not path.stat().st_size:
             skipped["empty"].append(path.name)
         elif path.suffix.lower() != ".parquet" and _looks_binary(path):
@@ -233,9 +243,13 @@ def _texts_in(folder: Path) -> list[Path]:
         else:
             texts.append(path)
     groups = [f"{len(names):,} {why} ({_some(names)})" for why, names in skipped.items() if names]
-    if groups and texts:
+    if groups:
         _note_once(f"{folder}: files that are not read: {', '.join(groups)}")
     return texts
+
+
+def _without_compression(name: str) -> str:
+    return next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)
 
 
 def _looks_binary(path: Path) -> bool:
