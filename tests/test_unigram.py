@@ -366,6 +366,28 @@ def test_a_near_tie_is_not_admitted(tmp_path):
     assert [m.token for m in base.admits(merges)] == ["quick"]
 
 
+@settings(deadline=None)
+@given(
+    whole=st.text("abé", min_size=1, max_size=9),
+    others=st.lists(st.text("abé", min_size=1, max_size=9), min_size=1, max_size=3),
+    lost=st.integers(1, 3),
+)
+def test_one_token_wins_over_three_that_save_less(whole, others, lost):
+    saved = [1 + len(other) for other in others]
+    less = sum(unigram._bonus(o, k + 1) for o, k in zip(others, saved, strict=True))
+    assert unigram._bonus(whole, sum(saved) + lost + 1) > less
+
+
+def test_a_whole_word_wins_over_its_halves(tmp_path):
+    folder = parts.write_unigram(tmp_path / "base", files="both")
+    base = families.load(folder)
+    words = ["béb", "bébbéb"]  # é has no piece: 3 and 6 parts
+    base.extend([Merge(word, "", "", 1) for word in words], tmp_path)
+    extension = families.load(tmp_path)
+    for read in extension.engines().values():
+        assert read([f"a {words[1]}"])[0][-1] == base.map.tokens + 1
+
+
 LETTERS = st.text(alphabet="abcdei", min_size=1, max_size=8)
 
 
@@ -426,7 +448,7 @@ def test_real_unigram_tokenizers_keep_the_laws(kind, tmp_path):
         base.extend(merges, tmp_path / "vocab")
         extension = families.load(tmp_path / "vocab")
     # The Japanese model spells English letter by letter: there are more ways to save as much.
-    assert len(dropped) <= (0.03 if kind == "ja-model" else 0.01) * len(choice.merges)
+    assert len(dropped) <= (0.05 if kind == "ja-model" else 0.01) * len(choice.merges)
     proof = prove(base, extension, hard_texts(base, extension, lines))
     assert proof.drift == 0 and proof.lengths.ratio < 0.99
     alive = {extension.map.texts[token_id] for token_id in proof.emitted}
