@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,6 +14,7 @@ from lexigraft.counting import count_chunks
 from lexigraft.errors import LexigraftError
 from lexigraft.families import measure, proof
 from lexigraft.families.tokenmap import TOKENIZER_FILES
+from lexigraft.files import publish, replace_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest
 
 # --- options of a text --------------------------------------------------------------------------
@@ -44,6 +47,52 @@ def test_files_of_a_tokenizer_in_a_folder_are_no_text(tmp_path, capsys):
     assert [file.name for file in inputs([named])] == ["merges.txt"]
     ends_as_text = {name for name in (*TOKENIZER_FILES, NEW_TOKENS) if name.endswith(SUFFIXES)}
     assert ends_as_text == OF_TOKENIZERS
+
+
+# --- two runs into one output -------------------------------------------------------------------
+
+
+def test_the_second_of_two_runs_says_so_and_the_first_result_stays(tmp_path):
+    out = tmp_path / "out"
+    for first in ("folder", "file"):
+        with (
+            pytest.raises(LexigraftError, match=r"another run has written .*out") as caught,
+            publish(out) as late,
+        ):
+            (late / "a.txt").write_text("late")
+            if first == "file":
+                out.write_text("first")
+            else:
+                with publish(out) as early:
+                    (early / "a.txt").write_text("first")
+        assert "choose another -o" in caught.value.fix
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (out if first == "file" else out / "a.txt").read_text() == "first"
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_runs_that_replace_one_output_at_once_leave_a_whole_one(tmp_path):
+    out = tmp_path / "out"
+
+    def run(name):
+        errors = []
+        for number in range(150):
+            partial = tmp_path / f"{name}{number}"
+            partial.mkdir()
+            (partial / "a.txt").write_text(f"{name} {number}")
+            try:
+                replace_folder(partial, out, force=True)
+            except LexigraftError as fault:
+                errors.append(fault.found)
+                shutil.rmtree(partial)
+        return errors
+
+    with ThreadPoolExecutor(3) as pool:
+        errors = [text for found in pool.map(run, "abc") for text in found]
+    assert (out / "a.txt").read_text()[0] in "abc"
+    kept = {path.name for path in tmp_path.iterdir()} - {"out"}
+    assert {path.split(".")[1][:4] for path in kept} <= {"old-"}
+    assert kept == {text.rpartition(" ")[2] for text in errors if "before is in" in text}
 
 
 # --- the lines of an earlier result -------------------------------------------------------------

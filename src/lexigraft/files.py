@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from lexigraft.errors import LexigraftError
 
 LOCK_NAME = ".lexigraft-lock"
+# What a rename meets where another run came first: something is there, or no longer there.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 # The largest JSON file we know of is a 33 MB tokenizer.json (Gemma 3); indexes stay below 10 MB.
 JSON_LIMIT_BYTES = 512 * 2**20
 
@@ -140,7 +142,8 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     was. With `force` an existing `output` is moved aside, replaced, then deleted.
 
     Raises:
-        LexigraftError: `output` exists and `force` is off, or its parent cannot be written.
+        LexigraftError: `output` exists and `force` is off, its parent cannot be written, or
+            another run has written `output` since.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
     refuse_existing(output, force=force)
@@ -196,17 +199,32 @@ def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:
-    """Rename `partial` to `output`; with `force` an old `output` is moved aside first."""
+    """Rename `partial` to `output`; with `force` an old `output` is moved aside first.
+
+    Raises:
+        LexigraftError: another run has written `output` since; both its result and what was there
+            before are kept.
+    """
     aside: Path | None = None
-    if force and (output.exists() or output.is_symlink()):
-        aside = output.with_name(f"{output.name}.old-{secrets.token_hex(4)}")
-        output.rename(aside)
     try:
+        if force and (output.exists() or output.is_symlink()):
+            aside = output.with_name(f"{output.name}.old-{secrets.token_hex(4)}")
+            output.rename(aside)
         partial.rename(output)
-    except OSError:
-        if aside is not None:
-            aside.rename(output)
-        raise
+    except OSError as fault:
+        before = ""
+        if aside is not None and (aside.exists() or aside.is_symlink()):
+            try:
+                aside.rename(output)
+            except OSError:
+                before = f"; what was there before is in {aside.name}"
+        if fault.errno not in _TAKEN or not partial.exists():
+            raise
+        raise LexigraftError(
+            f"another run has written {output} meanwhile{before}",
+            needed="one run at a time for an output; its result is kept, this one is not",
+            fix="choose another -o and run again",
+        ) from None
     fsync_path(output.parent)
     if aside is not None:
         if aside.is_dir() and not aside.is_symlink():
