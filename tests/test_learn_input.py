@@ -6,9 +6,11 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typer.testing import CliRunner
 
 import parts
 from lexigraft import learn
+from lexigraft.cli import app
 from lexigraft.corpus import OF_TOKENIZERS, SUFFIXES, inputs
 from lexigraft.counting import count_chunks
 from lexigraft.errors import LexigraftError
@@ -26,6 +28,27 @@ def test_a_weight_that_leaves_nothing_is_told(tmp_path):
     with pytest.raises(LexigraftError, match=r"nothing occurs once in .*a\.txt#weight"):
         count_chunks([f"{tmp_path}/a.txt#weight=0.001"])
     assert sum(count_chunks([f"{tmp_path}/b.txt#weight=0.001"]).chunks.values()) == 1
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--min-count", "--train-bytes"])
+def test_numbers_below_1_are_refused(tmp_path, option):
+    (tmp_path / "c.txt").write_text("x")
+    arguments = ["learn", str(tmp_path), "--corpus", str(tmp_path / "c.txt"), "-o",
+                 str(tmp_path / "v"), option]  # fmt: skip
+    for number in ("0", "-5"):
+        done = CliRunner().invoke(app, [*arguments, number])
+        assert done.exit_code == 2 and "Error" in done.output and option in done.output
+        assert not (tmp_path / "v").exists()
+
+
+def test_help_tells_the_defaults_and_what_contrast_does():
+    shown = CliRunner().invoke(app, ["learn", "--help"], env={"COLUMNS": "200"}).output
+    text = " ".join(shown.replace("│", " ").split())
+    assert "default: (the corpus once)" in text and "default: (by --train-bytes)" in text
+    assert "tokens no more frequent in the corpus than there are not learned" in text
 
 
 # --- folders ------------------------------------------------------------------------------------

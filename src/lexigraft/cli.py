@@ -114,7 +114,10 @@ def learn(
     ] = _NONE,
     contrast: Annotated[
         list[str],
-        typer.Option(help="Text of other fields: what is frequent there is not learned."),
+        typer.Option(
+            help="Text of other fields: tokens no more frequent in the corpus than there are not "
+            "learned. Repeatable."
+        ),
     ] = _NONE,
     pin: Annotated[
         list[str], typer.Option(help="List of words that become tokens however rare.")
@@ -127,13 +130,19 @@ def learn(
         str, typer.Option(help="How many: a number, a percentage, or auto.")
     ] = "auto",
     min_count: Annotated[
-        int | None, typer.Option(help="Least occurrences of a new token.", show_default="auto")
+        int | None,
+        typer.Option(
+            help="Least occurrences of a new token.", show_default="by --train-bytes", min=1
+        ),
     ] = None,
     allow_more: Annotated[
         bool, typer.Option("--allow-more", help="Accept more than 10% of the base's tokens.")
     ] = False,
     train_bytes: Annotated[
-        int | None, typer.Option(help="Bytes of text that training will see.")
+        int | None,
+        typer.Option(
+            help="Bytes of text that training will see.", show_default="the corpus once", min=1
+        ),
     ] = None,
     change_check_text: Annotated[
         bool,
