@@ -1,5 +1,7 @@
 """Units and segmentation of counted chunks against the engines' own reading of whole texts."""
 
+import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -32,10 +34,10 @@ def folders(tmp_path_factory):
     return made
 
 
-def plain_units(family, text):
+def plain_units(family, text, *, split=False):
     """The letter stretches of one text, from the engine's ids of the whole text, one by one."""
     ids, words = family.encode(text), None
-    if family.name == "byte-level BPE":  # its engine tells where the pre-tokenizer splits
+    if split or family.name == "byte-level BPE":  # its engine tells where the pre-tokenizer splits
         words = family._engine.encode(text, add_special_tokens=False).word_ids
     units, unit, before = [], [], None
     data = b"".join(map(family.token_bytes, ids))
@@ -47,7 +49,7 @@ def plain_units(family, text):
             place += 1
     place = 0
     for at_token, token_id in enumerate(ids):
-        split = words is not None and at_token and words[at_token] != words[at_token - 1]
+        cut = words is not None and at_token and words[at_token] != words[at_token - 1]
         size = len(family.token_bytes(token_id))
         kinds = [letters[at] for at in range(place, place + size)]
         mark = str(kinds[0]).startswith("mark") and letters.get(place - 1) != kinds[0]
@@ -57,7 +59,7 @@ def plain_units(family, text):
         good = token_id not in family.map.added | family.map.special
         good = good and None not in body and len(scripts) <= 1
         script = next(iter(scripts), None)
-        if not good or spaced or split or mark or (before and script and script != before):
+        if not good or spaced or cut or mark or (before and script and script != before):
             units.append(unit)
             unit = []
         if good:
@@ -121,3 +123,58 @@ def _sizes(units):
     for unit, weight in units.to_tuples().items():
         numbers = {text: symbol for symbol, text in units.texts.items()}
         yield sum(units.pending.get(numbers[token], 1) for token in unit), weight
+
+
+NORMALIZERS = {
+    "nfc": [{"type": "NFC"}],
+    "no accents": [{"type": "NFD"}, {"type": "StripAccents"}, {"type": "Lowercase"}],
+    "spaces": [{"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}],
+}
+SPLITS = {
+    "two Han": {
+        "type": "Split", "pattern": {"Regex": r"\p{Han}{1,2}"}, "behavior": "Isolated",
+        "invert": False,
+    },
+    "pairs": {
+        "type": "Split", "pattern": {"Regex": "[a-z]{1,2}"}, "behavior": "Isolated", "invert": False,
+    },
+}  # fmt: skip
+
+
+def with_steps(folder, target, *, before=(), split=None):
+    """A copy of a SentencePiece tokenizer.json with more steps before its own."""
+    shutil.copytree(folder, target)
+    path = target / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    own = [data["normalizer"]] if data["normalizer"] else []
+    data["normalizer"] = {"type": "Sequence", "normalizers": [*before, *own]}
+    steps = [split] if split else []
+    own = [data["pre_tokenizer"]] if data["pre_tokenizer"] else []
+    if steps or own:
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*own, *steps]}
+    path.write_text(json.dumps(data), "utf-8")
+    return target
+
+
+NORMAL_TEXTS = [
+    "Re\u0301sume\u0301 of THE patients",
+    "a  house   near the   Garden",
+    "患者患者患者 house",
+]
+
+
+@pytest.mark.parametrize("steps", NORMALIZERS)
+def test_units_are_normalised_as_the_engine_does(folders, tmp_path, steps):
+    """Chunks are read as whole texts are: else tokens are counted that never come out."""
+    folder = with_steps(folders["sp-json"], tmp_path / "base", before=NORMALIZERS[steps])
+    family = families.load(folder)
+    compare(family, [*NORMAL_TEXTS, *(family.decode(family.encode(t)) for t in NORMAL_TEXTS)])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_units_end_where_the_pre_tokenizer_splits(folders, tmp_path, split):
+    family = families.load(with_steps(folders["sp-json"], tmp_path / "base", split=SPLITS[split]))
+    texts = [*NORMAL_TEXTS, "the garden's letter"]
+    expected = [plain_units(family, text, split=True) for text in texts]
+    assert [fast_units(family, text) for text in texts] == expected
+    assert expected != [plain_units(family, text) for text in texts]

@@ -43,8 +43,10 @@ from lexigraft.families.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
     copy_of,
+    inside,
     processor_of,
     spaced,
+    splits_words,
     without_prefix,
     without_self_test,
 )
@@ -166,10 +168,25 @@ class SentencePieceBPE:
             byte_pieces=(i for i, text in pieces.items() if text in BYTE_PIECES),
         )
         for texts, weights in batches(chunks):
-            counter.add(self._plain_encode(texts), weights)
+            if self._plain_processor is not None:
+                counter.add(self._plain_encode(texts), weights)
+                continue
+            batch = self._inner_engine.encode_batch(texts, add_special_tokens=False)
+            words = [encoding.word_ids for encoding in batch] if self._splits_words else None
+            counter.add([encoding.ids for encoding in batch], weights, words)
         return counter.units()
 
+    @cached_property
+    def _inner_engine(self) -> Tokenizer:
+        assert self._data is not None
+        return open_engine(inside(self._data))
+
+    @cached_property
+    def _splits_words(self) -> bool:
+        return self._data is not None and splits_words(self._data)
+
     def _plain_encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts by the merges alone."""
         if self._plain_processor is not None:
             encoded: list[list[int]] = self._plain_processor.encode(list(texts), num_threads=-1)
             return encoded
