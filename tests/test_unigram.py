@@ -366,6 +366,37 @@ def test_a_near_tie_is_not_admitted(tmp_path):
     assert [m.token for m in base.admits(merges)] == ["quick"]
 
 
+HAN_PAIRS = {
+    "type": "Split", "pattern": {"Regex": r"\p{Han}{1,2}"}, "behavior": "Isolated",
+    "invert": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["own", "pairs of Han", "nothing"])
+def test_units_end_where_the_engine_of_a_json_splits(tmp_path, kind):
+    folder = parts.write_unigram(tmp_path / "base", files="json")
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    own = data["pre_tokenizer"]
+    steps = own["pretokenizers"] if own["type"] == "Sequence" else [own]
+    pairs = {"type": "Sequence", "pretokenizers": [*steps, HAN_PAIRS]}
+    data["pre_tokenizer"] = {"own": own, "pairs of Han": pairs, "nothing": None}[kind]
+    path.write_text(json.dumps(data), "utf-8")
+    base = families.load(folder)
+    text = "the gardens  of\tCaf\u00e9 \u60a3\u8005\u75c5\u4eba"
+    units = {"".join(unit) for unit in base.units([base.prefix + text])}
+    words = {
+        "own": {"▁gardens", "▁Caf\u00e9", "\u60a3\u8005\u75c5\u4eba"},
+        "pairs of Han": {"▁gardens", "\u60a3\u8005", "\u75c5\u4eba"},
+        "nothing": {"the", "gardens", "\u60a3\u8005\u75c5\u4eba"},
+    }[kind]
+    assert {word.removeprefix(SPACE) for word in words} <= {u.removeprefix(SPACE) for u in units}
+    assert any(unit.startswith(SPACE) for unit in units) == (kind != "nothing")
+    counted = base.count_units({base.prefix + text: 3}).to_tuples()
+    assert counted and {"".join(unit) for unit in counted} == units
+    assert set(counted.values()) == {3}
+
+
 @settings(deadline=None)
 @given(
     whole=st.text("abé", min_size=1, max_size=9),

@@ -19,12 +19,13 @@ with the new ones, which only makes texts with unknown characters come out close
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +53,10 @@ from lexigraft.families.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
     copy_of,
+    inside,
     processor_of,
     spaced,
+    splits_words,
     without_prefix,
     without_self_test,
 )
@@ -69,7 +72,6 @@ from lexigraft.files import read_json, sha256_bytes, sha256_json
 DELTA = 0.01
 _UNKNOWN_PENALTY = 10.0  # kUnkPenalty in both engines: an unknown character is that far below all
 _ADOPTION = 2  # an unknown character loses its text: adopting it is worth one saved token
-_WHITESPACE = re.compile(r"\s+")
 # SentencePiece adds up the scores of a whole text in float32, whose step behind 1,000 characters
 # of English is a fortieth of DELTA. Longer texts are proved in parts.
 _PROOF_CHARACTERS = 1000
@@ -204,17 +206,19 @@ class Unigram(PlainCounting):
         counted: Counter[Unit] = Counter()
         total = 0
         for texts, weights in batches(chunks):
-            for tokens, weight in zip(self._chunk_tokens(texts), weights, strict=True):
-                total += weight * len(tokens)
-                for unit in self._units_of(tokens):
-                    counted[unit] += weight
+            for words, weight in zip(self._words_of(texts), weights, strict=True):
+                total += weight * sum(map(len, words))
+                for word in words:
+                    for unit in self._units_of(word):
+                        counted[unit] += weight
         units = Units.from_tuples(counted, self.map.ids, self.adoptable(counted))
         return replace(units, total=total)
 
     def units(self, texts: Sequence[str]) -> Iterator[Unit]:
         """The stretches of `texts` in which new tokens may arise, as base tokens."""
-        for tokens in self._chunk_tokens(texts):
-            yield from self._units_of(tokens)
+        for words in self._words_of(texts):
+            for word in words:
+                yield from self._units_of(word)
 
     def _units_of(self, tokens: Sequence[str]) -> Iterator[Unit]:
         """Stretches end before `▁` and at every token that cannot be part of a word.
@@ -232,17 +236,32 @@ class Unigram(PlainCounting):
         if self._is_unit(unit):
             yield tuple(unit)
 
-    def _chunk_tokens(self, chunks: Sequence[str]) -> list[list[str]]:
-        """The tokens of each chunk; what is unknown as it is written in the (normalised) text."""
+    def _words_of(self, chunks: Sequence[str]) -> list[list[list[str]]]:
+        """The tokens of each chunk, by the words that the pre-tokenizer makes where it splits more.
+
+        What is unknown stands there as it is written in the (normalised) text.
+        """
         if self._proto is not None:
             tokens: list[list[str]] = self._chunk_processor.encode(list(chunks), out_type=str)
-            return tokens
-        assert self._engine is not None
-        normalizer = self._engine.normalizer
-        texts = [normalizer.normalize_str(chunk) for chunk in chunks] if normalizer else chunks
-        spelled = [_WHITESPACE.sub(SPACE, text) for text in texts]
-        batch = self._plain_engine.encode_batch(spelled, add_special_tokens=False)
-        return [encoding.tokens for encoding in batch]
+            return [[one] for one in tokens]
+        assert self._data is not None
+        batch = self._inner_engine.encode_batch(list(chunks), add_special_tokens=False)
+        if not splits_words(self._data):
+            return [[encoding.tokens] for encoding in batch]
+        return [
+            [
+                [token for _, token in word]
+                for _, word in groupby(
+                    zip(encoding.word_ids, encoding.tokens, strict=True), key=itemgetter(0)
+                )
+            ]
+            for encoding in batch
+        ]
+
+    @cached_property
+    def _inner_engine(self) -> Tokenizer:
+        assert self._data is not None
+        return open_engine(inside(self._data))
 
     @cached_property
     def _chunk_processor(self) -> sentencepiece.SentencePieceProcessor:
