@@ -49,7 +49,12 @@ def plain_replay(counted, merges):
     return {m.token: emitted[m.token] for m in merges}, length
 
 
-def require_sound(choice, counted, *, limit, min_count, pinned=frozenset()):
+def own_letters_form(token, merges):
+    """Whether the engine reads the letters of a token, by themselves, as this token."""
+    return plain_replay({tuple(token): 1}, merges)[0].get(token) == 1
+
+
+def require_sound(choice, counted, *, limit, min_count, asked=frozenset(), pinned=frozenset()):
     """What every choice promises, counted once more."""
     counts, length = plain_replay(counted, choice.merges)
     assert dict(choice.counts) == counts
@@ -65,9 +70,10 @@ def require_sound(choice, counted, *, limit, min_count, pinned=frozenset()):
     assert all(counts[token] >= min_count for token in leaves)
     dead = {token for token in made if not counts[token]}
     assert choice.bridges == {token for token in dead if children.get(token)}
-    if not pinned:
-        assert dead == choice.bridges
-        assert len(dead) <= BRIDGE_SHARE * len(made)
+    for token in dead - choice.bridges:  # a pinned word that the text lacks, but that can be read
+        assert token in pinned and own_letters_form(token, choice.merges)
+    unasked = choice.bridges - with_parts(choice.merges, asked | pinned)
+    assert len(unasked) <= BRIDGE_SHARE * len(made)
 
 
 WORDS = st.dictionaries(
@@ -92,13 +98,11 @@ def test_pinned_tokens_stay_and_banned_ones_are_never_made(letters, words, limit
     first = [Merge(pin[: n + 1], pin[:n], pin[n], 0) for n in range(1, len(pin))]
     banned -= {merge.token for merge in first}
     choice = choose(
-        letters, units, limit=limit, min_count=min_count, first=first, pinned=frozenset({pin}),
-        banned=banned.__contains__,
+        letters, units, limit=limit, min_count=min_count, first=first, asked=frozenset({pin}),
+        pinned=frozenset({pin}), banned=banned.__contains__,
     )  # fmt: skip
     made = {merge.token for merge in choice.merges}
-    found = {letter for word in words for letter in word}
-    if set(pin) <= found:  # what no text holds is spelled by tokens that the text does not show
-        assert pin in made
+    assert (pin in made) == own_letters_form(pin, first)  # `abab` is read `ab` `ab`
     assert not made & banned
     require_sound(
         choice, units.to_tuples(), limit=limit, min_count=min_count, pinned=frozenset({pin})
@@ -136,7 +140,7 @@ def test_a_judge_sees_the_counts_and_what_it_drops_takes_what_is_made_of_it(lett
 def test_a_pinned_token_outlives_judges_with_its_parts(letters):
     units = letters.count_units({"abcd": 20, "eee": 30})
     first = [Merge("ab", "a", "b", 0), Merge("abc", "ab", "c", 0)]
-    options = {"limit": 9, "min_count": 5, "first": first}
+    options = {"limit": 9, "min_count": 5, "first": first, "asked": frozenset({"abc"})}
     everything = lambda kept, _: {m.token for m in kept}  # noqa: E731
     kept = choose(letters, units, pinned=frozenset({"abc"}), judges=[everything], **options)
     assert [m.token for m in kept.merges] == ["ab", "abc"]
@@ -156,7 +160,8 @@ def test_a_dead_token_is_avoided_where_others_make_the_same(letters):
     others = {f"{one}{other}": 99 for one, other in pairwise("fghijklmnopqrstuvwxyz")}
     units = letters.count_units({"abc": 50, "bcd": 4, "bce": 3, "ebc": 2, **others})
     first = [Merge("ab", "a", "b", 0), Merge("bc", "b", "c", 0), Merge("abc", "ab", "c", 0)]
-    choice = choose(letters, units, limit=30, min_count=5, first=first)
+    asked = frozenset({"abc", "bc"})
+    choice = choose(letters, units, limit=30, min_count=5, first=first, asked=asked)
     assert [(m.token, m.left, m.right) for m in choice.merges[:2]] == [
         ("bc", "b", "c"), ("abc", "a", "bc"),
     ]  # fmt: skip
@@ -181,14 +186,17 @@ def test_bridges_of_long_words_stay_within_their_share(letters):
     assert sum(not n for n in counts.values()) > BRIDGE_SHARE * 60
 
 
-def test_what_was_decided_beforehand_is_the_last_to_go(letters):
+def test_what_asked_words_need_is_kept(letters):
     spelled = "cafe"
     pairs = {f"{one}{other}": 8 for one in "uvwxyz" for other in "klmnop"}
     units = letters.count_units({**long_words(), **pairs, spelled: 9})
     first = [Merge(spelled[: n + 1], spelled[:n], spelled[n], 0) for n in range(1, 4)]
-    choice = choose(letters, units, limit=60, min_count=8, first=first)
+    asked = frozenset({spelled})
+    choice = choose(letters, units, limit=60, min_count=8, first=first, asked=asked)
     assert spelled in choice.counts and choice.bridges >= {"ca", "caf"}
-    require_sound(choice, units.to_tuples(), limit=60, min_count=8)
+    require_sound(choice, units.to_tuples(), limit=60, min_count=8, asked=asked)
+    # what was made for a word that nobody asks for is not kept
+    assert spelled not in choose(letters, units, limit=60, min_count=8, first=first).counts
 
 
 def test_nothing_wanted_or_nothing_there_is_an_empty_choice(letters):
@@ -211,7 +219,8 @@ def test_a_pinned_word_may_have_letters_that_the_text_has_not(tmp_path):
     base = families.load(parts.write_sentencepiece(tmp_path / "base", fast=False))
     units = base.count_units({" table": 50, "患者": 9})
     first = [Merge("肝", "肝", None, 0), Merge("癌", "癌", None, 0), Merge("肝癌", "肝", "癌", 0)]
-    choice = choose(base, units, limit=9, min_count=5, first=first, pinned=frozenset({"肝癌"}))
+    pinned = frozenset({"肝癌"})
+    choice = choose(base, units, limit=9, min_count=5, first=first, asked=pinned, pinned=pinned)
     assert [m.token for m in choice.merges[:3]] == ["肝", "癌", "肝癌"]
     assert choice.counts["肝癌"] == 0 and choice.bridges == {"肝", "癌"}
     (tmp_path / "v").mkdir()
