@@ -109,6 +109,17 @@ def test_pinned_tokens_stay_and_banned_ones_are_never_made(letters, words, limit
     )
 
 
+def test_a_pinned_word_that_cannot_be_read_goes_with_all_that_was_made_for_it(letters):
+    first = [Merge("ab", "a", "b", 0), Merge("aba", "ab", "a", 0), Merge("abab", "aba", "b", 0)]
+    pinned = frozenset({"abab"})  # its letters are read `ab` `ab`
+    for words in ({"abe": 3, "cd": 30}, {"abae": 3, "cd": 30}, {"abe": 20, "cd": 30}):
+        units = letters.count_units(words)
+        choice = choose(letters, units, limit=9, min_count=12, first=first, asked=pinned,
+                        pinned=pinned)  # fmt: skip
+        assert "cd" in choice.counts and not choice.counts.keys() & {"aba", "abab"}
+        require_sound(choice, units.to_tuples(), limit=9, min_count=12, pinned=pinned)
+
+
 def test_a_place_that_a_rare_leaf_leaves_is_filled(letters):
     # `ab` is in 30 words and `abc` in all of them but 5: learned, `ab` is left with 5.
     words = {"abc": 25, "abe": 5, "de": 9, "ce": 8}
