@@ -1,7 +1,9 @@
 """Units and segmentation of counted chunks against the engines' own reading of whole texts."""
 
 import json
+import random
 import shutil
+import time
 from collections import Counter
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 import parts
 from lexigraft import families
 from lexigraft.corpus import read_documents
+from lexigraft.families.continued_bpe import Merge, continue_bpe
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.replay import replay
+from lexigraft.families.sentencepiece_model import SPACE
 from lexigraft.families.spelling import is_symbol, script_of
 from lexigraft.selection.gathering import units_of_texts
 
@@ -178,3 +182,72 @@ def test_units_end_where_the_pre_tokenizer_splits(folders, tmp_path, split):
     expected = [plain_units(family, text, split=True) for text in texts]
     assert [fast_units(family, text) for text in texts] == expected
     assert expected != [plain_units(family, text) for text in texts]
+
+
+def joined(*pairs):
+    return [Merge(left + right, left, right, 9) for left, right in pairs]
+
+
+def test_admitted_merges_name_the_parts_that_the_scores_join(folders):
+    """A list may plan other parts; SentencePiece joins whatever pair is a piece, the best first."""
+    base = families.load(folders["sp-both"])
+    assert [base.map.texts[i] for i in base.pieces("kbvm")] == list("kbvm")
+    first = joined(("b", "v"), ("k", "b"), ("v", "m"))
+    assert base.admits([*first, *joined(("kb", "v"))]) == [*first, *joined(("k", "bv"))]
+    # `b v` takes the `b` of `kb` and the `v` of `vm`: the token of these two is never made.
+    assert base.admits([*first, *joined(("kb", "vm"))]) == first
+    assert base.admits(first[1:] + joined(("kb", "vm"))) == first[1:] + joined(("kb", "vm"))
+
+
+def test_a_letter_without_a_piece_is_joined_once_it_is_adopted(folders):
+    base = families.load(folders["sp-both"])
+    adopted = [Merge(letter, letter, None, 9) for letter in "患者"]
+    word = joined(("患", "者"))
+    assert base.admits([*adopted, *word]) == [*adopted, *word]
+    assert base.admits([adopted[0], *word]) == adopted[:1]
+
+
+@pytest.mark.parametrize("kind", ["sp-both", "sp-json"])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_admitted_token_comes_out_of_its_own_letters(folders, tmp_path, kind, seed):
+    base = families.load(folders[kind])
+    rng = random.Random(seed)
+    tokens = [*"abekmv", SPACE]
+    planned = {}
+    while len(planned) < 40:
+        left, right = rng.choice(tokens), rng.choice(tokens)
+        token = base.join(left, right)
+        if token is not None and token not in planned:
+            planned[token] = Merge(token, left, right, 9)
+            tokens.append(token)
+    admitted = base.admits(list(planned.values()))
+    assert 0 < len(admitted) < 40
+    (tmp_path / "all").mkdir()
+    base.extend(admitted, tmp_path / "all")
+    extension = families.load(tmp_path / "all")
+    for place, merge in enumerate(admitted):
+        text = f"1{merge.token.replace(SPACE, ' ')}1"
+        read = [tuple(read([text])[0]) for read in extension.engines().values()]
+        assert len(set(read)) == 1 and base.map.tokens + place in read[0]
+        assert extension.pieces(merge.token) == [base.map.tokens + place]
+    for place in range(0, len(admitted), 4):  # the parts are what stands there before
+        (tmp_path / str(place)).mkdir()
+        base.extend(admitted[:place], tmp_path / str(place))
+        before = families.load(tmp_path / str(place))
+        read = [before.map.texts[i] for i in before.pieces(admitted[place].token)]
+        assert read == [admitted[place].left, admitted[place].right]
+    # What was left out is read otherwise, or two engines could read it in two ways.
+    assert base.admits(admitted) == admitted
+
+
+def test_thousands_of_merges_are_admitted_at_once(tmp_path):
+    base = families.load(parts.mistral_folder(tmp_path / "base", fast=False))
+    units = units_of_texts(base, [parts.ENGLISH.read_text("utf-8")])
+    learned = list(continue_bpe(units, join=base.join, implicit=True, min_count=1))
+    seconds = []
+    for _ in range(3):  # the first one opens the engine
+        start = time.perf_counter()
+        admitted = base.admits(learned)
+        seconds.append(time.perf_counter() - start)
+    assert len(admitted) > 0.9 * len(learned) > 100
+    assert min(seconds) < 0.5 * len(learned) / 5000

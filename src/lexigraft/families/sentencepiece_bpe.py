@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class SentencePieceBPE:
         if model_file:
             self._proto = parse_sentencepiece(model_file.read_bytes(), model_file)
             self._processor = processor_of(self._proto)
+        self._spelled: dict[str, list[str]] = {}  # new token -> base tokens and letters
 
     @cached_property
     def content_hash(self) -> str:
@@ -186,7 +188,6 @@ class SentencePieceBPE:
         return self._data is not None and splits_words(self._data)
 
     def _plain_encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts by the merges alone."""
         if self._plain_processor is not None:
             encoded: list[list[int]] = self._plain_processor.encode(list(texts), num_threads=-1)
             return encoded
@@ -239,18 +240,52 @@ class SentencePieceBPE:
         )
 
     def admits(self, merges: Sequence[Merge]) -> list[Merge]:
-        """`merges` without those that the two engines could join in a different order.
+        """`merges` that both engines form alike, each with the parts it is made of.
 
-        Where a piece has two splits X+Y and Y+Z, SentencePiece joins the left pair of X Y Z
-        first and a merge list the pair listed first.
+        Left out are tokens with two splits X+Y and Y+Z (SentencePiece joins the left pair of
+        X Y Z, a merge list the pair listed first), and those that the scores do not form out of
+        their own letters, because another token takes a part of them first: what is joined
+        within a token does not depend on what stands around it.
         """
         kept = list(merges)
         while True:
             known = self.map.ids.keys() | {merge.token for merge in kept}
-            good = [merge for merge in kept if not is_ambiguous(merge.token, known)]
-            if len(good) == len(kept):
-                return kept
-            kept = good
+            clear = [merge for merge in kept if not is_ambiguous(merge.token, known)]
+            formed = list(self._derived(clear))
+            if len(formed) == len(kept):
+                return formed
+            kept = formed
+
+    def _derived(self, merges: Sequence[Merge]) -> Iterable[Merge]:
+        places = {merge.token: place for place, merge in enumerate(merges)}
+        adopted = {merge.token for merge in merges if merge.right is None}
+        spelled = self._letters([merge.token for merge in merges if merge.right is not None])
+        for merge in merges:
+            if merge.right is None:
+                yield merge
+                continue
+            symbols = spelled[merge.token]
+            closed = any(s not in self.map.ids and s not in adopted for s in symbols)
+            parts = None if closed else last_pair(symbols, places, merge.token)
+            if parts is not None:
+                yield merge._replace(left=parts[0], right=parts[1])
+
+    def _letters(self, tokens: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Each token as base tokens; a letter in byte pieces is itself."""
+        fresh = [token for token in tokens if token not in self._spelled]
+        for token, ids in zip(
+            fresh, self._plain_encode([t.replace(SPACE, " ") for t in fresh]), strict=True
+        ):
+            pieces = [self.map.texts[token_id] for token_id in ids]
+            symbols: list[str] = []
+            for spelled, run in groupby(pieces, key=BYTE_PIECES.__contains__):
+                if spelled:
+                    data = bytes(BYTE_PIECES[piece] for piece in run)
+                    symbols += data.decode("utf-8", "replace")
+                else:
+                    symbols += run
+            self._spelled[token] = symbols
+        return self._spelled
 
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
@@ -314,3 +349,29 @@ def is_ambiguous(token: str, known: Iterable[str]) -> bool:
     pairs = splits(token, known)
     lefts = dict(pairs)
     return any(right in lefts and (right, lefts[right]) != (left, right) for left, right in pairs)
+
+
+def last_pair(
+    symbols: Sequence[str], places: Mapping[str, int], token: str
+) -> tuple[str, str] | None:
+    """The two parts that `token` is joined of last, or None if it is not formed.
+
+    Args:
+        symbols: its base tokens.
+        places: new token -> place in the order of the ranks.
+    """
+    parts = list(symbols)
+    own = places[token]
+    while len(parts) > 1:
+        ranked = [
+            (place, at)
+            for at, (left, right) in enumerate(pairwise(parts))
+            if (place := places.get(left + right, own + 1)) <= own
+        ]
+        if not ranked:
+            return None
+        place, at = min(ranked)
+        if place == own:
+            return (parts[at], parts[at + 1]) if len(parts) == 2 else None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return None

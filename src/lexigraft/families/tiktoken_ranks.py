@@ -17,7 +17,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from lexigraft.families.rank_files import (
     known_ranks,
     rank_lines,
 )
-from lexigraft.families.sentencepiece_bpe import is_ambiguous, splits
+from lexigraft.families.sentencepiece_bpe import is_ambiguous, last_pair, splits
 from lexigraft.families.tokenmap import CHARACTER_TO_BYTE, TokenMap, byte_text
 from lexigraft.files import sha256_json
 
@@ -284,32 +283,6 @@ def all_splits(vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
 def ordered_splits(token: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every way to cut `token` into two tokens, the lowest ids first."""
     return sorted(splits(token, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-
-
-def last_pair(
-    symbols: Sequence[str], places: Mapping[str, int], token: str
-) -> tuple[str, str] | None:
-    """The two parts that `token` is joined of last, or None if it is not formed.
-
-    Args:
-        symbols: its base tokens.
-        places: new token -> place in the order of the ranks.
-    """
-    parts = list(symbols)
-    own = places[token]
-    while len(parts) > 1:
-        ranked = [
-            (place, at)
-            for at, (left, right) in enumerate(pairwise(parts))
-            if (place := places.get(left + right, own + 1)) <= own
-        ]
-        if not ranked:
-            return None
-        place, at = min(ranked)
-        if place == own:
-            return (parts[at], parts[at + 1]) if len(parts) == 2 else None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return None
 
 
 def split_pattern(pre_tokenizer: Any) -> str | None:
