@@ -193,6 +193,9 @@ def test_damaged_lines_are_told_with_their_place(earlier, found):
     try:
         with pytest.raises(LexigraftError, match=rf"new_tokens\.jsonl: {found}") as caught:
             read(earlier)
+        with pytest.raises(LexigraftError, match=rf"new_tokens\.jsonl: {found}"):
+            learn(earlier / "base", from_vocab=earlier / "v", tokens=3, output=earlier / "w")
     finally:
         path.write_bytes(whole)
+    assert not (earlier / "w").exists()
     assert "copy new_tokens.jsonl again" in caught.value.fix
