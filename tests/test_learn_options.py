@@ -480,8 +480,19 @@ def test_specificity_is_the_z_score_of_the_counts(contrasted):
     inside, outside = (
         emitted(extended, learning_documents(root / name)) for name in ("domain.txt", "other.txt")
     )
+    # A token is joined where it comes out, and within all that is made of it.
+    held = {}
     for row in rows:
-        y1, y2 = inside[row["id"]], outside[row["id"]]
+        held[row["token"]] = Counter({row["token"]: 1})
+        for part in row["parts"] or ():
+            held[row["token"]] += held.get(part, Counter())
+    joined = [Counter(), Counter()]
+    for counts, came_out in zip(joined, (inside, outside), strict=True):
+        for row in rows:
+            for token, times in held[row["token"]].items():
+                counts[token] += times * came_out[row["id"]]
+    for row in rows:
+        y1, y2 = (counts[row["token"]] for counts in joined)
         if not y1 + y2:
             assert row["specificity"] == 0
             continue

@@ -245,6 +245,11 @@ def _common_rows(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return next(iter(rows.values()))
 
 
+def is_tied_by_config(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` makes embedding and head one tensor, its class's default included."""
+    return _states_tied(config, table().get(str(config.get("model_type"))))
+
+
 def _states_tied(config: Mapping[str, Any], entry: Mapping[str, Any] | None) -> bool:
     """What the config says; where it is silent, the class's default (not False)."""
     nested = config.get("text_config")

@@ -26,6 +26,7 @@ _SPARE = 64  # candidates tried beyond the number wanted, at first
 _ROUNDS = 64
 
 Judge = Callable[[Sequence[Merge], Mapping[str, int]], set[str]]
+Refusal = Callable[[Sequence[Merge]], set[str]]
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,33 @@ def choose(
     limit: int,
     min_count: int,
     first: Sequence[Merge] = (),
+    asked: frozenset[str] = frozenset(),
     pinned: frozenset[str] = frozenset(),
     banned: Callable[[str], bool] = lambda token: False,
+    refuse: Refusal | None = None,
     judges: Sequence[Judge] = (),
+    budget: int | None = None,
 ) -> Choice:
     """At most `limit` tokens, each emitted at least `min_count` times unless others need it.
 
     Leaves (tokens that are no part of another) below `min_count` are dropped and their places
     filled by the next candidates, until none is left. While more than `BRIDGE_SHARE` of the
-    choice are dead, what is made of the least useful dead tokens is dropped, so that these come
-    out themselves again; what was decided beforehand is dropped last.
+    budget are dead, what is made of the least useful dead tokens is dropped, so that these come
+    out themselves again. Bridges of asked tokens are not counted there: a list is obeyed.
 
     Args:
         family: the base.
         units: the learning text.
         limit: how many tokens at most.
         min_count: occurrences in the final segmentation.
-        first: merges decided beforehand (terms), in rank order.
-        pinned: tokens kept however rare they are, with all their parts.
+        first: merges decided beforehand (for the asked tokens), in rank order.
+        asked: tokens that a list asks for.
+        pinned: those of them that are kept however rare they are.
         banned: token -> whether it may not be made, not even as a part.
+        refuse: all candidates so far -> those that are not wanted; asked again with each new
+            candidate, since a part is wanted if what is made of it is.
         judges: (kept merges, counts) -> further tokens to drop.
+        budget: the number of tokens that bridges are a share of; default: those kept.
     """
     if limit <= 0:
         return Choice([], {})
@@ -89,7 +97,7 @@ def choose(
     stream = continue_bpe(
         units, join=join, implicit=family.implicit, min_count=min_count, first=first
     )
-    candidates = _Candidates(family, stream)
+    candidates = _Candidates(family, stream, refuse)
     # A character becomes a token without being joined: `join` is not asked.
     dropped = {letter for letter in map(units.texts.__getitem__, units.pending) if banned(letter)}
     decided = frozenset(merge.token for merge in first)
@@ -101,37 +109,94 @@ def choose(
         bad = _rare_leaves(kept, replayed.counts, min_count)
         for judge in judges:
             bad |= judge(kept, replayed.counts)
-        needed = with_parts(kept, pinned)
-        bad = bad - needed or _excess_bridges(kept, replayed.counts, needed, decided)
+        bad = (bad | _orphans(kept, asked | pinned, decided)) - with_parts(kept, pinned)
+        if not bad:
+            allowed = int(BRIDGE_SHARE * (len(kept) if budget is None else budget))
+            bad = _excess_bridges(kept, replayed.counts, with_parts(kept, asked), allowed)
         if not bad:
             break
         dropped |= bad
     else:  # still unsettled: keep what is certainly alive
         kept = _without(kept, bad)
         replayed = family.replay(units, kept)
-    kept, replayed, detours = _shortened(family, units, kept, replayed, pinned)
+    kept, replayed, detours = _shortened(family, units, kept, replayed, with_parts(kept, pinned))
+    while dead := _dead(family, units, kept, replayed.counts, min_count, asked, pinned, decided):
+        kept = _without(kept, dead)
+        replayed = family.replay(units, kept)
     return Choice(kept, replayed.counts, replayed.saved, detours)
+
+
+def _dead(  # noqa: PLR0917
+    family: Family,
+    units: Units,
+    kept: Sequence[Merge],
+    counts: Mapping[str, int],
+    min_count: int,
+    asked: frozenset[str],
+    pinned: frozenset[str],
+    decided: frozenset[str],
+) -> set[str]:
+    """Leaves that come out too rarely, and pinned ones that cannot come out at all.
+
+    A pinned word that the text does not hold is read from its own letters. Where other merges
+    take these, its row could never be trained or used: it is dropped, and the lists' table says so.
+    """
+    rare = _rare_leaves(kept, counts, min_count)
+    silent = [merge for merge in kept if merge.token in rare & pinned and not counts[merge.token]]
+    own = _spelled(units, kept, silent)
+    formed = family.replay(own, kept).counts if own is not None else {}
+    good = {token for token in pinned if counts.get(token) or formed.get(token)}
+    return (rare - good) | _orphans(kept, asked | pinned, decided)
+
+
+def _spelled(units: Units, kept: Sequence[Merge], some: Sequence[Merge]) -> Units | None:
+    """Units that spell `some` of the kept tokens, each once, in the symbols of `units`."""
+    parts = {merge.token: (merge.left, merge.right) for merge in kept if merge.right is not None}
+    numbers = {text: symbol for symbol, text in reversed(list(units.texts.items()))}
+
+    def symbols(token: str) -> list[str]:
+        left, right = parts.get(token, ("", ""))
+        return symbols(left) + symbols(right or "") if left else [token]
+
+    rows = {tuple(symbols(merge.token)): 1 for merge in some}
+    if not rows:
+        return None
+    pending = {units.texts[symbol]: pieces for symbol, pieces in units.pending.items()}
+    # Letters that the text does not hold are adopted as those that it holds.
+    pending |= {t: len(t.encode()) for row in rows for t in row if t not in numbers}
+    known = {text: symbol for text, symbol in numbers.items() if text not in pending}
+    return Units.from_tuples(rows, known, pending)
+
+
+def _orphans(kept: Sequence[Merge], asked: frozenset[str], decided: frozenset[str]) -> set[str]:
+    """Merges made for asked tokens that are not kept, and for no others."""
+    return {merge.token for merge in kept} & decided - with_parts(kept, asked)
 
 
 class _Candidates:
     """Learned merges, asked for as they are needed."""
 
-    def __init__(self, family: Family, stream: Iterator[Merge]) -> None:
+    def __init__(self, family: Family, stream: Iterator[Merge], refuse: Refusal | None) -> None:
         self.family = family
         self.stream = stream
+        self.refuse = refuse
         self.learned: list[Merge] = []
         self.admitted: list[Merge] = []
 
     def first(self, limit: int, dropped: set[str]) -> list[Merge]:
         """The first `limit` candidates that neither are nor need a dropped token."""
         kept = _without(self.admitted, dropped)
+        more = limit - len(kept) + _SPARE
         while len(kept) < limit:
-            more = list(islice(self.stream, limit - len(kept) + _SPARE))
-            if not more:
+            found = list(islice(self.stream, more))
+            if not found:
                 break
-            self.learned += more
+            self.learned += found
             self.admitted = self.family.admits(self.learned)
+            if self.refuse is not None:
+                self.admitted = _without(self.admitted, self.refuse(self.admitted))
             kept = _without(self.admitted, dropped)
+            more *= 2
         return kept[:limit]
 
 
@@ -171,21 +236,18 @@ def _rare_leaves(kept: Sequence[Merge], counts: Mapping[str, int], min_count: in
 
 
 def _excess_bridges(
-    kept: Sequence[Merge], counts: Mapping[str, int], needed: set[str], decided: frozenset[str]
+    kept: Sequence[Merge], counts: Mapping[str, int], needed: set[str], allowed: int
 ) -> set[str]:
-    """What is made of the least useful dead tokens above the allowed share.
-
-    Nothing that is `needed`, and first what was learned, then what was `decided` beforehand.
-    """
-    dead = [merge.token for merge in kept if not counts[merge.token]]
-    excess = len(dead) - int(BRIDGE_SHARE * len(kept))
+    """What is made of the least useful dead tokens above the number allowed, nothing `needed`."""
+    dead = [m.token for m in kept if not counts[m.token] and m.token not in needed]
+    excess = len(dead) - allowed
     if excess <= 0:
         return set()
     children = children_of(kept)
     families = {token: _descendants(token, children) for token in dead}
     use = {token: sum(counts[t] for t in families[token]) for token in dead}
-    droppable = [token for token in dead if families[token] and not families[token] & needed]
-    weakest = sorted(droppable, key=lambda token: (token in decided, use[token], token))[:excess]
+    droppable = [token for token in dead if families[token]]
+    weakest = sorted(droppable, key=lambda token: (use[token], token))[:excess]
     return set().union(*(families[token] for token in weakest))
 
 
@@ -205,7 +267,7 @@ def _shortened(
     units: Units,
     kept: list[Merge],
     replayed: Replayed,
-    pinned: frozenset[str],
+    needed: set[str],
 ) -> tuple[list[Merge], Replayed, int]:
     """Take dead tokens out where what is made of them can be made of other parts.
 
@@ -216,7 +278,7 @@ def _shortened(
     changed = kept
     dead = [m.token for m in kept if m.right is not None and not replayed.counts[m.token]]
     for token in dead:
-        if token not in pinned:
+        if token not in needed:
             changed = _detour(family, units, changed, token) or changed
     if len(changed) == len(kept):
         return kept, replayed, 0

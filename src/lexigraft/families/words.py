@@ -2,7 +2,7 @@
 
 Calling the engine for each chunk costs more than joining its bytes. Most chunks are alike: some
 marks, one run of Han or of small Latin letters, some marks. How such a chunk is split depends on
-its marks alone, so the engine is asked once for each pair of marks, with a run of two letters in
+its marks alone, so the engine is asked once for each pair of marks, with a long run of letters in
 between; what does not fit goes to the engine itself.
 """
 
@@ -17,7 +17,8 @@ from lexigraft.families.tokenmap import CHARACTER_TO_BYTE
 # No apostrophe: what follows one is split off by the letters themselves ('s, 'll).
 _MARKS = ' \n\t,.;:!?()\\[\\]"/%+*=<>，。、；：？！（）《》〈〉【】“”「」『』—…·-'
 _PLAIN = re.compile(f"([{_MARKS}]*)(?:([一-龥]+)|([a-z]+))([{_MARKS}]*)")
-_SAMPLES = ("甲乙", "ab")
+# Long, so that a pre-tokenizer that cuts long runs is found out.
+_SAMPLES = ("甲乙丙丁" * 64, "abcdefgh" * 32)
 
 # Byte-mapped characters -> the bytes as characters of Latin-1.
 _TO_LATIN = {ord(character): chr(byte) for character, byte in CHARACTER_TO_BYTE.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy as np
 from lexigraft.console import note
 from lexigraft.counting import CHUNK, Counted, count_chunks
 from lexigraft.families import Family
-from lexigraft.families.spelling import is_symbol, script_of
-from lexigraft.families.units import Units
+from lexigraft.families.spelling import is_mojibake, is_symbol, script_of
+from lexigraft.families.units import Units, batches
 
 # Words in an address are not words of the text: `www.medlineplus.gov` teaches no `medlineplus`.
 _ADDRESS = re.compile(r"://|\bwww\.|[\w.+-]@[\w-]+\.", re.ASCII)
@@ -29,6 +30,20 @@ _DAMAGED = re.compile(
     f"[\u00c2-\u00c5\u00ce-\u00d1\u00d7-\u00db][{_OTHERS}]"
     f"|[\u00e0-\u00ef](?:(?![\u00a0\u00ab\u00bb])[{_OTHERS}]){{2}}"
 )
+
+
+def is_damaged(text: str) -> bool:
+    """True where a stretch of `text` is UTF-8 that was read in another encoding.
+
+    Written back, the stretch must be a whole character; and it must hold what no word holds, a
+    control character or a symbol, or be one of two: `Úž` begins Slovak words.
+
+    >>> is_damaged("crÃ¨me"), is_damaged("Úžasný"), is_damaged("TROMSØ»")
+    (True, False, False)
+    """
+    found = [match.group() for match in _DAMAGED.finditer(text) if is_mojibake(match.group())]
+    odd = any(unicodedata.category(c)[0] not in "LP" for part in found for c in part)
+    return odd or len(found) > 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ def gather(
     )
     chunks = {text: n for text, n in counted.chunks.items() if not _ADDRESS.search(text)}
     left_out = sum(counted.chunks.values()) - sum(chunks.values())
-    damaged = {text: n for text, n in chunks.items() if _DAMAGED.search(text)}
+    damaged = {text: n for text, n in chunks.items() if is_damaged(text)}
     if damaged:
         first = min(damaged).strip()
         note(
@@ -116,16 +131,14 @@ def characters_in_parts(family: Family, chunks: Mapping[str, int]) -> list[tuple
 
     They are spelled in bytes, or not at all; each comes with its occurrences.
     """
-    texts = list(chunks)
-    points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    weights = np.repeat(
-        np.fromiter(chunks.values(), np.float64, len(texts)),
-        np.fromiter(map(len, texts), np.int64, len(texts)),
-    )
-    found, places = np.unique(points, return_inverse=True)
-    totals = np.bincount(places, weights=weights, minlength=len(found))
+    totals = np.zeros(0x110000)
+    for texts, counts in batches(chunks):
+        text = "".join(texts).encode("utf-32-le", "surrogatepass")
+        weights = np.repeat(np.array(counts, dtype=np.float64), [len(one) for one in texts])
+        totals += np.bincount(np.frombuffer(text, np.uint32), weights, minlength=len(totals))
+    found = np.flatnonzero(totals)
     left = []
-    for point, count in zip(found.tolist(), totals.tolist(), strict=True):
+    for point, count in zip(found.tolist(), totals[found].tolist(), strict=True):
         character = chr(point)
         if point < 0x80 or not (script_of(character) or is_symbol(character)):
             continue

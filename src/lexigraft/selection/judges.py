@@ -7,50 +7,61 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lexigraft.families import Family
-from lexigraft.families.choice import Judge, children_of
+from lexigraft.families.choice import Judge, with_parts
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.llama_cpp import changes_check_text
-from lexigraft.families.units import Units
+from lexigraft.families.units import Ints, Units
 from lexigraft.selection.contrast import Floats, is_specific, log_odds
 
 
 class Contrast:
     """Candidates against a contrast text: which belong to the domain.
 
+    What is compared is how often the letters of a token are joined to it in both texts, also
+    where it is then a part of a longer token: that depends on the texts, not on what else is
+    learned.
+
     Args:
         family: the base.
         domain: units of the learning text.
         contrast: units of the text to compare with.
+        asked: tokens that are wanted however common they are.
     """
 
-    def __init__(self, family: Family, domain: Units, contrast: Units) -> None:
+    def __init__(
+        self, family: Family, domain: Units, contrast: Units, asked: frozenset[str] = frozenset()
+    ) -> None:
         self.family = family
+        self.domain = domain
         self.contrast = contrast
-        self.domain_tokens = domain.total
-        self.contrast_tokens = contrast.total
+        self.asked = asked
 
-    def z_scores(self, merges: Sequence[Merge], counts: Mapping[str, int]) -> Floats:
+    def z_scores(self, merges: Sequence[Merge]) -> Floats:
         """(n,) z-score of each token's log-odds in the domain."""
         if not merges:
             return np.zeros(0)
-        there = self.family.replay(self.contrast, merges).counts
         _, z = log_odds(
-            [counts[merge.token] for merge in merges],
-            [there[merge.token] for merge in merges],
-            domain_total=max(1, self.domain_tokens),
-            contrast_total=max(1, self.contrast_tokens),
+            self._formed(self.domain, merges),
+            self._formed(self.contrast, merges),
+            domain_total=max(1, self.domain.total),
+            contrast_total=max(1, self.contrast.total),
         )
         return z
 
-    def judge(self, kept: Sequence[Merge], counts: Mapping[str, int]) -> set[str]:
-        """Tokens that are not specific, and are no part of one that is."""
-        specific = is_specific(self.z_scores(kept, counts))
-        children = children_of(kept)
-        good = {merge.token for merge, fine in zip(kept, specific, strict=True) if fine}
-        for merge in reversed(kept):  # parts rank before what is made of them
-            if children.get(merge.token, set()) & good:
-                good.add(merge.token)
-        return {merge.token for merge in kept} - good
+    def _formed(self, units: Units, merges: Sequence[Merge]) -> Ints:
+        replayed = self.family.replay(units, merges)
+        if self.family.guaranteed:
+            adopted = np.array([merge.right is None for merge in merges])
+            counts = np.array([replayed.counts[merge.token] for merge in merges], dtype=np.int64)
+            return np.where(adopted, counts, replayed.saved)
+        return np.array([replayed.counts[merge.token] for merge in merges], dtype=np.int64)
+
+    def refuse(self, candidates: Sequence[Merge]) -> set[str]:
+        """Tokens that are not specific, and are no part of one that is, or that is asked for."""
+        specific = is_specific(self.z_scores(candidates))
+        good = {merge.token for merge, fine in zip(candidates, specific, strict=True) if fine}
+        good |= self.asked
+        return {merge.token for merge in candidates} - with_parts(candidates, frozenset(good))
 
 
 def check_text_judge(family: Family) -> Judge:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lexigraft import families
+from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.console import note
 from lexigraft.corpus import beginning, sources, text_files
 from lexigraft.errors import LexigraftError
@@ -66,6 +66,7 @@ FLOOR = 20
 MEASURED_BYTES = 4_000_000  # of held-out and of general text
 # What slower engines read of the domain and of the general text.
 _FEW_TEXTS, _FEW_CHARACTERS = 200, 1000
+_MOST_TRIES = 2000  # chunks in which a token is looked for
 _PROBES = ("The patient was treated.", " 患者冠状动脉正常。\n", "Привет 123 🙂  x")
 
 
@@ -95,6 +96,8 @@ class LearnResult:
         limits: what is to be known of this kind of tokenizer.
         addresses: words of URLs and e-mail addresses that were not learned from.
         in_parts: letters and symbols of the corpus that are still no token, with occurrences.
+        special: new special tokens, behind the others.
+        dry_run: nothing was written.
     """
 
     output: Path
@@ -118,6 +121,8 @@ class LearnResult:
     limits: tuple[str, ...]
     addresses: int
     in_parts: list[tuple[str, int]]
+    special: int
+    dry_run: bool
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -158,6 +163,7 @@ class LearnResult:
             "terms": self.terms.to_json() if self.terms else None,
             "limits": list(self.limits),
             "addresses": self.addresses,
+            "special": self.special,
             "in_parts": [list(row) for row in self.in_parts[:100]],
         }
 
@@ -169,6 +175,8 @@ class LearnResult:
             f"{self.added:,} new tokens{ids}; {self.tokens_before:,} -> {self.tokens_after:,} "
             f"({self.family})"
         ]
+        if self.special:
+            lines.append(f"{self.special:,} new special tokens behind them")
         if self.size:
             lines.append(self.size.why)
         lines += self._measures()
@@ -188,6 +196,8 @@ class LearnResult:
         if self.addresses:
             lines.append(f"not learned from: {self.addresses:,} URLs and e-mail addresses")
         lines += [f"note: {limit}" for limit in self.limits]
+        if self.dry_run:
+            return [*lines, "nothing was written (--dry-run)"]
         return [*lines, f"next: lexigraft graft BASE {self.output} -o MODEL"]
 
     def _measures(self) -> Iterator[str]:
@@ -289,6 +299,7 @@ def learn(
         LexigraftError: unusable input, or a law that the result would break.
     """
     output = Path(output)
+    _refuse_odd_numbers({"--min-count": min_count, "--train-bytes": train_bytes})
     folder = local_folder(base)
     refuse_existing(output, force=force or dry_run)
     lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
@@ -299,9 +310,10 @@ def learn(
         raise LexigraftError(
             "no corpus", needed="text of your field", fix="--corpus FILE (or --from VOCAB)"
         )
-    if from_vocab is not None and (terms or contrast or pin or ban):
+    choosing = (terms, contrast, pin, ban, min_count, train_bytes)
+    if from_vocab is not None and any(choosing):
         raise LexigraftError(
-            "--from with --terms, --contrast, --pin or --ban",
+            "--from with --terms, --contrast, --pin, --ban, --min-count or --train-bytes",
             needed="either: of an earlier result the first tokens are taken, whatever they are",
             fix="leave these out, or leave --from out and learn again",
         )
@@ -337,8 +349,16 @@ def learn(
                 family, picked, partial, output, loader,
                 general=beginning(general, MEASURED_BYTES) if general else [],
                 domain=picked.held_out or beginning(corpus, MEASURED_BYTES) if corpus else [],
-                special=words.special, settings=settings, sources_of=named,
+                special=words.special, dry_run=dry_run, settings=settings, sources_of=named,
             )  # fmt: skip
+
+
+def _refuse_odd_numbers(options: Mapping[str, int | None]) -> None:
+    for name, number in options.items():
+        if number is not None and not 1 <= number < 2**62:
+            raise LexigraftError(
+                f"{name} {number}", needed="a number from 1", fix=f"leave {name} out"
+            )
 
 
 @dataclass(frozen=True)
@@ -369,7 +389,7 @@ class _Lists:
 
     def refuse_clashes(self, choice: Choice) -> None:
         """A special token cannot be a learned token of an earlier result."""
-        for token in {merge.token for merge in choice.merges}.intersection(self.special):
+        for token in sorted({merge.token for merge in choice.merges}.intersection(self.special)):
             raise LexigraftError(
                 f"--special {token!r} is a token that was learned",
                 needed="another text for it: one text has one id",
@@ -463,32 +483,37 @@ class _Learning:
             limit=self.limit, banned=banned,
         )  # fmt: skip
         asked = frozenset(wanted.tokens.values())
-        judges = self._judges(asked)
+        judges = self._judges()
+        if self.contrast is not None:
+            self.contrast.asked = asked
 
         def chosen(limit: int) -> Choice:
             return choose(
                 family, text.units, limit=limit, min_count=least, first=wanted.merges,
-                pinned=wanted.pinned, banned=banned, judges=judges,
+                asked=asked, pinned=wanted.pinned, banned=banned, judges=judges,
+                refuse=self.contrast.refuse if self.contrast else None,
+                budget=None if self.tokens == "auto" else limit,
             )  # fmt: skip
 
         choice = chosen(self.limit)
-        _say_if_short(self.tokens, self.limit, self.least, choice)
+        _say_if_short(
+            self.tokens, self.limit, self.least, choice, contrast=self.contrast is not None
+        )
         size = self._size(choice)
         if size is not None and size.k < len(choice.merges):
             choice = chosen(size.k)
             size = replace(self._size(choice) or size, why=size.why)
+        times = round(1 / text.counted.share)  # a share is 1, 1/2, 1/4 ...
+        if times > 1:
+            counts = {token: count * times for token, count in choice.counts.items()}
+            choice = replace(choice, counts=counts, saved=choice.saved * times)
         return _Picked(
             choice, self.least, wanted, text.counted.held_out, size, self.contrast, text.units,
             text.addresses, text.chunks,
         )  # fmt: skip
 
-    def _judges(self, asked: frozenset[str]) -> list[Judge]:
+    def _judges(self) -> list[Judge]:
         judges: list[Judge] = []
-        if self.contrast is not None:
-            contrast = self.contrast
-            judges.append(
-                lambda kept, counts: contrast.judge(kept, counts) - with_parts(kept, asked)
-            )
         if self.check_text and self.family.guaranteed:
             judges.append(check_text_judge(self.family))
         breakers = getattr(self.family, "breakers", None)
@@ -535,18 +560,23 @@ def _model_size(folder: Path) -> ModelSize | None:
     config = read_json(path)
     if not isinstance(config, dict):
         return None
-    return model_size(config, tied=bool(config.get("tie_word_embeddings", False)))
+    return model_size(config, tied=is_tied_by_config(config))
 
 
 def _cut(family: Family, vocab: Path, size: int | None) -> _Picked:
     """The first tokens of an earlier result."""
     record = _earlier_record(family, vocab)
-    rows = [json.loads(line) for line in (vocab / NEW_TOKENS).read_text("utf-8").splitlines()]
+    rows = measure.read_rows(vocab / NEW_TOKENS, record.first_id, record.added)
     if size is not None and size > len(rows):
         raise LexigraftError(
             f"{vocab} has {len(rows):,} new tokens, --tokens asks for {size:,}",
             needed=f"at most {len(rows):,}",
             fix="learn from the corpus again for more",
+        )
+    if record.added > len(rows):
+        note(
+            f"{vocab} has {record.added - len(rows):,} special tokens behind its words: name them "
+            "with --special to have them again"
         )
     merges, counts = measure.cut(rows, len(rows) if size is None else size)
     saved = np.array([merge.occurrences for merge in merges], dtype=np.int64)
@@ -584,6 +614,7 @@ def _publish(
     domain: list[str],
     general: list[str],
     special: list[str],
+    dry_run: bool,
     settings: dict[str, Any],
     sources_of: Mapping[str, Sequence[str | Path]],
 ) -> LearnResult:
@@ -602,7 +633,7 @@ def _publish(
     proof = hard.plus(domain_proof).plus(general_proof)
     _prove_llama_cpp(base, extended, choice, domain)
     by_loader = asked_loader.result()
-    _require_reachable(extended, choice, proof.emitted)
+    _require_reachable(extended, choice, proof.emitted, picked.chunks)
     record = _record(base, extended, {**settings, "least": picked.least}, sources_of)
     (Manifest.read(base.folder) or Manifest()).plus(record).write(partial)
     specificity = None
@@ -610,7 +641,7 @@ def _publish(
     if contrast is None and general and picked.stretches is not None:
         contrast = Contrast(base, picked.stretches, units_of_texts(base, general))
     if contrast is not None:
-        specificity = [float(z) for z in contrast.z_scores(choice.merges, choice.counts)]
+        specificity = [float(z) for z in contrast.z_scores(choice.merges)]
     asked = frozenset(picked.wanted.tokens.values())
     rows = measure.new_tokens(extended, choice, spelled, specificity=specificity, terms=asked)
     (partial / NEW_TOKENS).write_text("".join(f"{row}\n" for row in rows), "utf-8")
@@ -639,6 +670,8 @@ def _publish(
         limits=tuple(extended.limits()),
         addresses=picked.addresses,
         in_parts=characters_in_parts(extended, picked.chunks),
+        special=len(special),
+        dry_run=dry_run,
     )
 
 
@@ -655,7 +688,7 @@ def _written(
             return extended, choice
         hard = between(_hard_texts(extended, choice), special)
         bad = offenders(base, extended, chain(hard, texts))
-        if not bad:
+        if not bad.intersection(merge.token for merge in choice.merges):
             return extended, choice
         note(f"{len(bad):,} tokens dropped: with them a text would be cut differently")
         kept = [merge for merge in choice.merges if merge.token not in bad]
@@ -725,7 +758,7 @@ def _wanted(tokens: int | str, base_tokens: int) -> int:
         number = float(text[:-1]) / 100 * base_tokens if share else int(text)
     except ValueError:
         number = -1
-    if number < 0:
+    if not 0 <= number < 2**31:
         raise LexigraftError(
             f"--tokens {tokens}", needed="a number, a share like 5%, or auto", fix="--tokens auto"
         )
@@ -738,17 +771,22 @@ def _default_min_count(tokens: int | str, corpus_bytes: int, train_bytes: int | 
     return max(1, math.ceil(target * corpus_bytes / (train_bytes or corpus_bytes or 1)))
 
 
-def _say_if_short(tokens: int | str, limit: int, least: int, choice: Choice) -> None:
+def _say_if_short(
+    tokens: int | str, limit: int, least: int, choice: Choice, *, contrast: bool
+) -> None:
     added = len(choice.merges)
+    if not limit:
+        return
+    how = "that occur" if not contrast else "of the field (beside --contrast) that occur"
     if tokens != "auto" and added < limit:
         note(
-            f"asked for {limit:,} tokens, the corpus supports {added:,} that occur at least "
+            f"asked for {limit:,} tokens, the corpus supports {added:,} {how} at least "
             f"{least:,} times; taking those (lower --min-count or add text for more)"
         )
     elif not added:
         note(
-            f"no sequence occurs {least:,} times in the corpus: 0 new tokens "
-            "(lower --min-count or add text)"
+            f"no sequence {'of the field ' if contrast else ''}occurs {least:,} times in the "
+            "corpus: 0 new tokens (lower --min-count or add text)"
         )
 
 
@@ -762,20 +800,46 @@ def _hard_texts(extended: Family, choice: Choice) -> Iterator[str]:
     return chain(HARD_TEXTS, contexts(words), [long_text(words)])
 
 
-def _require_reachable(extended: Family, choice: Choice, emitted: Mapping[int, int]) -> None:
-    """Law 4: each token that is no bridge comes out, as the engine reads it.
+def _require_reachable(
+    extended: Family, choice: Choice, emitted: Mapping[int, int], chunks: Mapping[str, int]
+) -> None:
+    """Law 4: each token that is no bridge comes out of running text, as the engine reads it.
 
-    Nearly all do in the proof. A token without its leading space, or with the first bytes of a
-    character only, comes out inside of a text: it is read by itself.
+    Nearly all do in the proof, or what is made of them does. The others (without a leading space,
+    or the first bytes of a character) are looked for where the corpus holds their letters.
     """
-    for token in (merge.token for merge in choice.merges if choice.counts[merge.token]):
-        token_id = extended.map.ids[token]
-        if not emitted.get(token_id) and extended.pieces(token) != [token_id]:
-            raise LexigraftError(
-                f"law 4 is broken: {token!r} is read as {len(extended.pieces(token))} tokens",
-                needed="tokens that the engine emits; nothing was written",
-                fix=f"report this {extended.name} base and corpus as a bug of lexigraft",
-            )
+    ids = extended.map.ids
+    alive = {m.token for m in choice.merges if emitted.get(ids[m.token])}
+    alive = with_parts(choice.merges, frozenset(alive))
+    left = [m.token for m in choice.merges if choice.counts[m.token] and m.token not in alive]
+    if not left:
+        return
+    text = "\0".join(chunks)
+    data = text.encode()
+    for token in left:
+        token_id = ids[token]
+        if extended.pieces(token) == [token_id] and (
+            not chunks or _comes_out(extended, token_id, data)
+        ):
+            continue
+        raise LexigraftError(
+            f"law 4 is broken: {token!r} never comes out of the text that it was counted in",
+            needed="tokens that the engine emits; nothing was written",
+            fix=f"report this {extended.name} base and corpus as a bug of lexigraft",
+        )
+
+
+def _comes_out(extended: Family, token_id: int, data: bytes) -> bool:
+    """Whether the engine emits a token in one of the chunks (joined by NUL) that hold its bytes."""
+    wanted = extended.token_bytes(token_id)
+    place = data.find(wanted)
+    tries: list[str] = []
+    while place >= 0 and len(tries) < _MOST_TRIES:
+        start, end = data.rfind(b"\0", 0, place) + 1, data.find(b"\0", place)
+        chunk = data[start : end if end >= 0 else len(data)].decode()
+        tries.append(chunk.removeprefix(extended.prefix))
+        place = data.find(wanted, end) if end >= 0 else -1
+    return any(token_id in ids for ids in extended.encode_batch(tries))
 
 
 def _list_source(path: str) -> TextSource:
