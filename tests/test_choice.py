@@ -73,7 +73,7 @@ def require_sound(choice, counted, *, limit, min_count, asked=frozenset(), pinne
     for token in dead - choice.bridges:  # a pinned word that the text lacks, but that can be read
         assert token in pinned and own_letters_form(token, choice.merges)
     unasked = choice.bridges - with_parts(choice.merges, asked | pinned)
-    assert len(unasked) <= BRIDGE_SHARE * len(made)
+    assert len(unasked) <= BRIDGE_SHARE * limit
 
 
 WORDS = st.dictionaries(

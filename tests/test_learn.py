@@ -480,4 +480,4 @@ def test_any_corpus_gives_a_lawful_tokenizer(kind, bases, tmp_path_factory, corp
     assert prove(base, extended, [*corpus, *unseen]).drift == 0
     for text in unseen:
         assert len(extended.encode(text)) <= len(base.encode(text))
-    assert result.bridges <= 0.05 * result.added
+    assert result.bridges <= 0.05 * 20  # of the budget
