@@ -492,7 +492,7 @@ class _Learning:
                 family, text.units, limit=limit, min_count=least, first=wanted.merges,
                 asked=asked, pinned=wanted.pinned, banned=banned, judges=judges,
                 refuse=self.contrast.refuse if self.contrast else None,
-                budget=None if self.tokens == "auto" else limit,
+                budget=limit if self.contrast and self.tokens != "auto" else None,
             )  # fmt: skip
 
         choice = chosen(self.limit)
