@@ -159,3 +159,15 @@ def test_implicit_engines_join_every_split_of_a_token():
     )
     tokens = [merge.token for merge in merges]
     assert len(tokens) == len(set(tokens))
+
+
+@pytest.mark.skipif(not native.COMPILED, reason="numba is not installed: nothing is compiled")
+def test_where_no_machine_code_can_be_kept_it_is_compiled_each_time(monkeypatch):
+    """A read-only installation without a home folder."""
+    from numba.core import caching
+
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError):
+        native.numba.njit(cache=True)(lambda a: a)
+    doubled = native.compiled(lambda number: number + number)
+    assert doubled(21) == 42 and hasattr(doubled, "py_func")

@@ -28,4 +28,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """`function` as machine code, kept on disk after the first call; it releases the GIL."""
     if numba is None:
         return function
-    return cast("Callable[P, R]", numba.njit(cache=True, nogil=True)(function))
+    try:
+        fast = numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder where machine code could be kept: compiled in each process
+        fast = numba.njit(nogil=True)(function)
+    return cast("Callable[P, R]", fast)
