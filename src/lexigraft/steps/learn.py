@@ -47,7 +47,6 @@ from lexigraft.manifest import (
     versions,
 )
 from lexigraft.selection.gathering import (
-    Gathered,
     between,
     characters_in_parts,
     gather,
@@ -534,7 +533,7 @@ class _Learning:
             tokens = sum(map(len, self.family.encode_batch(held)))
             size = sum(len(document.encode()) for document in held)
         else:
-            tokens = _tokens_of(self.family, text)
+            tokens = text.units.total
             size = max(1, round(text.bytes * text.counted.share))
         return choose_size(
             saved, base_tokens=max(tokens, int(saved.sum()) + 1), text_bytes=size,
@@ -545,12 +544,6 @@ class _Learning:
             counted_bytes=max(1, round(text.bytes * text.counted.share)),
             train_bytes=self.train_bytes or text.bytes,
         )  # fmt: skip
-
-
-def _tokens_of(family: Family, text: Gathered) -> int:
-    """Base tokens of a small text, chunk by chunk."""
-    encoded = family.encode_batch(list(text.counted.chunks))
-    return sum(len(ids) * n for ids, n in zip(encoded, text.counted.chunks.values(), strict=True))
 
 
 def _model_size(folder: Path) -> ModelSize | None:
