@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer
 
-from lexigraft.families import copy_tokenizer
 from lexigraft.families.byte_level import (
     content_hash,
-    engine_of_file,
     extend_json,
     open_engine,
     plain_model,
-    require_own_ids,
     template_start,
-    write_tokenizer_json,
 )
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.implicit import (
+    beginnings_and_ends,
+    formed_alike,
+    last_pair,
+    ordered_splits,
+)
 from lexigraft.families.replay import Replayed, replay
 from lexigraft.families.sentencepiece_model import (
     BYTE_PIECES,
@@ -43,8 +45,8 @@ from lexigraft.families.sentencepiece_model import (
     SPACE,
     UNUSED,
     USER_DEFINED,
+    SentencePieceFiles,
     copy_of,
-    inside,
     processor_of,
     spaced,
     splits_words,
@@ -52,12 +54,11 @@ from lexigraft.families.sentencepiece_model import (
     without_self_test,
 )
 from lexigraft.families.spelling import is_word
-from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 from lexigraft.families.units import UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
 
-class SentencePieceBPE:
+class SentencePieceBPE(SentencePieceFiles):
     """See `lexigraft.families.Family`."""
 
     name = "SentencePiece BPE"
@@ -68,18 +69,8 @@ class SentencePieceBPE:
     def __init__(
         self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
     ) -> None:
-        self.folder = folder
-        self.map = TokenMap.read(folder)
-        self._data = data
-        self._engine = engine_of_file(folder / "tokenizer.json") if data else None
-        if self._engine is not None:
-            require_own_ids(self._engine, self.map, folder)
-        self._model_name = model_file.name if model_file else None
-        self._proto: Any = None
-        self._processor: sentencepiece.SentencePieceProcessor | None = None
-        if model_file:
-            self._proto = parse_sentencepiece(model_file.read_bytes(), model_file)
-            self._processor = processor_of(self._proto)
+        super().__init__(folder, model_file=model_file, data=data)
+        self._processor = processor_of(self._proto) if self._proto is not None else None
         self._spelled: dict[str, list[str]] = {}  # new token -> base tokens and letters
 
     @cached_property
@@ -93,10 +84,6 @@ class SentencePieceBPE:
             normalizer = sha256_bytes(self._proto.normalizer_spec.SerializeToString())
             parts["tokenizer.model"] = sha256_json([pieces, normalizer])
         return sha256_json(parts)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, by the engine that transformers uses where both files are there."""
-        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
@@ -140,13 +127,6 @@ class SentencePieceBPE:
             return encoded
         return list(self._plain_engine.encode(spelled, add_special_tokens=False).ids)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; `▁` is a space, `<0xE6>` a byte."""
-        text = self.map.texts[token_id]
-        if text in BYTE_PIECES:
-            return bytes([BYTE_PIECES[text]])
-        return text.encode() if token_id in self.map.added else spaced(text).encode()
-
     @cached_property
     def _plain_processor(self) -> sentencepiece.SentencePieceProcessor | None:
         return processor_of(without_prefix(self._proto)) if self._proto is not None else None
@@ -179,11 +159,6 @@ class SentencePieceBPE:
         return counter.units()
 
     @cached_property
-    def _inner_engine(self) -> Tokenizer:
-        assert self._data is not None
-        return open_engine(inside(self._data))
-
-    @cached_property
     def _splits_words(self) -> bool:
         return self._data is not None and splits_words(self._data)
 
@@ -194,12 +169,6 @@ class SentencePieceBPE:
         spelled = [text.replace(" ", SPACE) for text in texts]
         batch = self._plain_engine.encode_batch(spelled, add_special_tokens=False)
         return [encoding.ids for encoding in batch]
-
-    @cached_property
-    def prefix(self) -> str:
-        """What the engine puts before a text: a space, or nothing."""
-        ids = self.encode("a")
-        return " " if ids and self.token_bytes(ids[0]).startswith(b" ") else ""
 
     def written(self, text: str) -> list[str]:
         """`text` as tokens of this family are spelled in the files."""
@@ -218,11 +187,7 @@ class SentencePieceBPE:
 
     @cached_property
     def _awaited(self) -> frozenset[str]:
-        """Every beginning and end of a base piece that the base itself never forms.
-
-        Were such a string a piece, the dead base piece could be formed by it: a base token
-        would appear in texts where it never did.
-        """
+        """Every beginning and end of a base piece that the base itself never forms."""
         pieces = [
             (token_id, text)
             for token_id, text in self.map.texts.items()
@@ -232,29 +197,11 @@ class SentencePieceBPE:
         dead = [
             text for (token_id, text), ids in zip(pieces, read, strict=True) if ids != [token_id]
         ]
-        return frozenset(
-            part
-            for text in dead
-            for cut in range(1, len(text))
-            for part in (text[:cut], text[cut:])
-        )
+        return beginnings_and_ends(dead)
 
     def admits(self, merges: Sequence[Merge]) -> list[Merge]:
-        """`merges` that both engines form alike, each with the parts it is made of.
-
-        Left out are tokens with two splits X+Y and Y+Z (SentencePiece joins the left pair of
-        X Y Z, a merge list the pair listed first), and those that the scores do not form out of
-        their own letters, because another token takes a part of them first: what is joined
-        within a token does not depend on what stands around it.
-        """
-        kept = list(merges)
-        while True:
-            known = self.map.ids.keys() | {merge.token for merge in kept}
-            clear = [merge for merge in kept if not is_ambiguous(merge.token, known)]
-            formed = list(self._derived(clear))
-            if len(formed) == len(kept):
-                return formed
-            kept = formed
+        """`merges` that both engines form alike, each with the parts it is made of."""
+        return formed_alike(merges, self.map.ids, self._derived)
 
     def _derived(self, merges: Sequence[Merge]) -> Iterable[Merge]:
         places = {merge.token: place for place, merge in enumerate(merges)}
@@ -286,15 +233,6 @@ class SentencePieceBPE:
                     symbols += run
             self._spelled[token] = symbols
         return self._spelled
-
-    def extend(self, merges: Sequence[Merge], output: Path) -> None:
-        """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
-        copy_tokenizer(self.folder, output)
-        if self._model_name is not None:
-            serialized = self._extended_proto(merges).SerializeToString(deterministic=True)
-            (output / self._model_name).write_bytes(serialized)
-        if self._data is not None:
-            write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
 
     def limits(self) -> list[str]:
         """Nothing that a user must know."""
@@ -330,48 +268,5 @@ class SentencePieceBPE:
         tokens = [merge.token for merge in merges]
         first = self.map.tokens
         ids = {**self.map.ids, **{token: first + place for place, token in enumerate(tokens)}}
-        pairs = [
-            pair
-            for token in tokens
-            for pair in sorted(splits(token, ids.keys()), key=lambda p: (ids[p[0]], ids[p[1]]))
-        ]
+        pairs = [pair for token in tokens for pair in ordered_splits(token, ids)]
         return extend_json(self._data, tokens, pairs, first)
-
-
-def splits(token: str, known: Iterable[str]) -> list[tuple[str, str]]:
-    """Every way to cut `token` into two known pieces."""
-    cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-    return [(left, right) for left, right in cuts if left in known and right in known]
-
-
-def is_ambiguous(token: str, known: Iterable[str]) -> bool:
-    """True where `token` has two splits X+Y and Y+Z into known pieces."""
-    pairs = splits(token, known)
-    lefts = dict(pairs)
-    return any(right in lefts and (right, lefts[right]) != (left, right) for left, right in pairs)
-
-
-def last_pair(
-    symbols: Sequence[str], places: Mapping[str, int], token: str
-) -> tuple[str, str] | None:
-    """The two parts that `token` is joined of last, or None if it is not formed.
-
-    Args:
-        symbols: its base tokens.
-        places: new token -> place in the order of the ranks.
-    """
-    parts = list(symbols)
-    own = places[token]
-    while len(parts) > 1:
-        ranked = [
-            (place, at)
-            for at, (left, right) in enumerate(pairwise(parts))
-            if (place := places.get(left + right, own + 1)) <= own
-        ]
-        if not ranked:
-            return None
-        place, at = min(ranked)
-        if place == own:
-            return (parts[at], parts[at + 1]) if len(parts) == 2 else None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return None

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from google.protobuf.unknown_fields import UnknownFieldSet
+from tokenizers import Tokenizer
+
+from lexigraft.families import copy_tokenizer
+from lexigraft.families.byte_level import (
+    engine_of_file,
+    open_engine,
+    require_own_ids,
+    write_tokenizer_json,
+)
+from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 
 SPACE = "\u2581"
 # sentencepiece_model.proto, ModelProto.SentencePiece.Type
@@ -99,3 +113,65 @@ def _without_mark(step: dict[str, Any]) -> dict[str, Any]:
         return step
     older = {"add_prefix_space": False} if "add_prefix_space" in step else {}
     return {**step, **older, "prepend_scheme": "never"}
+
+
+class SentencePieceFiles(ABC):
+    """What the families held as `.model`, `tokenizer.json` or both do alike."""
+
+    def __init__(
+        self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
+    ) -> None:
+        self.folder = folder
+        self.map = TokenMap.read(folder)
+        self._data = data
+        self._engine = engine_of_file(folder / "tokenizer.json") if data else None
+        if self._engine is not None:
+            require_own_ids(self._engine, self.map, folder)
+        self._model_name = model_file.name if model_file else None
+        self._proto: Any = None
+        if model_file:
+            self._proto = parse_sentencepiece(model_file.read_bytes(), model_file)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, by the engine that transformers uses where both files are there."""
+
+    @abstractmethod
+    def _extended_proto(self, merges: Sequence[Merge]) -> Any:
+        """The `.model` with `merges` appended."""
+
+    @abstractmethod
+    def _extended_data(self, merges: Sequence[Merge]) -> dict[str, Any]:
+        """The `tokenizer.json` data with `merges` appended."""
+
+    def extend(self, merges: Sequence[Merge], output: Path) -> None:
+        """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
+        copy_tokenizer(self.folder, output)
+        if self._model_name is not None:
+            serialized = self._extended_proto(merges).SerializeToString(deterministic=True)
+            (output / self._model_name).write_bytes(serialized)
+        if self._data is not None:
+            write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without the tokens that a template adds."""
+        return self.encode_batch([text])[0]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; `▁` is a space, `<0xE6>` a byte."""
+        text = self.map.texts[token_id]
+        if text in BYTE_PIECES:
+            return bytes([BYTE_PIECES[text]])
+        return text.encode() if token_id in self.map.added else spaced(text).encode()
+
+    @cached_property
+    def prefix(self) -> str:
+        """What the engine puts before a text: a space, or nothing."""
+        ids = self.encode("a")
+        return " " if ids and self.token_bytes(ids[0]).startswith(b" ") else ""
+
+    @cached_property
+    def _inner_engine(self) -> Tokenizer:
+        """The engine of `tokenizer.json` for text from inside a text."""
+        assert self._data is not None
+        return open_engine(inside(self._data))

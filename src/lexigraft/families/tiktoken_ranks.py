@@ -32,13 +32,18 @@ from lexigraft.families.gpt2_files import (
     bpe_model,
     split_then_bytes,
 )
+from lexigraft.families.implicit import (
+    beginnings_and_ends,
+    formed_alike,
+    last_pair,
+    ordered_splits,
+)
 from lexigraft.families.rank_files import (
     GPT2_PATTERN,
     Published,
     known_ranks,
     rank_lines,
 )
-from lexigraft.families.sentencepiece_bpe import is_ambiguous, last_pair, splits
 from lexigraft.families.tokenmap import CHARACTER_TO_BYTE, TokenMap, byte_text
 from lexigraft.files import sha256_json
 
@@ -154,20 +159,11 @@ class TiktokenBPE(ByteLevelBPE):
 
     @cached_property
     def _awaited(self) -> frozenset[str]:
-        """Every beginning and end of a base token that the ranks themselves never form.
-
-        Were such a string a token, the dead base token could be formed by it inside a piece: a
-        base token would appear in texts where it never did.
-        """
+        """Every beginning and end of a base token that the ranks themselves never form."""
         texts = [byte_text(token) for token in self._ranks]
         formed = self._formed.encode_batch(texts, add_special_tokens=False)
         dead = [text for text, e in zip(texts, formed, strict=True) if e.tokens != [text]]
-        return frozenset(
-            part
-            for text in dead
-            for cut in range(1, len(text))
-            for part in (text[:cut], text[cut:])
-        )
+        return beginnings_and_ends(dead)
 
     @cached_property
     def _formed(self) -> Tokenizer:
@@ -178,20 +174,8 @@ class TiktokenBPE(ByteLevelBPE):
         return open_engine(plain_model({"model": bpe_model(vocabulary, all_splits(vocabulary))}))
 
     def admits(self, merges: Sequence[Merge]) -> list[Merge]:
-        """`merges` that ranks and a merge list form alike, each with the parts it is made of.
-
-        Left out are tokens with two splits X+Y and Y+Z (tiktoken joins the left pair of X Y Z, a
-        merge list the pair listed first), and those that the ranks do not form out of their own
-        bytes, because another token takes a part of them first.
-        """
-        kept = list(merges)
-        while True:
-            known = self.map.ids.keys() | {merge.token for merge in kept}
-            clear = [merge for merge in kept if not is_ambiguous(merge.token, known)]
-            formed = list(self._derived(clear))
-            if len(formed) == len(kept):
-                return formed
-            kept = formed
+        """`merges` that ranks and a merge list form alike, each with the parts it is made of."""
+        return formed_alike(merges, self.map.ids, self._derived)
 
     def _derived(self, merges: Sequence[Merge]) -> Iterable[Merge]:
         places = {merge.token: place for place, merge in enumerate(merges)}
@@ -278,11 +262,6 @@ def all_splits(vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a token, in the order of the ranks."""
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     return [pair for token in tokens for pair in ordered_splits(token, vocabulary)]
-
-
-def ordered_splits(token: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to cut `token` into two tokens, the lowest ids first."""
-    return sorted(splits(token, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
 
 def split_pattern(pre_tokenizer: Any) -> str | None:

@@ -34,13 +34,9 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from lexigraft.errors import LexigraftError
-from lexigraft.families import copy_tokenizer
 from lexigraft.families.byte_level import (
-    engine_of_file,
     open_engine,
-    require_own_ids,
     template_start,
-    write_tokenizer_json,
 )
 from lexigraft.families.continued_bpe import Merge, Unit
 from lexigraft.families.layouts import layout_of, tokenizer_class
@@ -52,8 +48,8 @@ from lexigraft.families.sentencepiece_model import (
     SPACE,
     UNUSED,
     USER_DEFINED,
+    SentencePieceFiles,
     copy_of,
-    inside,
     processor_of,
     spaced,
     splits_words,
@@ -61,7 +57,7 @@ from lexigraft.families.sentencepiece_model import (
     without_self_test,
 )
 from lexigraft.families.spelling import is_word, script_of
-from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
+from lexigraft.families.tokenmap import TokenMap
 from lexigraft.families.units import Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
@@ -82,7 +78,7 @@ _LIMIT = (
 )
 
 
-class Unigram(PlainCounting):
+class Unigram(SentencePieceFiles, PlainCounting):
     """See `lexigraft.families.Family`.
 
     Attributes:
@@ -97,19 +93,11 @@ class Unigram(PlainCounting):
     def __init__(
         self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
     ) -> None:
-        self.folder = folder
-        self.map = TokenMap.read(folder)
-        self._data = data
-        self._engine = engine_of_file(folder / "tokenizer.json") if data else None
-        if self._engine is not None:
-            require_own_ids(self._engine, self.map, folder)
-        self._model_name = model_file.name if model_file else None
-        self._proto: Any = None
+        super().__init__(folder, model_file=model_file, data=data)
         self._ids: list[int] = []  # place in the .model -> id
         if model_file:
-            proto = parse_sentencepiece(model_file.read_bytes(), model_file)
-            self._ids = _ids_of_places(proto, self.map, model_file)
-            self._proto = self._with_gap_filled(proto)
+            self._ids = _ids_of_places(self._proto, self.map, model_file)
+            self._proto = self._with_gap_filled(self._proto)
             self._processor = processor_of(self._proto)
 
     @property
@@ -138,10 +126,6 @@ class Unigram(PlainCounting):
             normalizer = sha256_bytes(self._proto.normalizer_spec.SerializeToString())
             parts["tokenizer.model"] = sha256_json([pieces, self._ids, normalizer])
         return sha256_json(parts)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, by the engine that transformers uses where both files are there."""
-        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
@@ -180,13 +164,6 @@ class Unigram(PlainCounting):
         if self._proto is not None:
             return [self._ids[place] for place in self._plain_processor.encode(spelled)]
         return list(self._plain_engine.encode(spelled, add_special_tokens=False).ids)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; `▁` is a space, `<0xE6>` a byte."""
-        text = self.map.texts[token_id]
-        if text in BYTE_PIECES:
-            return bytes([BYTE_PIECES[text]])
-        return text.encode() if token_id in self.map.added else spaced(text).encode()
 
     @cached_property
     def _plain_processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -259,19 +236,8 @@ class Unigram(PlainCounting):
         ]
 
     @cached_property
-    def _inner_engine(self) -> Tokenizer:
-        assert self._data is not None
-        return open_engine(inside(self._data))
-
-    @cached_property
     def _chunk_processor(self) -> sentencepiece.SentencePieceProcessor:
         return processor_of(without_prefix(self._proto))
-
-    @cached_property
-    def prefix(self) -> str:
-        """What the engine puts before a text: a space, or nothing."""
-        ids = self.encode("a")
-        return " " if ids and self.token_bytes(ids[0]).startswith(b" ") else ""
 
     @property
     def proof_characters(self) -> int | None:
@@ -346,13 +312,9 @@ class Unigram(PlainCounting):
 
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended into `output`, in each of its formats."""
-        copy_tokenizer(self.folder, output)
+        super().extend(merges, output)
         if self._model_name is not None:
-            serialized = self._extended_proto(merges).SerializeToString(deterministic=True)
-            (output / self._model_name).write_bytes(serialized)
             self._settle_sentinels(output / "tokenizer_config.json")
-        if self._data is not None:
-            write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
 
     def engines(self) -> dict[str, Any]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""
