@@ -25,7 +25,11 @@ COMPILED = numba is not None
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as machine code, kept on disk after the first call; it releases the GIL."""
+    """`function` as machine code, kept on disk after the first call; it releases the GIL.
+
+    What is kept is renewed when the function's own file changes, not when one that it calls in
+    another file does: after work on `joining`, delete the `__pycache__` beside it.
+    """
     if numba is None:
         return function
     try:

@@ -8,7 +8,7 @@ speed, so what is read together lies together:
 - `pairs` (p, 5): of each pair its key (left * 2**32 + right), its count, its last occurrence, how
   many occurrences were listed, and the last merge that offered it (-1: never again).
 - `places`, `links`: occurrences, each with the one listed before it.
-- `table`: key, number, key, number ...: finds a pair by its key.
+- `table`: finds the number of a pair by its key (`joining`).
 - `sizes`: pairs, occurrences, entries of the heap, merges.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lexigraft.families.joining import fill, find, new_table, slot_of
 from lexigraft.families.native import compiled
 from lexigraft.families.units import Ints, Symbols, Units
 
@@ -50,7 +51,7 @@ class Pairs:
         self.links: Symbols = np.empty(most, dtype=np.int32)
         self.heap: Ints = np.empty((2 * most, 2), dtype=np.int64)  # count, pair
         self.sizes: Ints = np.zeros(4, dtype=np.int64)
-        self.table: Ints = np.full(1 << 12, -1, dtype=np.int64)
+        self.table: Ints = new_table(0)
         at = 0
         while at < n:  # a block at a time, since most pairs are seen before
             self._reserve(_BLOCK)
@@ -62,13 +63,10 @@ class Pairs:
 
     def _reserve(self, more: int) -> None:
         """Make the table large enough for `more` new pairs."""
-        need = 4 * (int(self.sizes[0]) + more)
-        if need > len(self.table):
-            size = len(self.table)
-            while size < need:
-                size *= 2
-            self.table = np.full(size, -1, dtype=np.int64)
-            _fill_table(self.table, self.pairs, int(self.sizes[0]))
+        known = int(self.sizes[0])
+        if 4 * (known + more) > len(self.table):
+            self.table = new_table(known + more)
+            fill(self.table, self.pairs[:known, _KEY].copy())
 
     def count(self, pair: int) -> int:
         """How often a pair occurs."""
@@ -98,7 +96,7 @@ class Pairs:
 
     def find(self, left: int, right: int) -> int:
         """The number of a pair; -1 if it never occurred."""
-        return int(_find(self.table, (left << 32) | right))
+        return int(find(self.table, (left << 32) | right))
 
     def ban(self, pair: int) -> None:
         """Never offer this pair again. Its count goes, its neighbours stay."""
@@ -123,61 +121,40 @@ class Pairs:
 
 
 @compiled
-def _slot(key: int, mask: int) -> int:
-    # Products stay below 2**63, so that compiled and interpreted arithmetic agree.
-    mixed = (key >> 32) * 2147483629 + (key & 0xFFFFFFFF) * 2654435
-    return (mixed ^ (mixed >> 17)) & mask
-
-
-@compiled
-def _find(table: Ints, key: int) -> int:
-    mask = (len(table) >> 1) - 1
-    slot = _slot(key, mask)
-    while table[2 * slot] >= 0:
-        if table[2 * slot] == key:
-            return table[2 * slot + 1]
-        slot = (slot + 1) & mask
-    return -1
-
-
-@compiled
-def _fill_table(table: Ints, pairs: Ints, count: int) -> None:
-    mask = (len(table) >> 1) - 1
-    for pair in range(count):
-        slot = _slot(pairs[pair, 0], mask)
-        while table[2 * slot] >= 0:
-            slot = (slot + 1) & mask
-        table[2 * slot] = pairs[pair, 0]
-        table[2 * slot + 1] = pair
-
-
-@compiled
 def _add(key, weight, place, cells, pairs, places, links, sizes, table) -> int:  # type: ignore[no-untyped-def]
     """Count one more occurrence of a pair, at `place`; returns its number."""
-    mask = (len(table) >> 1) - 1
-    slot = _slot(key, mask)
-    while table[2 * slot] >= 0 and table[2 * slot] != key:
-        slot = (slot + 1) & mask
-    pair = table[2 * slot + 1]
+    slot = slot_of(table, key)
+    pair = table[slot + 1]
     if pair < 0:
         pair = sizes[0]
         sizes[0] += 1
-        table[2 * slot] = key
-        table[2 * slot + 1] = pair
-        pairs[pair, 0] = key
-        pairs[pair, 1] = 0
-        pairs[pair, 2] = -1
-        pairs[pair, 3] = 0
-        pairs[pair, 4] = 0
+        table[slot] = key
+        table[slot + 1] = pair
+        pairs[pair, _KEY] = key
+        pairs[pair, _COUNT] = 0
+        pairs[pair, _HEAD] = -1
+        pairs[pair, _LISTED] = 0
+        pairs[pair, _STAMP] = 0
     node = sizes[1]
     sizes[1] += 1
     places[node] = place
-    links[node] = pairs[pair, 2]
-    pairs[pair, 1] += weight
-    pairs[pair, 2] = node
-    pairs[pair, 3] += 1
-    cells[place, 3] = pair
+    links[node] = pairs[pair, _HEAD]
+    pairs[pair, _COUNT] += weight
+    pairs[pair, _HEAD] = node
+    pairs[pair, _LISTED] += 1
+    cells[place, _PAIR] = pair
     return pair
+
+
+@compiled
+def _list(key, weight, place, changed, new, cells, pairs, places, links, sizes, table) -> int:  # type: ignore[no-untyped-def]
+    """Count an occurrence in the merge under way; a pair it counts first joins `changed`."""
+    made = _add(key, weight, place, cells, pairs, places, links, sizes, table)
+    if pairs[made, _STAMP] < 0 or pairs[made, _STAMP] == sizes[3]:
+        return new
+    pairs[made, _STAMP] = sizes[3]
+    changed[new] = made
+    return new + 1
 
 
 @compiled
@@ -185,10 +162,10 @@ def _count_all(  # type: ignore[no-untyped-def]
     begin, end, weights, pending, cells, pairs, places, links, sizes, table,
 ) -> int:  # fmt: skip
     for place in range(begin, end):
-        follower = cells[place, 1]
-        if follower < 0 or pending[cells[place, 0]] or pending[cells[follower, 0]]:
+        follower = cells[place, _AFTER]
+        if follower < 0 or pending[cells[place, _SYMBOL]] or pending[cells[follower, _SYMBOL]]:
             continue
-        key = (np.int64(cells[place, 0]) << 32) | cells[follower, 0]
+        key = (np.int64(cells[place, _SYMBOL]) << 32) | cells[follower, _SYMBOL]
         _add(key, weights[place], place, cells, pairs, places, links, sizes, table)
     return end
 
@@ -201,10 +178,10 @@ def _is_before(count: int, key: int, other_count: int, other_key: int) -> bool:
 @compiled
 def _sift_up(heap: Ints, pairs: Ints, at: int) -> None:
     count, pair = heap[at, 0], heap[at, 1]
-    key = pairs[pair, 0]
+    key = pairs[pair, _KEY]
     while at > 0:
         parent = (at - 1) >> 1
-        if not _is_before(count, key, heap[parent, 0], pairs[heap[parent, 1], 0]):
+        if not _is_before(count, key, heap[parent, 0], pairs[heap[parent, 1], _KEY]):
             break
         heap[at, 0], heap[at, 1] = heap[parent, 0], heap[parent, 1]
         at = parent
@@ -214,17 +191,17 @@ def _sift_up(heap: Ints, pairs: Ints, at: int) -> None:
 @compiled
 def _sift_down(heap: Ints, pairs: Ints, at: int, size: int) -> None:
     count, pair = heap[at, 0], heap[at, 1]
-    key = pairs[pair, 0]
+    key = pairs[pair, _KEY]
     while True:
         child = 2 * at + 1
         if child >= size:
             break
         other = child + 1
         if other < size and _is_before(
-            heap[other, 0], pairs[heap[other, 1], 0], heap[child, 0], pairs[heap[child, 1], 0]
+            heap[other, 0], pairs[heap[other, 1], _KEY], heap[child, 0], pairs[heap[child, 1], _KEY]
         ):
             child = other
-        if not _is_before(heap[child, 0], pairs[heap[child, 1], 0], count, key):
+        if not _is_before(heap[child, 0], pairs[heap[child, 1], _KEY], count, key):
             break
         heap[at, 0], heap[at, 1] = heap[child, 0], heap[child, 1]
         at = child
@@ -235,7 +212,7 @@ def _sift_down(heap: Ints, pairs: Ints, at: int, size: int) -> None:
 def _push(pairs: Ints, heap: Ints, sizes: Ints, pair: int) -> None:
     at = sizes[2]
     sizes[2] += 1
-    heap[at, 0], heap[at, 1] = pairs[pair, 1], pair
+    heap[at, 0], heap[at, 1] = pairs[pair, _COUNT], pair
     _sift_up(heap, pairs, at)
 
 
@@ -244,7 +221,7 @@ def _heap_all(pairs: Ints, heap: Ints, sizes: Ints) -> None:
     size = sizes[0]
     sizes[2] = size
     for pair in range(size):
-        heap[pair, 0], heap[pair, 1] = pairs[pair, 1], pair
+        heap[pair, 0], heap[pair, 1] = pairs[pair, _COUNT], pair
     for at in range(size // 2 - 1, -1, -1):
         _sift_down(heap, pairs, at, size)
 
@@ -255,12 +232,12 @@ def _best(pairs: Ints, heap: Ints, sizes: Ints, least: int) -> int:
     # below the truth, and one above it is brought up to date here.
     while sizes[2] > 0:
         count, pair = heap[0, 0], heap[0, 1]
-        if count == pairs[pair, 1] and count >= least:
+        if count == pairs[pair, _COUNT] and count >= least:
             found = pair
         else:
             found = np.int64(-1)
-            if least <= pairs[pair, 1] < count:
-                heap[0, 0] = pairs[pair, 1]
+            if least <= pairs[pair, _COUNT] < count:
+                heap[0, 0] = pairs[pair, _COUNT]
                 _sift_down(heap, pairs, 0, sizes[2])
                 continue
         sizes[2] -= 1
@@ -277,57 +254,50 @@ def _best(pairs: Ints, heap: Ints, sizes: Ints, least: int) -> int:
 def _merge(  # type: ignore[no-untyped-def]
     pair, symbol, weights, pending, heap, cells, pairs, places, links, sizes, table,
 ) -> None:  # fmt: skip
-    left, right = pairs[pair, 0] >> 32, pairs[pair, 0] & 0xFFFFFFFF
-    standing = np.empty(pairs[pair, 3], dtype=np.int32)
+    left, right = pairs[pair, _KEY] >> 32, pairs[pair, _KEY] & 0xFFFFFFFF
+    standing = np.empty(pairs[pair, _LISTED], dtype=np.int32)
     number = 0
-    node = pairs[pair, 2]
+    node = pairs[pair, _HEAD]
     while node >= 0:
         standing[number] = places[node]
         number += 1
         node = np.int64(links[node])
     if left == right:  # x x x: the left pair is joined, not the right one
         standing.sort()
-    pairs[pair, 2] = -1
-    pairs[pair, 3] = 0
+    pairs[pair, _HEAD] = -1
+    pairs[pair, _LISTED] = 0
     changed = np.empty(2 * number, dtype=np.int64)
     new = 0
     sizes[3] += 1
-    stamp = sizes[3]
     for at in range(number):
         place = standing[at]
-        second = cells[place, 1]
-        if cells[place, 0] != left or second < 0 or cells[second, 0] != right:
+        second = cells[place, _AFTER]
+        if cells[place, _SYMBOL] != left or second < 0 or cells[second, _SYMBOL] != right:
             continue
         weight = weights[place]
-        previous, following = cells[place, 2], cells[second, 1]
-        if previous >= 0 and cells[previous, 3] >= 0:
-            pairs[cells[previous, 3], 1] -= weight
-            cells[previous, 3] = -1
-        if cells[second, 3] >= 0:
-            pairs[cells[second, 3], 1] -= weight
-            cells[second, 3] = -1
-        cells[place, 0] = symbol
-        cells[place, 1] = following
-        cells[place, 3] = -1
-        cells[second, 0] = -1
-        cells[second, 1] = -1
+        previous, following = cells[place, _BEFORE], cells[second, _AFTER]
+        if previous >= 0 and cells[previous, _PAIR] >= 0:
+            pairs[cells[previous, _PAIR], _COUNT] -= weight
+            cells[previous, _PAIR] = -1
+        if cells[second, _PAIR] >= 0:
+            pairs[cells[second, _PAIR], _COUNT] -= weight
+            cells[second, _PAIR] = -1
+        cells[place, _SYMBOL] = symbol
+        cells[place, _AFTER] = following
+        cells[place, _PAIR] = -1
+        cells[second, _SYMBOL] = -1
+        cells[second, _AFTER] = -1
         if following >= 0:
-            cells[following, 2] = place
-        if previous >= 0 and not pending[cells[previous, 0]]:
-            key = (np.int64(cells[previous, 0]) << 32) | symbol
-            made = _add(key, weight, previous, cells, pairs, places, links, sizes, table)
-            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
-                pairs[made, 4] = stamp
-                changed[new] = made
-                new += 1
-        if following >= 0 and not pending[cells[following, 0]]:
-            key = (np.int64(symbol) << 32) | cells[following, 0]
-            made = _add(key, weight, place, cells, pairs, places, links, sizes, table)
-            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
-                pairs[made, 4] = stamp
-                changed[new] = made
-                new += 1
-    pairs[pair, 1] = 0
+            cells[following, _BEFORE] = place
+        if previous >= 0 and not pending[cells[previous, _SYMBOL]]:
+            key = (np.int64(cells[previous, _SYMBOL]) << 32) | symbol
+            new = _list(
+                key, weight, previous, changed, new, cells, pairs, places, links, sizes, table
+            )
+        if following >= 0 and not pending[cells[following, _SYMBOL]]:
+            key = (np.int64(symbol) << 32) | cells[following, _SYMBOL]
+            new = _list(key, weight, place, changed, new, cells, pairs, places, links, sizes, table)
+    pairs[pair, _COUNT] = 0
     for at in range(new):
         _push(pairs, heap, sizes, changed[at])
 
@@ -339,24 +309,21 @@ def _open(  # type: ignore[no-untyped-def]
     changed = np.empty(2 * len(standing), dtype=np.int64)
     new = 0
     sizes[3] += 1
-    stamp = sizes[3]
     for place in standing:
         weight = weights[place]
-        previous, following = cells[place, 2], cells[place, 1]
-        if following >= 0 and not pending[cells[following, 0]]:
-            key = (np.int64(letter) << 32) | cells[following, 0]
-            made = _add(key, weight, place, cells, pairs, places, links, sizes, table)
-            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
-                pairs[made, 4] = stamp
-                changed[new] = made
-                new += 1
+        previous, following = cells[place, _BEFORE], cells[place, _AFTER]
+        if following >= 0 and not pending[cells[following, _SYMBOL]]:
+            key = (np.int64(letter) << 32) | cells[following, _SYMBOL]
+            new = _list(key, weight, place, changed, new, cells, pairs, places, links, sizes, table)
         # Where the letter stands before itself, the pair was counted from there.
-        if previous >= 0 and cells[previous, 0] != letter and not pending[cells[previous, 0]]:
-            key = (np.int64(cells[previous, 0]) << 32) | letter
-            made = _add(key, weight, previous, cells, pairs, places, links, sizes, table)
-            if pairs[made, 4] != stamp and pairs[made, 4] >= 0:
-                pairs[made, 4] = stamp
-                changed[new] = made
-                new += 1
+        if (
+            previous >= 0
+            and cells[previous, _SYMBOL] != letter
+            and not pending[cells[previous, _SYMBOL]]
+        ):
+            key = (np.int64(cells[previous, _SYMBOL]) << 32) | letter
+            new = _list(
+                key, weight, previous, changed, new, cells, pairs, places, links, sizes, table
+            )
     for at in range(new):
         _push(pairs, heap, sizes, changed[at])

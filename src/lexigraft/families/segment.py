@@ -7,17 +7,13 @@ adjacent pair first, the leftmost of equals. A test compares the ids with the en
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lexigraft.families.native import COMPILED, compiled
-from lexigraft.families.replay import fill, rank_of, table_size
-from lexigraft.families.units import Ints, Symbols
-
-_FEW = 20_000
+from lexigraft.families.joining import fill, in_threads, join_row, new_table
+from lexigraft.families.native import compiled
+from lexigraft.families.units import Ints
 
 
 class Segmenter:
@@ -36,13 +32,12 @@ class Segmenter:
         number = ids.__getitem__
         lefts = np.fromiter((number(left) for left, _ in pairs), np.int64, len(pairs))
         rights = np.fromiter((number(right) for _, right in pairs), np.int64, len(pairs))
-        self.keys: Ints = (lefts << 32) | rights
-        self.ranks: Symbols = np.arange(len(pairs), dtype=np.int32)
+        self.ranks: Ints = np.arange(len(pairs), dtype=np.int64)
         self.results: Ints = np.fromiter(
             (number(left + right) for left, right in pairs), np.int64, len(pairs)
         )
-        self.table: Symbols = np.full(table_size(len(pairs)), -1, dtype=np.int32)
-        fill(self.table, self.keys)
+        self.table: Ints = new_table(len(pairs))
+        fill(self.table, (lefts << 32) | rights)
         self.letters: Ints = np.array(letters, dtype=np.int64)
 
     def run(self, words: Sequence[bytes]) -> tuple[Ints, Ints]:
@@ -58,53 +53,22 @@ class Segmenter:
             raise KeyError(int(data[int(np.argmin(rows))]))
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         lengths = np.zeros(len(words), dtype=np.int64)
-        threads = (os.cpu_count() or 1) if COMPILED and len(rows) > _FEW else 1
-        edges = [len(words) * part // threads for part in range(threads + 1)]
 
-        def work(part: int) -> None:
-            _segment(
-                rows, starts, edges[part], edges[part + 1], self.table, self.keys, self.ranks,
-                self.results, lengths,
-            )  # fmt: skip
+        def work(begin: int, end: int) -> None:
+            _segment(rows, starts, begin, end, self.table, self.ranks, self.results, lengths)
 
-        if threads == 1:
-            work(0)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(work, range(threads)))
+        in_threads(len(words), len(rows), work)
         within = np.arange(len(rows)) - np.repeat(starts[:-1], counts)
         return rows[within < np.repeat(lengths, counts)], lengths
 
 
 @compiled
-def _segment(rows, starts, begin, end, table, keys, ranks, results, lengths) -> None:  # type: ignore[no-untyped-def]
-    none = 2**31 - 1
+def _segment(rows, starts, begin, end, table, ranks, results, lengths) -> None:  # type: ignore[no-untyped-def]
     longest = 1
     for word in range(begin, end):
         longest = max(longest, starts[word + 1] - starts[word])
-    best = np.empty(longest, dtype=np.int64)  # rank of the pair that begins here
+    best = np.empty(longest, dtype=np.int64)
+    joined = np.zeros(len(results), dtype=np.int64)  # nobody asks for these counts
     for word in range(begin, end):
-        first = starts[word]
-        size = starts[word + 1] - first
-        lowest = none
-        for at in range(size - 1):
-            best[at] = rank_of(table, keys, ranks, rows[first + at], rows[first + at + 1])
-            lowest = min(lowest, best[at])
-        while lowest < none:
-            at = 0
-            while best[at] != lowest:
-                at += 1
-            rows[first + at] = results[lowest]
-            size -= 1
-            for later in range(at + 1, size):
-                rows[first + later] = rows[first + later + 1]
-            for later in range(at + 1, size - 1):
-                best[later] = best[later + 1]
-            if at > 0:
-                best[at - 1] = rank_of(table, keys, ranks, rows[first + at - 1], rows[first + at])
-            if at < size - 1:
-                best[at] = rank_of(table, keys, ranks, rows[first + at], rows[first + at + 1])
-            lowest = none
-            for other in range(size - 1):
-                lowest = min(lowest, best[other])
-        lengths[word] = size
+        row = rows[starts[word] : starts[word + 1]]
+        lengths[word] = join_row(row, len(row), best, table, ranks, results, joined, 1)
