@@ -10,9 +10,10 @@ import sentencepiece
 
 import parts
 from lexigraft import families
-from lexigraft.families.llama_cpp import changes_check_text, check_text, simulate
+from lexigraft.families.llama_cpp import check_text, simulate
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.tokenmap import parse_sentencepiece
+from lexigraft.selection.judges import check_text_judge
 
 TEXTS = parts.corpus_text(documents=40).split("\n\n")
 TOKENIZERS = parts.SHARED / "tokenizers"
@@ -47,9 +48,10 @@ def test_tokens_that_change_the_check_text_are_found(tmp_path):
     before = fingerprint(old.encode(check_text()))
     assert fingerprint(new.encode(check_text())) != before
     emitted = {new.map.texts[i] for i in new.encode(check_text()) if i >= old.map.tokens}
-    assert changes_check_text(old, merges) == emitted
+    changes = check_text_judge(old)
+    assert changes(merges, {}) == emitted
     kept = list(merges)
-    while gone := set(changes_check_text(old, kept)):
+    while gone := changes(kept, {}):
         for merge in kept:
             if gone.intersection(merge):
                 gone.add(merge.token)

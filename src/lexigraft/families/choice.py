@@ -120,17 +120,21 @@ def choose(
         kept = _without(kept, bad)
         replayed = family.replay(units, kept)
     kept, replayed, detours = _shortened(family, units, kept, replayed, with_parts(kept, pinned))
-    while dead := _dead(family, units, kept, replayed.counts, min_count, asked, pinned, decided):
+    while dead := _dead(
+        family, units, kept, replayed.counts, min_count=min_count, asked=asked, pinned=pinned,
+        decided=decided,
+    ):  # fmt: skip
         kept = _without(kept, dead)
         replayed = family.replay(units, kept)
     return Choice(kept, replayed.counts, replayed.saved, detours)
 
 
-def _dead(  # noqa: PLR0917
+def _dead(
     family: Family,
     units: Units,
     kept: Sequence[Merge],
     counts: Mapping[str, int],
+    *,
     min_count: int,
     asked: frozenset[str],
     pinned: frozenset[str],
@@ -279,7 +283,7 @@ def _shortened(
     dead = [m.token for m in kept if m.right is not None and not replayed.counts[m.token]]
     for token in dead:
         if token not in needed:
-            changed = _detour(family, units, changed, token) or changed
+            changed = _detour(family, changed, token) or changed
     if len(changed) == len(kept):
         return kept, replayed, 0
     again = family.replay(units, changed)
@@ -289,7 +293,7 @@ def _shortened(
     return changed, again, len(kept) - len(changed)
 
 
-def _detour(family: Family, units: Units, kept: list[Merge], dead: str) -> list[Merge] | None:
+def _detour(family: Family, kept: list[Merge], dead: str) -> list[Merge] | None:
     """`kept` without `dead`, its children made of two other parts; None where one cannot be."""
     place = {merge.token: at for at, merge in enumerate(kept)}
     changed = list(kept)

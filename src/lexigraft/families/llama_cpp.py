@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lexigraft.families import Family
-    from lexigraft.families.continued_bpe import Merge
+    pass
 
 SPACE = "\u2581"
 _USER_DEFINED, _BYTE = 4, 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
@@ -35,15 +34,6 @@ _CHECK_TEXT = (
 def check_text() -> str:
     """The text whose ids tell llama.cpp's converter which pre-tokenizer a model has."""
     return _CHECK_TEXT
-
-
-def changes_check_text(family: Family, merges: Sequence[Merge]) -> frozenset[str]:
-    """Those of `merges` whose tokens come out of `check_text`.
-
-    Parts of a token that is left out may come out in its place: ask again without it.
-    """
-    counts = family.replay(family.count_units({check_text(): 1}), merges).counts
-    return frozenset(token for token, count in counts.items() if count)
 
 
 def simulate(proto: Any) -> Callable[[Sequence[str]], list[list[int]]]:

@@ -229,7 +229,8 @@ def _to_blame(
             if token_id in pieces:
                 return {token_id}
             later = next((other for other in new[at:] if other in pieces), None)
-            return {last if last is not None else later} - {None}  # type: ignore[return-value]
+            found = later if last is None else last
+            return set() if found is None else {found}
         if token_id in pieces:
             last = token_id
         place += len(spelled)

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class Gathered:
     """A text as a family reads it.
 
     Attributes:
-        counted: chunks, held-out documents and sizes.
+        counted: held-out documents and sizes.
         chunks: the chunks that are learned from.
         units: their stretches.
         addresses: occurrences of chunks left out because they are URLs or e-mail addresses.
@@ -85,23 +85,30 @@ def gather(
     counted = count_chunks(
         specs, prefix=family.prefix, measured=measured, engine=engine, workers=workers
     )
-    chunks = {text: n for text, n in counted.chunks.items() if not _ADDRESS.search(text)}
-    left_out = sum(counted.chunks.values()) - sum(chunks.values())
-    damaged = {text: n for text, n in chunks.items() if is_damaged(text)}
+    chunks: dict[str, int] = {}
+    addresses = 0
+    damaged: dict[str, int] = {}
+    for text, n in counted.chunks.items():
+        if _ADDRESS.search(text):
+            addresses += n
+        elif is_damaged(text):
+            damaged[text] = n
+        else:
+            chunks[text] = n
     if damaged:
         first = min(damaged).strip()
         note(
             f"{sum(damaged.values()):,} words are UTF-8 that was read in another encoding, such as "
             f"{first[:40]!r}: not learned from (mend the text for these)"
         )
-        chunks = {text: n for text, n in chunks.items() if text not in damaged}
     if special:
         parts: Counter[str] = Counter()
         for text, n in chunks.items():
             for part in between([text], special):
                 parts[part] += n
         chunks = dict(sorted(parts.items()))
-    return Gathered(counted, chunks, family.count_units(chunks), left_out)
+    rest = replace(counted, chunks={})  # the one table is enough: it is most of the memory
+    return Gathered(rest, chunks, family.count_units(chunks), addresses)
 
 
 def units_of_texts(family: Family, texts: Sequence[str]) -> Units:

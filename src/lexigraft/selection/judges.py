@@ -9,7 +9,7 @@ import numpy as np
 from lexigraft.families import Family
 from lexigraft.families.choice import Judge, with_parts
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.llama_cpp import changes_check_text
+from lexigraft.families.llama_cpp import check_text
 from lexigraft.families.units import Ints, Units
 from lexigraft.selection.contrast import Floats, is_specific, log_odds
 
@@ -71,7 +71,10 @@ def check_text_judge(family: Family) -> Judge:
     not know.
     """
 
+    units = family.count_units({check_text(): 1})
+
     def judge(kept: Sequence[Merge], _: Mapping[str, int]) -> set[str]:
-        return set(changes_check_text(family, kept))
+        counts = family.replay(units, kept).counts
+        return {token for token, count in counts.items() if count}
 
     return judge

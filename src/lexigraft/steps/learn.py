@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lexigraft import families
 from lexigraft.checkpoints.architectures import is_tied_by_config
-from lexigraft.console import note
 from lexigraft.corpus import beginning, sources, text_files
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, measure
-from lexigraft.families.choice import Choice, Judge, choose, with_parts
-from lexigraft.families.llama_cpp import simulate
 from lexigraft.families.loader import LoaderProof, TransformersLoader, prove_loader
 from lexigraft.families.proof import (
     HARD_TEXTS,
     Lengths,
     Proof,
-    contexts,
     expansion,
-    long_text,
-    offenders,
     prove,
 )
-from lexigraft.families.special import add_special
-from lexigraft.families.units import Units
 from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.manifest import (
@@ -46,26 +34,31 @@ from lexigraft.manifest import (
     TextSource,
     versions,
 )
+from lexigraft.selection.acceptance import (
+    beginnings,
+    hard_texts,
+    prove_llama_cpp,
+    require_reachable,
+    write_lawful,
+)
 from lexigraft.selection.gathering import (
     between,
     characters_in_parts,
-    gather,
     units_of_texts,
 )
-from lexigraft.selection.judges import Contrast, check_text_judge
-from lexigraft.selection.lists import Term, read_special, read_words
-from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, choose_size, model_size
-from lexigraft.selection.terms import TermTable, variants
-from lexigraft.selection.wanted import Wanted, want
+from lexigraft.selection.judges import Contrast
+from lexigraft.selection.learning import (
+    MEASURED_BYTES,
+    Learning,
+    Lists,
+    Picked,
+    cut_earlier,
+    read_lists,
+    read_special_tokens,
+)
+from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, model_size
+from lexigraft.selection.terms import TermTable
 
-# "Drop a new token with fewer than 100 emissions in the training stream, hard floor 20": the rows
-# of rarer tokens did not catch up in any experiment we know of (docs/methods.md).
-SUPPORT = 100
-FLOOR = 20
-MEASURED_BYTES = 4_000_000  # of held-out and of general text
-# What slower engines read of the domain and of the general text.
-_FEW_TEXTS, _FEW_CHARACTERS = 200, 1000
-_MOST_TRIES = 2000  # chunks in which a token is looked for
 _PROBES = ("The patient was treated.", " 患者冠状动脉正常。\n", "Привет 123 🙂  x")
 
 
@@ -319,18 +312,18 @@ def learn(
     with contextlib.closing(TransformersLoader()) as loader:
         family = families.load(folder)
         limit = _limit(tokens, family.map.tokens, allow_more=allow_more)
-        words = _Lists(
-            terms=_read_lists(terms), pins=_read_lists(pin), bans=_read_lists(ban),
-            special=_read_special(family, special),
+        words = Lists(
+            terms=read_lists(terms), pins=read_lists(pin), bans=read_lists(ban),
+            special=read_special_tokens(family, special),
         )  # fmt: skip
         words.refuse_contradictions()
         if from_vocab is not None:
-            picked = _cut(family, Path(from_vocab), None if tokens == "auto" else limit)
+            picked = cut_earlier(family, Path(from_vocab), None if tokens == "auto" else limit)
         else:
-            learning = _Learning(
+            learning = Learning(
                 family, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
-                train_bytes=train_bytes, check_text=not change_check_text, engine=engine,
-                workers=workers,
+                train_bytes=train_bytes, model=_model_size(folder),
+                check_text=not change_check_text, engine=engine, workers=workers,
             )  # fmt: skip
             loader.start()  # its imports take the core that choosing leaves free
             picked = learning.choose()
@@ -360,192 +353,6 @@ def _refuse_odd_numbers(options: Mapping[str, int | None]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Lists:
-    terms: list[Term]
-    pins: list[Term]
-    bans: list[Term]
-    special: list[str]
-
-    def banned(self, family: Family) -> Callable[[str], bool]:
-        """Whether a token (as in the files) is a banned word in any spelling, or special."""
-        tokens = {
-            token for term in self.bans for v in variants(term.text) for token in family.written(v)
-        }
-        return (tokens | set(self.special)).__contains__
-
-    def refuse_contradictions(self) -> None:
-        """A word cannot be pinned and banned, nor be pinned and special."""
-        banned = {variant: term.text for term in self.bans for variant in variants(term.text)}
-        for term in self.pins:
-            where = "--ban" if term.text in banned else "--special"
-            if term.text in banned or term.text in self.special:
-                raise LexigraftError(
-                    f"{term.text!r} is pinned, and {where} has it too",
-                    needed="each word in one of these lists",
-                    fix=f"take {banned.get(term.text, term.text)!r} out of --pin or {where}",
-                )
-
-    def refuse_clashes(self, choice: Choice) -> None:
-        """A special token cannot be a learned token of an earlier result."""
-        for token in sorted({merge.token for merge in choice.merges}.intersection(self.special)):
-            raise LexigraftError(
-                f"--special {token!r} is a token that was learned",
-                needed="another text for it: one text has one id",
-                fix=f"leave {token!r} out of --special, or learn again with it",
-            )
-
-
-def _read_lists(specs: Sequence[str | Path]) -> list[Term]:
-    words: dict[str, Term] = {}
-    for spec in specs:
-        found = read_words(spec)
-        note(found.summary())
-        for word in found.words:
-            words.setdefault(word.text, word)
-    return list(words.values())
-
-
-def _read_special(family: Family, specs: Sequence[str | Path]) -> list[str]:
-    found: dict[str, None] = {}
-    for spec in specs:
-        listed = read_special(spec, family.map.ids.keys())
-        note(listed.summary())
-        found.update(dict.fromkeys(word.text for word in listed.words))
-    return list(found)
-
-
-@dataclass(frozen=True)
-class _Picked:
-    """The tokens to add, and what is known of them before anything is written."""
-
-    choice: Choice
-    least: int
-    wanted: Wanted
-    held_out: list[str]
-    size: Size | None = None
-    contrast: Contrast | None = None
-    stretches: Units | None = None
-    addresses: int = 0
-    chunks: Mapping[str, int] = field(default_factory=dict)
-
-
-class _Learning:
-    """One learning run: from a corpus to the chosen tokens."""
-
-    def __init__(
-        self,
-        family: Family,
-        corpus: Sequence[str | Path],
-        contrast: Sequence[str | Path],
-        lists: _Lists,
-        *,
-        tokens: int | str,
-        limit: int,
-        min_count: int | None,
-        train_bytes: int | None,
-        check_text: bool,
-        engine: str,
-        workers: int | None,
-    ) -> None:
-        self.family = family
-        self.lists = lists
-        self.tokens = tokens
-        self.limit = limit
-        self.train_bytes = train_bytes
-        self.text = gather(
-            family, corpus, measured=MEASURED_BYTES, special=lists.special, engine=engine,
-            workers=workers,
-        )  # fmt: skip
-        self.contrast = self._contrast(contrast, engine, workers)
-        self.least = min_count or _default_min_count(tokens, self.text.bytes, train_bytes)
-        self.check_text = check_text
-
-    def _contrast(
-        self, specs: Sequence[str | Path], engine: str, workers: int | None
-    ) -> Contrast | None:
-        if not specs:
-            return None
-        other = gather(
-            self.family, specs, measured=0, special=self.lists.special, engine=engine,
-            workers=workers,
-        )  # fmt: skip
-        return Contrast(self.family, self.text.units, other.units)
-
-    def choose(self) -> _Picked:
-        family, text = self.family, self.text
-        banned = self.lists.banned(family)
-        # Counts are of a sample where the corpus is large: so is what is asked of them.
-        least = max(1, math.ceil(self.least * text.counted.share))
-        wanted = want(
-            family, text.chunks, terms=self.lists.terms, pins=self.lists.pins, min_count=least,
-            limit=self.limit, banned=banned,
-        )  # fmt: skip
-        asked = frozenset(wanted.tokens.values())
-        judges = self._judges()
-        if self.contrast is not None:
-            self.contrast.asked = asked
-
-        def chosen(limit: int) -> Choice:
-            return choose(
-                family, text.units, limit=limit, min_count=least, first=wanted.merges,
-                asked=asked, pinned=wanted.pinned, banned=banned, judges=judges,
-                refuse=self.contrast.refuse if self.contrast else None,
-                budget=limit if self.contrast and self.tokens != "auto" else None,
-            )  # fmt: skip
-
-        choice = chosen(self.limit)
-        _say_if_short(
-            self.tokens, self.limit, self.least, choice, contrast=self.contrast is not None
-        )
-        size = self._size(choice)
-        if size is not None and size.k < len(choice.merges):
-            choice = chosen(size.k)
-            size = replace(self._size(choice) or size, why=size.why)
-        times = round(1 / text.counted.share)  # a share is 1, 1/2, 1/4 ...
-        if times > 1:
-            counts = {token: count * times for token, count in choice.counts.items()}
-            choice = replace(choice, counts=counts, saved=choice.saved * times)
-        return _Picked(
-            choice, self.least, wanted, text.counted.held_out, size, self.contrast, text.units,
-            text.addresses, text.chunks,
-        )  # fmt: skip
-
-    def _judges(self) -> list[Judge]:
-        judges: list[Judge] = []
-        if self.check_text and self.family.guaranteed:
-            judges.append(check_text_judge(self.family))
-        breakers = getattr(self.family, "breakers", None)
-        if breakers is not None:
-            stretches = ["".join(unit) for unit in self.text.units.to_tuples()]
-            judges.append(lambda kept, _: set(breakers(kept, stretches)))
-        return judges
-
-    def _size(self, choice: Choice) -> Size | None:
-        """How many of the chosen tokens are worth it, by the held-out text."""
-        text = self.text
-        if not choice.merges:
-            return None
-        held = text.counted.held_out
-        measured = units_of_texts(self.family, held) if held else text.units
-        saved = self.family.replay(measured, choice.merges).saved
-        if held:
-            tokens = sum(map(len, self.family.encode_batch(held)))
-            size = sum(len(document.encode()) for document in held)
-        else:
-            tokens = text.units.total
-            size = max(1, round(text.bytes * text.counted.share))
-        return choose_size(
-            saved, base_tokens=max(tokens, int(saved.sum()) + 1), text_bytes=size,
-            vocabulary=self.family.map.tokens,
-            requested=None if self.tokens == "auto" else self.limit,
-            model=_model_size(self.family.folder),
-            counts=[choice.counts[merge.token] for merge in choice.merges],
-            counted_bytes=max(1, round(text.bytes * text.counted.share)),
-            train_bytes=self.train_bytes or text.bytes,
-        )  # fmt: skip
-
-
 def _model_size(folder: Path) -> ModelSize | None:
     path = folder / "config.json"
     if not path.is_file():
@@ -556,50 +363,9 @@ def _model_size(folder: Path) -> ModelSize | None:
     return model_size(config, tied=is_tied_by_config(config))
 
 
-def _cut(family: Family, vocab: Path, size: int | None) -> _Picked:
-    """The first tokens of an earlier result."""
-    record = _earlier_record(family, vocab)
-    rows = measure.read_rows(vocab / NEW_TOKENS, record.first_id, record.added)
-    if size is not None and size > len(rows):
-        raise LexigraftError(
-            f"{vocab} has {len(rows):,} new tokens, --tokens asks for {size:,}",
-            needed=f"at most {len(rows):,}",
-            fix="learn from the corpus again for more",
-        )
-    if record.added > len(rows):
-        note(
-            f"{vocab} has {record.added - len(rows):,} special tokens behind its words: name them "
-            "with --special to have them again"
-        )
-    merges, counts = measure.cut(rows, len(rows) if size is None else size)
-    saved = np.array([merge.occurrences for merge in merges], dtype=np.int64)
-    asked = {row["token"]: row["token"] for row in rows[: len(merges)] if row["origin"] == "term"}
-    least = record.settings.get("least") or FLOOR
-    wanted = Wanted(tokens=asked)
-    return _Picked(Choice(merges, counts, saved), least, wanted, [])
-
-
-def _earlier_record(family: Family, vocab: Path) -> LearnRecord:
-    manifest = Manifest.read(vocab)
-    record: LearnRecord | None = manifest.last("learn") if manifest else None
-    if record is None or not (vocab / NEW_TOKENS).is_file():
-        raise LexigraftError(
-            f"{vocab} is no result of learn",
-            needed=f"a folder with lexigraft.json and {NEW_TOKENS}",
-            fix="--from VOCAB, the folder that learn wrote",
-        )
-    if record.base.token_map != family.map.hash:
-        raise LexigraftError(
-            f"{vocab} extends another base ({record.base.name}, {record.base.tokens:,} tokens)",
-            needed=f"an extension of {family.folder} ({family.map.tokens:,} tokens)",
-            fix=f"name the base that {vocab} was learned for",
-        )
-    return record
-
-
 def _publish(
     base: Family,
-    picked: _Picked,
+    picked: Picked,
     partial: Path,
     output: Path,
     loader: TransformersLoader,
@@ -614,19 +380,19 @@ def _publish(
     """Write the extension, prove it, and measure it."""
     # A special token cuts the text that it stands in: the laws hold for what is between.
     domain, general = (between(texts, special) for texts in (domain, general))
-    extended, choice = _written(base, picked, partial, special, [*domain, *general])
+    extended, choice = write_lawful(base, picked, partial, special, [*domain, *general])
     first = base.map.tokens
-    few = [*between(HARD_TEXTS, special), *_beginnings(domain), *_beginnings(general)]
-    pool = ThreadPoolExecutor(1)  # the child reads while this process proves
-    asked_loader = pool.submit(prove_loader, base, extended, few, loader)
+    few = [*between(HARD_TEXTS, special), *beginnings(domain), *beginnings(general)]
     spelled = expansion(base, extended)
-    hard = prove(base, extended, between(_hard_texts(extended, choice), special), spelled)
-    domain_proof = prove(base, extended, domain, spelled)
-    general_proof = prove(base, extended, general, spelled)
+    with ThreadPoolExecutor(1) as pool:  # the child reads while this process proves
+        asked_loader = pool.submit(prove_loader, base, extended, few, loader)
+        hard = prove(base, extended, between(hard_texts(extended, choice), special), spelled)
+        domain_proof = prove(base, extended, domain, spelled)
+        general_proof = prove(base, extended, general, spelled)
+        prove_llama_cpp(base, extended, choice, domain)
+        by_loader = asked_loader.result()
     proof = hard.plus(domain_proof).plus(general_proof)
-    _prove_llama_cpp(base, extended, choice, domain)
-    by_loader = asked_loader.result()
-    _require_reachable(extended, choice, proof.emitted, picked.chunks)
+    require_reachable(extended, choice, proof.emitted, picked.chunks)
     record = _record(base, extended, {**settings, "least": picked.least}, sources_of)
     (Manifest.read(base.folder) or Manifest()).plus(record).write(partial)
     specificity = None
@@ -666,54 +432,6 @@ def _publish(
         special=len(special),
         dry_run=dry_run,
     )
-
-
-def _written(
-    base: Family, picked: _Picked, partial: Path, special: Sequence[str], texts: Sequence[str]
-) -> tuple[Family, Choice]:
-    """The extension in `partial`, without tokens that break law 2 where it is no theorem."""
-    choice = picked.choice
-    while True:
-        base.extend(choice.merges, partial)
-        add_special(partial, special, base.map.tokens + len(choice.merges))
-        extended = families.load(partial, own=True)
-        if base.guaranteed:
-            return extended, choice
-        hard = between(_hard_texts(extended, choice), special)
-        bad = offenders(base, extended, chain(hard, texts))
-        if not bad.intersection(merge.token for merge in choice.merges):
-            return extended, choice
-        note(f"{len(bad):,} tokens dropped: with them a text would be cut differently")
-        kept = [merge for merge in choice.merges if merge.token not in bad]
-        counts = choice.counts
-        saved = choice.saved[[m.token not in bad for m in choice.merges]]
-        if picked.stretches is not None:
-            again = base.replay(picked.stretches, kept)
-            counts, saved = again.counts, again.saved
-        choice = Choice(kept, counts, saved, choice.detours)
-
-
-def _prove_llama_cpp(base: Family, extended: Family, choice: Choice, domain: Sequence[str]) -> None:
-    """Law 5 for llama.cpp's SentencePiece tokenizer, simulated on some texts."""
-    old, new = (getattr(family, "sentencepiece_proto", None) for family in (base, extended))
-    if old is None or new is None:
-        return
-    words = [extended.token_bytes(extended.map.ids[m.token]) for m in choice.merges[:200]]
-    texts = [
-        *HARD_TEXTS,
-        *(word.decode("utf-8", "replace") for word in words),
-        *_beginnings(domain),
-    ]
-    before, after = simulate(old)(texts), simulate(new)(texts)
-    for text, was, now, base_ids, ids in zip(
-        texts, before, after, base.encode_batch(texts), extended.encode_batch(texts), strict=True
-    ):
-        if was == base_ids and now != ids:
-            raise LexigraftError(
-                f"law 5 is broken on {text[:200]!r}: llama.cpp's tokenizer would read it otherwise",
-                needed="files that every engine of the base reads alike; nothing was written",
-                fix="report this base tokenizer and text as a bug of lexigraft",
-            )
 
 
 @contextlib.contextmanager
@@ -756,83 +474,6 @@ def _wanted(tokens: int | str, base_tokens: int) -> int:
             f"--tokens {tokens}", needed="a number, a share like 5%, or auto", fix="--tokens auto"
         )
     return int(number)
-
-
-def _default_min_count(tokens: int | str, corpus_bytes: int, train_bytes: int | None) -> int:
-    """Occurrences in the corpus that give `SUPPORT` (or `FLOOR`) in the training text."""
-    target = SUPPORT if tokens == "auto" else FLOOR
-    return max(1, math.ceil(target * corpus_bytes / (train_bytes or corpus_bytes or 1)))
-
-
-def _say_if_short(
-    tokens: int | str, limit: int, least: int, choice: Choice, *, contrast: bool
-) -> None:
-    added = len(choice.merges)
-    if not limit:
-        return
-    how = "that occur" if not contrast else "of the field (beside --contrast) that occur"
-    if tokens != "auto" and added < limit:
-        note(
-            f"asked for {limit:,} tokens, the corpus supports {added:,} {how} at least "
-            f"{least:,} times; taking those (lower --min-count or add text for more)"
-        )
-    elif not added:
-        note(
-            f"no sequence {'of the field ' if contrast else ''}occurs {least:,} times in the "
-            "corpus: 0 new tokens (lower --min-count or add text)"
-        )
-
-
-def _beginnings(texts: Sequence[str]) -> list[str]:
-    return [text[:_FEW_CHARACTERS] for text in texts[:_FEW_TEXTS]]
-
-
-def _hard_texts(extended: Family, choice: Choice) -> Iterator[str]:
-    data = (extended.token_bytes(extended.map.ids[merge.token]) for merge in choice.merges)
-    words = [word.decode("utf-8", "replace") for word in data]
-    return chain(HARD_TEXTS, contexts(words), [long_text(words)])
-
-
-def _require_reachable(
-    extended: Family, choice: Choice, emitted: Mapping[int, int], chunks: Mapping[str, int]
-) -> None:
-    """Law 4: each token that is no bridge comes out of running text, as the engine reads it.
-
-    Nearly all do in the proof, or what is made of them does. The others (without a leading space,
-    or the first bytes of a character) are looked for where the corpus holds their letters.
-    """
-    ids = extended.map.ids
-    alive = {m.token for m in choice.merges if emitted.get(ids[m.token])}
-    alive = with_parts(choice.merges, frozenset(alive))
-    left = [m.token for m in choice.merges if choice.counts[m.token] and m.token not in alive]
-    if not left:
-        return
-    text = "\0".join(chunks)
-    data = text.encode()
-    for token in left:
-        token_id = ids[token]
-        if extended.pieces(token) == [token_id] and (
-            not chunks or _comes_out(extended, token_id, data)
-        ):
-            continue
-        raise LexigraftError(
-            f"law 4 is broken: {token!r} never comes out of the text that it was counted in",
-            needed="tokens that the engine emits; nothing was written",
-            fix=f"report this {extended.name} base and corpus as a bug of lexigraft",
-        )
-
-
-def _comes_out(extended: Family, token_id: int, data: bytes) -> bool:
-    """Whether the engine emits a token in one of the chunks (joined by NUL) that hold its bytes."""
-    wanted = extended.token_bytes(token_id)
-    place = data.find(wanted)
-    tries: list[str] = []
-    while place >= 0 and len(tries) < _MOST_TRIES:
-        start, end = data.rfind(b"\0", 0, place) + 1, data.find(b"\0", place)
-        chunk = data[start : end if end >= 0 else len(data)].decode()
-        tries.append(chunk.removeprefix(extended.prefix))
-        place = data.find(wanted, end) if end >= 0 else -1
-    return any(token_id in ids for ids in extended.encode_batch(tries))
 
 
 def _list_source(path: str) -> TextSource:
