@@ -11,9 +11,7 @@ writes it, with the machine, to bench/results/graft.md.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -24,9 +22,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import machine
+
 # This process stays small: Linux counts a parent's memory into its children's peak.
 RESULTS = Path(__file__).parent / "results" / "graft.md"
 BASE_TOKENS, NEW_TOKENS = 32_000, 1_296
+PACKAGES = ("numpy", "torch", "transformers", "safetensors", "tokenizers")
 LLAMAS = {"0.5": (1024, 2816, 16), "2": (2048, 5632, 19), "8": (4096, 11008, 19)}
 
 MAKE = """
@@ -231,23 +232,6 @@ def _write_index(base: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(base)], check=True)
 
 
-def machine() -> list[str]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    packages = ("numpy", "torch", "transformers", "safetensors", "tokenizers")
-    installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    load = os.getloadavg()[0]
-    return [
-        f"Machine: {model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}; "
-        f"load {load:.1f} before the run (a shared machine: CPU seconds are the robust column).",
-        f"Python {platform.python_version()}, {installed}.",
-    ]
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Benchmark of lexigraft graft")
@@ -255,7 +239,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", help="where to work; by default the system's temporary folder")
     options = parser.parse_args()
-    head = machine()
+    head = machine(PACKAGES, " (a shared machine: CPU seconds are the robust column)")
     rows: list[str] = []
     targets: list[str] = []
     for size in options.sizes:

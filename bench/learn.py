@@ -15,10 +15,8 @@ to bench/results/learn.md. Needs `pip install bpe-continue==0.1.0`.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -30,6 +28,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 # This process stays small: Linux counts a parent's memory into its children's peak.
 RESULTS = Path(__file__).parent / "results" / "learn.md"
@@ -52,6 +52,7 @@ TOOLS = {
     "sentencepiece + append": "sentencepiece_append",
     "BpeTrainer + append": "trainer_append",
 }
+PACKAGES = ("numpy", "sentencepiece", "tokenizers", "transformers", "numba", "bpe-continue")
 QUICK_BYTES = 1_000_000
 LLAMA2_TOKENS = 3_200  # 10% of Llama 2's 32,000
 
@@ -316,25 +317,6 @@ def profile(options: argparse.Namespace, folder: Path) -> None:
                 shutil.rmtree(out)
 
 
-def machine() -> list[str]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    packages = ("numpy", "sentencepiece", "tokenizers", "transformers", "numba", "bpe-continue")
-    installed = {
-        d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
-    }
-    versions = [f"{name} {installed.get(name, '(not installed)')}" for name in packages]
-    return [
-        f"Machine: {model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}; "
-        f"load {os.getloadavg()[0]:.1f} before the run.",
-        f"Python {platform.python_version()}, {', '.join(versions)}.",
-    ]
-
-
 LEGEND = """
 - wall, CPU: of the whole child process, start and imports included; lexigraft's include its proof.
 - RSS: the largest of the child and its own children.
@@ -371,7 +353,7 @@ def main() -> None:
         if options.profile:
             profile(options, folder)
             return
-        head = machine()
+        head = machine(PACKAGES)
         lines, results = measure(options, folder)
         lines += ratios(results)
         if not options.skip_chinese_llama:

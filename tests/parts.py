@@ -72,6 +72,19 @@ def write_byte_level(folder: Path, *, vocab_size: int = 400, ignore_merges: bool
     return folder
 
 
+def write_merge_kinds(root: Path) -> dict[str, Path]:
+    """A folder for each kind of tokenizer with merges or scores, and each set of its files."""
+    made = {
+        "byte": write_byte_level(root / "byte"),
+        "byte-ignore": write_byte_level(root / "byte-ignore", ignore_merges=True),
+        "sp-both": write_sentencepiece(root / "sp-both"),
+        "sp-model": write_sentencepiece(root / "sp-model", fast=False),
+        "sp-json": write_sentencepiece(root / "sp-json"),
+    }
+    (made["sp-json"] / "tokenizer.model").unlink()
+    return made
+
+
 def plain_english() -> str:
     """Deterministic everyday English without medical terms."""
     rng = random.Random(7)

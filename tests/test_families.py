@@ -15,16 +15,7 @@ from lexigraft.families.tokenmap import TokenMap, first_difference, read_token_m
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokenizers")
-    made = {
-        "byte": parts.write_byte_level(root / "byte"),
-        "byte-ignore": parts.write_byte_level(root / "byte-ignore", ignore_merges=True),
-        "sp-both": parts.write_sentencepiece(root / "sp-both"),
-        "sp-model": parts.write_sentencepiece(root / "sp-model", fast=False),
-        "sp-json": parts.write_sentencepiece(root / "sp-json"),
-    }
-    (made["sp-json"] / "tokenizer.model").unlink()
-    return made
+    return parts.write_merge_kinds(tmp_path_factory.mktemp("tokenizers"))
 
 
 ALL = ["byte", "byte-ignore", "sp-both", "sp-model", "sp-json"]

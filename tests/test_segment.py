@@ -26,16 +26,7 @@ REAL = ["smollm2_hf", "qwen3_hf", "llama3_1_hf", "gpt_neox_pythia_hf", "deepseek
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("segment")
-    made = {
-        "byte": parts.write_byte_level(root / "byte"),
-        "byte-ignore": parts.write_byte_level(root / "byte-ignore", ignore_merges=True),
-        "sp-both": parts.write_sentencepiece(root / "sp-both"),
-        "sp-model": parts.write_sentencepiece(root / "sp-model", fast=False),
-        "sp-json": parts.write_sentencepiece(root / "sp-json"),
-    }
-    (made["sp-json"] / "tokenizer.model").unlink()
-    return made
+    return parts.write_merge_kinds(tmp_path_factory.mktemp("segment"))
 
 
 def plain_units(family, text, *, split=False):

@@ -16,6 +16,10 @@ _SUPPORTED = (
 _OTHER_BASE = "choose a base whose tokenizer is one of these"
 
 
+def _other_base(found: str) -> RefusalError:
+    return RefusalError(found, needed=_SUPPORTED, fix=_OTHER_BASE)
+
+
 def tekken(path: Path) -> RefusalError:
     """Mistral's own format, beside which no other file may be extended alone."""
     return RefusalError(
@@ -54,32 +58,26 @@ def random_bpe(path: Path, dropout: float) -> RefusalError:
 
 def character_bpe(path: Path) -> RefusalError:
     """BPE over characters, in which a missing character is lost."""
-    return RefusalError(
+    return _other_base(
         f"{path} is BPE without byte-level and without byte fallback: a character that it lacks "
         "is lost, and how its tokens spell spaces is not stated, so that neither the text nor the "
         "pieces of a new token are certain",
-        needed=_SUPPORTED,
-        fix=_OTHER_BASE,
     )
 
 
 def sentencepiece_without_bytes(path: Path) -> RefusalError:
     """SentencePiece BPE whose missing characters become <unk>."""
-    return RefusalError(
+    return _other_base(
         f"{path} is SentencePiece BPE without byte fallback: a new token with a character that "
         "the model lacks has no pieces, so no row to start from",
-        needed=_SUPPORTED,
-        fix=_OTHER_BASE,
     )
 
 
 def sentencepiece_kind(path: Path, kind: str) -> RefusalError:
     """SentencePiece models that join nothing."""
-    return RefusalError(
+    return _other_base(
         f"{path} is a SentencePiece {kind} model: each {kind} is one piece whatever the "
         "vocabulary holds, so that nothing can be joined to a new token",
-        needed=_SUPPORTED,
-        fix=_OTHER_BASE,
     )
 
 

@@ -19,7 +19,7 @@ import math
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -111,23 +111,11 @@ def read_words(spec: str | Path) -> WordList:
         LexigraftError: a file that cannot be read as text, or a column that is not there.
     """
     path, column = _column_of(str(spec))
-    words: list[Term] = []
-    report: list[Note] = []
-    seen: dict[str, int] = {}
-    number = 0
-    for number, text, weight in _entries(path, column):
-        word = unicodedata.normalize("NFC", text.strip(_AROUND))
-        fault = _fault(word, weight)
-        if fault is None and word in seen:
-            fault = f"duplicate: of line {seen[word]:,}"
-        if fault is not None:
-            report.append(Note(number, text, fault))
-            continue
-        if word != text:
-            report.append(Note(number, text, _change(text, word), kept=True))
-        seen[word] = number
-        words.append(Term(word, float(weight or 1), number))
-    return WordList(path.name, number, words, report)
+
+    def word_of(text: str) -> str:
+        return unicodedata.normalize("NFC", text.strip(_AROUND))
+
+    return _collected(path.name, _entries(path, column), word_of, change=_change)
 
 
 def read_special(path: str | Path, existing: Collection[str]) -> WordList:
@@ -143,25 +131,49 @@ def read_special(path: str | Path, existing: Collection[str]) -> WordList:
         LexigraftError: a file that cannot be read as text.
     """
     path = Path(path)
+    entries = ((number, text, None) for number, text in enumerate(_lines(path), 1))
+    return _collected(
+        path.name, entries, lambda text: text.strip(_AROUND), change=lambda *_: "spaces removed",
+        existing=existing,
+    )  # fmt: skip
+
+
+def _collected(
+    source: str,
+    entries: Iterable[tuple[int, str, str | None]],
+    word_of: Callable[[str], str],
+    *,
+    change: Callable[[str, str], str],
+    existing: Collection[str] = (),
+) -> WordList:
+    """The words of a list, each once; every line that is dropped or changed is reported.
+
+    Args:
+        source: the file's name.
+        entries: line number, text and weight of each line.
+        word_of: the text of a line -> the word.
+        change: (text, word) -> what was done to the text.
+        existing: words that may not be taken again.
+    """
     words: list[Term] = []
     report: list[Note] = []
     seen: dict[str, int] = {}
     number = 0
-    for number, text in enumerate(_lines(path), 1):
-        token = text.strip(_AROUND)
-        fault = _fault(token, None)
-        if fault is None and token in existing:
+    for number, text, weight in entries:
+        word = word_of(text)
+        fault = _fault(word, weight)
+        if fault is None and word in existing:
             fault = "clash: the base has this token"
-        if fault is None and token in seen:
-            fault = f"duplicate: of line {seen[token]:,}"
+        if fault is None and word in seen:
+            fault = f"duplicate: of line {seen[word]:,}"
         if fault is not None:
             report.append(Note(number, text, fault))
             continue
-        if token != text:
-            report.append(Note(number, text, "spaces removed", kept=True))
-        seen[token] = number
-        words.append(Term(token, 1.0, number))
-    return WordList(path.name, number, words, report)
+        if word != text:
+            report.append(Note(number, text, change(text, word), kept=True))
+        seen[word] = number
+        words.append(Term(word, float(weight or 1), number))
+    return WordList(source, number, words, report)
 
 
 def _fault(word: str, weight: str | None) -> str | None:
