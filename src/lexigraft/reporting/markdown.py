@@ -46,7 +46,16 @@ def _summary(facts: dict[str, Any]) -> list[str]:
             f"- rows: {grafted['rows_before']:,} -> {grafted['rows_after']:,}, "
             f"new rows start by `{grafted['init']}`"
         )
+        lines += map(_row_line, grafted.get("row_statistics", []))
     return lines
+
+
+def _row_line(rows: dict[str, Any]) -> str:
+    return (
+        f"- `{rows['tensor']}`: median norm of new rows {rows['norms'][1]:.3g}, of old rows "
+        f"{rows['old_norms'][1]:.3g}; new rows that equal another: {rows['equal_new']:,}, "
+        f"an old one: {rows['equal_old']:,}"
+    )
 
 
 def _models(facts: dict[str, Any]) -> list[str]:

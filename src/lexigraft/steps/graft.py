@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lexigraft import families
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
@@ -28,9 +30,11 @@ from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
 from lexigraft.checkpoints.write import write_plan
+from lexigraft.checks.rows import RowStatistics, row_statistics
 from lexigraft.console import note, progress
 from lexigraft.embeddings import Array, Pieces, resolve, spell, starter
 from lexigraft.errors import LexigraftError
+from lexigraft.families import Family
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.files import (
     publish,
@@ -59,6 +63,7 @@ class GraftResult:
         bytes_copied: bytes of tensors taken from the base as they are.
         bytes_written: bytes of weights put on the disk (hard links count nothing).
         seconds: wall time.
+        row_statistics: the new rows beside the old ones, per vocabulary tensor.
         plan: with a dry run, every tensor; else empty.
     """
 
@@ -72,6 +77,7 @@ class GraftResult:
     bytes_copied: int
     bytes_written: int
     seconds: float
+    row_statistics: tuple[RowStatistics, ...] = ()
     plan: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +93,7 @@ class GraftResult:
             "bytes_copied": self.bytes_copied,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
+            "row_statistics": [found.to_json() for found in self.row_statistics],
         }
         return {**result, "plan": self.plan} if self.plan else result
 
@@ -103,7 +110,13 @@ class GraftResult:
         )
         if self.plan:
             return [*map(_plan_line, self.plan), rows, f"would be: {sizes} to {self.output}"]
-        return [rows, f"{sizes} in {self.seconds:.1f} s", f"model: {self.output}"]
+        return [
+            rows,
+            *(found.line() for found in self.row_statistics),
+            *(example.line() for found in self.row_statistics[:1] for example in found.examples),
+            f"{sizes} in {self.seconds:.1f} s",
+            f"model: {self.output}",
+        ]
 
 
 def _plan_line(entry: Mapping[str, Any]) -> str:
@@ -167,7 +180,9 @@ def graft(
         with progress("writing weights", total) as advance:
             sizes = write_plan(job.plan, partial, link=link, advance=advance)
         job.write_side_files(partial)
-    return job.result(output, sizes, start=start, link=link, dry_run=False)
+        statistics = job.row_statistics(partial)
+    done = job.result(output, sizes, start=start, link=link, dry_run=False)
+    return replace(done, row_statistics=statistics)
 
 
 class _Table:
@@ -207,7 +222,8 @@ class _Job:
     vocabulary: VocabularyTensors
     base_map: TokenMap
     vocab: Path
-    new_map: TokenMap
+    extended: Family
+    pieces: Pieces
     growth: Growth
     init: str
     seed: int
@@ -224,13 +240,32 @@ class _Job:
             self.growth.rows_before,
             self.growth.rows,
             self.growth.tokens,
-            sum(token_id >= self.growth.first_id for token_id in self.new_map.texts),
+            sum(token_id >= self.growth.first_id for token_id in self.extended.map.texts),
             self.init,
             self.vocabulary.tied,
             *sizes,
             time.perf_counter() - start,
-            self.plan.to_json(link=link) if dry_run else [],
+            plan=self.plan.to_json(link=link) if dry_run else [],
         )
+
+    def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
+        """The new rows of each vocabulary tensor in the written folder `model`."""
+        first_id = self.growth.first_id
+        old = np.array(sorted(i for i in self.base_map.texts if i < first_id), np.int64)
+        tensors = Checkpoint.open(model).tensors
+        found = (
+            row_statistics(tensors[name], first_id, self.pieces, old, self.text)
+            for name in self.vocabulary.names
+        )
+        return tuple(statistics for statistics in found if statistics is not None)
+
+    def text(self, token_id: int) -> str:
+        """What an id stands for; bytes that are no whole character in hexadecimal."""
+        data = self.extended.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return f"<{data.hex().upper()}>"
 
     def write_side_files(self, partial: Path) -> None:
         """Config, tokenizer, manifest, and what else the base holds beside its weights."""
@@ -259,7 +294,7 @@ class _Job:
                 rows_before=growth.rows_before,
                 tied=self.vocabulary.tied,
                 base_rows={name: table.survey.sha256 for name, table in self.tables.items()},
-                token_map=self.new_map.hash,
+                token_map=self.extended.map.hash,
                 tokens=growth.tokens,
                 first_id=growth.first_id,
                 rows=growth.rows,
@@ -286,7 +321,8 @@ def _prepare(
     vocabulary = vocabulary_of(checkpoint, tensor_roles)
     require_floats(checkpoint, vocabulary)
     family = families.load(base)
-    new_map = families.load(require_folder(vocab, "the extended tokenizer")).map
+    extended = families.load(require_folder(vocab, "the extended tokenizer"))
+    new_map = extended.map
     require_extension(base, family.map, vocab, new_map)
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
@@ -298,7 +334,8 @@ def _prepare(
         vocabulary=vocabulary,
         base_map=family.map,
         vocab=vocab,
-        new_map=new_map,
+        extended=extended,
+        pieces=pieces,
         growth=growth,
         init=init,
         seed=seed,
