@@ -9,6 +9,7 @@ propose more tokens than are wanted, and keep the best that the base does not ha
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 Encode = Callable[[Sequence[str]], list[list[int]]]
 SPACE = "\u2581"
 BATCH = 4096
+_CLAUSE = re.compile(r"[.!?;。！？；，\n]+\s*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
@@ -41,6 +43,28 @@ def prepare(target: str, *corpora: str) -> None:
             stream = out if held_out(document) else learning
             sizes[stream.name] += stream.write(document + "\n\n")
     print(json.dumps({Path(name).stem: size for name, size in sizes.items()}))
+
+
+def multiply(corpus: str, target: str, size: str) -> None:
+    """At least `size` bytes of text made of the clauses of `corpus`, seeded.
+
+    A clause is the first half of one and the second half of another, and every ninth carries a
+    number, so that the distinct stretches between marks, and words, grow with the text.
+    """
+    clauses = [c for c in _CLAUSE.split(Path(corpus).read_text("utf-8")) if 2 < len(c) < 200]
+    rng = random.Random(0)
+    with Path(target).open("w") as stream:
+        while stream.tell() < int(size):
+            firsts, seconds = (iter(rng.choices(clauses, k=9000)) for _ in range(2))
+            joined = (
+                a[: len(a) // 2] + b[len(b) // 2 :] for a, b in zip(firsts, seconds, strict=True)
+            )
+            for count, clause in enumerate(joined):
+                stream.write(
+                    clause + ("\n\n" if count % 60 == 0 else ". " if clause.isascii() else "。")
+                )
+                if count % 9 == 0:
+                    stream.write(f"{rng.randrange(10**6)} ")
 
 
 def give_digit_rule(folder: str) -> None:
@@ -346,8 +370,8 @@ def profile(base: str, corpus: str, tokens: str, output: str) -> None:
 def main(job: str, *arguments: str) -> None:
     """Run one job by its name."""
     jobs: Iterable[Callable[..., None]] = (
-        prepare, give_digit_rule, bpe_continue, sentencepiece_append, trainer_append, evaluate,
-        profile,
+        prepare, multiply, give_digit_rule, bpe_continue, sentencepiece_append, trainer_append,
+        evaluate, profile,
     )  # fmt: skip
     {run.__name__: run for run in jobs}[job](*arguments)
 

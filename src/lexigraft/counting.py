@@ -7,10 +7,10 @@ what is before to what is behind: so the words of a chunk are segmented as they 
 unless more than 512 characters stand without such a place.
 A chunk has at most 1,584 characters, so that text without spaces stays bounded too.
 
-Memory does not grow with the corpus: of a corpus larger than `cap`, a sample is counted, chosen
-by content hash. Its share is the largest of 1, 1/2, 1/4 ... for which the sample fits into `cap`.
-Like the held-out documents, it depends on the documents alone: not on the order of files, on
-processes, or on where a file was split.
+Memory does not grow with the corpus: of a corpus with more than `cap` bytes or `most` different
+chunks, a sample is counted, chosen by content hash. Its share is the largest of 1, 1/2, 1/4 ... for
+which the sample fits into both. Like the held-out documents, it depends on the documents alone: not
+on the order of files, on processes, or on where a file was split.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ CHUNK = re.compile(
 
 ENGINES = ("local", "ray")
 _BATCH_BYTES = 2**20
+MOST_CHUNKS = 2_000_000  # each takes some 300 bytes of memory, with the unit that comes from it
+_CHUNK_BYTES = 16  # fewer than this many bytes per different chunk are no text of any length
 _GROUPS = 4  # Ray tasks per core: enough to even out, few enough that their answers are small
 _PARALLEL_FROM = 8_000_000  # bytes: below, a second process takes longer to start than to work
 
@@ -86,6 +88,7 @@ def count_chunks(
     prefix: str = "",
     measured: int = 4_000_000,
     cap: int = 2**28,
+    most: int = MOST_CHUNKS,
     engine: str = "local",
     workers: int | None = None,
 ) -> Counted:
@@ -98,6 +101,8 @@ def count_chunks(
         prefix: put before each document, as a tokenizer with a dummy prefix does.
         measured: UTF-8 bytes of held-out documents to return at most (one at least).
         cap: UTF-8 bytes of documents to count at most.
+        most: different chunks to count at most; chunks of documents of different sampling level or
+            source weight count as different.
         engine: `local` processes or a `ray` cluster, which must see the same files.
         workers: processes, or tasks at a time; default: one per core.
 
@@ -111,14 +116,14 @@ def count_chunks(
     files = inputs(specs)
     stored = sum(file.size for file in files)
     # Text never has more bytes than a plain file that holds it.
-    sampled = stored > cap or any(file.compressed for file in files)
-    task = Task(prefix, measured, cap, sampled=sampled, split=True)
+    sampled = stored > min(cap, _CHUNK_BYTES * most) or any(file.compressed for file in files)
+    task = Task(prefix, measured, cap, most, sampled=sampled, split=True)
     count = _count_on_ray if engine == "ray" else _count_here
     tally = count(task, files, stored, workers)
     if not tally.documents:
         if not tally.held:
             raise nothing_to_read(files)
-        tally = count(Task(prefix, 0, cap, sampled=sampled, split=False), files, stored, workers)
+        tally = count(replace(task, measured=0, split=False), files, stored, workers)
     for number, file in enumerate(files):
         say_remarks(file.name, tally.remarks.get(number, Remarks()))
     if tally.level:
@@ -150,6 +155,7 @@ class Task:
     prefix: str
     measured: int
     cap: int
+    most: int
     sampled: bool
     split: bool
 
@@ -169,8 +175,8 @@ class Tally:
 
     A document has a level, drawn from its hash: level 0 is one half of all documents, level 1 a
     quarter, and so on. The counts of the lowest levels are dropped as soon as more than `cap`
-    bytes are counted. All parts together drop at least what any of them drops, so what is left
-    in the end is the same however the parts were divided.
+    bytes or `most` chunks are counted. All parts together drop at least what any of them drops, so
+    what is left in the end is the same however the parts were divided.
 
     Attributes:
         counts: (level, weight) -> counted chunks.
@@ -279,6 +285,8 @@ class Tally:
 
     def _settle(self) -> None:
         self.drop_below(self.task.level_for(self.sizes))
+        while self.task.sampled and sum(map(len, self.counts.values())) > self.task.most:
+            self.drop_below(self.level + 1)
         if self.held_bytes > 2 * self.task.measured:
             self._shorten_held()
 

@@ -85,16 +85,10 @@ def gather(
     counted = count_chunks(
         specs, prefix=family.prefix, measured=measured, engine=engine, workers=workers
     )
-    chunks: dict[str, int] = {}
-    addresses = 0
-    damaged: dict[str, int] = {}
-    for text, n in counted.chunks.items():
-        if _ADDRESS.search(text):
-            addresses += n
-        elif is_damaged(text):
-            damaged[text] = n
-        else:
-            chunks[text] = n
+    chunks = counted.chunks  # changed in place: a second table would be most of the memory
+    counted = replace(counted, chunks={})
+    addresses = sum(chunks.pop(text) for text in list(filter(_ADDRESS.search, chunks)))
+    damaged = {text: chunks.pop(text) for text in list(filter(is_damaged, chunks))}
     if damaged:
         first = min(damaged).strip()
         note(
@@ -107,8 +101,7 @@ def gather(
             for part in between([text], special):
                 parts[part] += n
         chunks = dict(sorted(parts.items()))
-    rest = replace(counted, chunks={})  # the one table is enough: it is most of the memory
-    return Gathered(rest, chunks, family.count_units(chunks), addresses)
+    return Gathered(counted, chunks, family.count_units(chunks), addresses)
 
 
 def units_of_texts(family: Family, texts: Sequence[str]) -> Units:
