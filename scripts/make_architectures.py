@@ -3,7 +3,7 @@
     python scripts/make_architectures.py            # rewrites the table
     python scripts/make_architectures.py llama phi  # prints these entries, writes nothing
 
-Each text-generating class is built twice on the meta device (no memory, no weights), with its
+Each class that predicts tokens is built twice on the meta device (no memory, no weights), with its
 default vocabulary and with a larger one. The tensors whose shape differs are the vocabulary
 tensors; their roles follow from `get_input_embeddings` and `get_output_embeddings`. So nothing
 rests on names or on a shape that happens to equal the vocabulary.
@@ -31,19 +31,27 @@ from lexigraft.console import note  # noqa: E402
 
 TARGET = Path(__file__).parents[1] / "src/lexigraft/checkpoints/architectures.json"
 # Where a type has several classes, the first one's defaults hold and the names are joined.
-KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM")
 # Larger than every default vocabulary, and equal to no other dimension of any model.
 LARGER = 400_009
 # Tables beside the input embedding that are indexed by token id and grow like it.
 MORE_EMBEDDINGS = ("embed_tokens_per_layer.weight",)
+_OFFSETS = "its image and audio tokens follow the text tokens, so that no id is free"
+_TWO_MODELS = "it joins two models, each with a vocabulary and a config of its own"
 REFUSED = {
-    "gemma3n": "its image and audio tokens follow the text tokens, so that no id is free",
-    "gemma3n_text": "its image and audio tokens follow the text tokens, so that no id is free",
+    "gemma3n": _OFFSETS,
+    "gemma3n_text": _OFFSETS,
+    "whisper": "its timestamps are the last ids: whatever follows them is read as a time",
+    "encoder-decoder": _TWO_MODELS,
+    "speech-encoder-decoder": _TWO_MODELS,
+    "musicgen": _TWO_MODELS,
+    "musicgen_melody": _TWO_MODELS,
+    "transfo-xl": "its adaptive softmax gives ids their places by frequency",
 }
 
 
 def classes() -> Iterator[tuple[str, str]]:
-    """(model_type, class name) of every text-generating class, once."""
+    """(model_type, class name) of every class that predicts tokens, once."""
     seen = set()
     for kind in KINDS:
         for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").items():
@@ -187,6 +195,9 @@ def make(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
             note(f"left out: {model_type} {name}: {type(fault).__name__}")
             continue
         table[model_type] = _joined(table.get(model_type), found)
+    for model_type, reason in REFUSED.items():
+        if not only or model_type in only:
+            table.setdefault(model_type, {"class": "", "refused": reason})
     return {key: table[key] for key in sorted(table)}
 
 

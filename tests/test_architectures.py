@@ -26,6 +26,7 @@ from lexigraft.families.tokenmap import TokenMap
 from lexigraft.steps.graft import graft
 
 TOKENS = 330
+PADDING = 23  # rows beyond the tokens; no dimension of these models is 330 or 353
 HIDDEN = 32
 LLAMA = {
     "hidden_size": HIDDEN,
@@ -38,9 +39,40 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
 GEMMA = LLAMA | {"head_dim": 8}
+GEMMA4 = GEMMA | {
+    "hidden_size_per_layer_input": 8,
+    "global_head_dim": 8,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+QWEN_MOE = LLAMA | {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+DEEPSEEK = LLAMA | {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 GPT2 = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GPT2_IDS = {"bos_token_id": 0, "eos_token_id": 0}
 T5 = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0}
 BART = {
     "d_model": HIDDEN,
     "encoder_layers": 2,
@@ -50,7 +82,11 @@ BART = {
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "max_position_embeddings": 128,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+    "pad_token_id": 1,
 }
+BERT = NEOX | {"type_vocab_size": 2, "pad_token_id": 1}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -59,37 +95,48 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+DECODER = {"decoder_input_ids": [[0, 5, 9]]}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A class, how to make it small, and what its config.json may say of tying (None: nothing)."""
+    """A class, how to make it small, and what its config.json may say of tying (None: nothing).
+
+    `text` names the config in which the settings of the text model stand, where it is nested.
+    """
 
     model: str
     config: str
     settings: dict
     tied: tuple[bool | None, ...] = (True, False, None)
-    nested: str = ""
+    text: dict | None = None
     inputs: dict = field(default_factory=dict)
+    generates: bool = True
 
 
 KINDS = {
     "llama": Kind("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "mistral": Kind("MistralForCausalLM", "MistralConfig", LLAMA, tied=(False, None)),
-    "qwen2": Kind("Qwen2ForCausalLM", "Qwen2Config", LLAMA, tied=(True,)),
+    "qwen2": Kind("Qwen2ForCausalLM", "Qwen2Config", LLAMA, tied=(True, False)),
     "qwen3": Kind("Qwen3ForCausalLM", "Qwen3Config", LLAMA, tied=(True, None)),
     "smollm3": Kind("SmolLM3ForCausalLM", "SmolLM3Config", LLAMA, tied=(None,)),
     "olmo": Kind("OlmoForCausalLM", "OlmoConfig", LLAMA, tied=(False,)),
     "olmo2": Kind("Olmo2ForCausalLM", "Olmo2Config", LLAMA, tied=(None,)),
     "mixtral": Kind("MixtralForCausalLM", "MixtralConfig", LLAMA | {"num_local_experts": 2}),
+    "qwen2_moe": Kind("Qwen2MoeForCausalLM", "Qwen2MoeConfig", QWEN_MOE, tied=(False, True)),
+    "qwen3_moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN_MOE, tied=(None, True)),
+    "deepseek_v3": Kind("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, tied=(False, None)),
     "gemma2": Kind("Gemma2ForCausalLM", "Gemma2Config", GEMMA, tied=(True, None)),
     "gemma3_text": Kind("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA, tied=(None,)),
+    "gemma4_text": Kind("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4, tied=(None,)),
     "gemma3": Kind(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 7},
-        tied=(None,),
-        nested="text_config",
+        tied=(None, True),
+        text=GEMMA,
     ),
     "llava": Kind(
         "LlavaForConditionalGeneration",
@@ -98,22 +145,26 @@ KINDS = {
             "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 8},
             "image_token_index": 7,
         },
-        tied=(False,),
-        nested="text_config",
-    ),
-    "gpt2": Kind("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "gpt_neox": Kind(
-        "GPTNeoXForCausalLM",
-        "GPTNeoXConfig",
-        {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
-        tied=(False, None),
-    ),
-    "phi": Kind(
-        "PhiForCausalLM",
-        "PhiConfig",
-        LLAMA,
         tied=(False, True),
+        text=LLAMA | {"model_type": "llama"},
     ),
+    "qwen2_vl": Kind(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        {"vision_config": QWEN_VISION, "image_token_id": 7, "video_token_id": 8,
+         "vision_start_token_id": 9, "vision_end_token_id": 11},
+        tied=(True, False),
+        text=LLAMA | {"rope_parameters": ROPE},
+    ),
+    "gpt2": Kind("GPT2LMHeadModel", "GPT2Config", GPT2 | GPT2_IDS),
+    "gpt_bigcode": Kind(
+        "GPTBigCodeForCausalLM", "GPTBigCodeConfig", GPT2 | GPT2_IDS, tied=(None,)
+    ),
+    "gptj": Kind(  # a head bias, untied
+        "GPTJForCausalLM", "GPTJConfig", GPT2 | GPT2_IDS | {"rotary_dim": 4}, tied=(None,)
+    ),
+    "gpt_neox": Kind("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX, tied=(False, None)),
+    "phi": Kind("PhiForCausalLM", "PhiConfig", LLAMA, tied=(False, True)),
     "opt": Kind(
         "OPTForCausalLM",
         "OPTConfig",
@@ -130,7 +181,7 @@ KINDS = {
     "falcon": Kind(
         "FalconForCausalLM",
         "FalconConfig",
-        {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4} | GPT2_IDS,
         tied=(None, False),
     ),
     "bloom": Kind(
@@ -139,55 +190,108 @@ KINDS = {
         {"hidden_size": HIDDEN, "n_layer": 2, "n_head": 4},
         tied=(None,),
     ),
+    "mamba": Kind(
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4} | GPT2_IDS,
+        tied=(None, False),
+    ),
     "t5": Kind(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        T5,
-        tied=(True, False),
-        inputs={"decoder_input_ids": [[0, 5, 9]]},
+        "T5ForConditionalGeneration", "T5Config", T5 | T5_IDS, tied=(True, False), inputs=DECODER
     ),
-    "bart": Kind(
-        "BartForConditionalGeneration",
-        "BartConfig",
-        BART,
+    "mt5": Kind(
+        "MT5ForConditionalGeneration", "MT5Config", T5 | T5_IDS, tied=(False,), inputs=DECODER
+    ),
+    "bart": Kind(  # final_logits_bias
+        "BartForConditionalGeneration", "BartConfig", BART, tied=(None, True), inputs=DECODER
+    ),
+    "marian": Kind(  # a second number of rows, decoder_vocab_size
+        "MarianMTModel", "MarianConfig", BART, tied=(True,), inputs=DECODER
+    ),
+    "bert": Kind("BertLMHeadModel", "BertConfig", BERT | {"is_decoder": True}, tied=(None, False)),
+    "distilbert": Kind(
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {"dim": HIDDEN, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 1},
         tied=(None,),
-        inputs={"decoder_input_ids": [[0, 5, 9]]},
+        generates=False,
     ),
-}
-CASES = [(kind, tied) for kind, spec in KINDS.items() for tied in spec.tied]
+    "modernbert": Kind(
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        NEOX | {"pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 0},
+        tied=(None,),
+        generates=False,
+    ),
+    "vision-encoder-decoder": Kind(
+        "VisionEncoderDecoderModel",
+        "VisionEncoderDecoderConfig",
+        {"encoder": VISION | {"model_type": "vit"}},
+        tied=(True,),
+        text=GPT2 | GPT2_IDS | {"model_type": "gpt2", "add_cross_attention": True,
+                                "is_decoder": True},
+        generates=False,
+    ),
+}  # fmt: skip
+SHAPES = [(0, None), (PADDING, "20KB"), (PADDING, None), (0, "20KB")]
+EVERY = [
+    (kind, tied, padding, shards)
+    for kind, spec in KINDS.items()
+    for tied in spec.tied
+    for padding, shards in SHAPES
+]
+# Each kind and each way of tying once; the shapes take turns over them.
+FEW = [
+    (kind, tied, *SHAPES[(number + turn) % len(SHAPES)])
+    for number, (kind, spec) in enumerate(KINDS.items())
+    for turn, tied in enumerate(spec.tied)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     base = parts.write_byte_level(folder / "base", vocab_size=TOKENS)
-    assert TokenMap.read(base).tokens <= TOKENS
-    return base, extend(base, folder / "vocab", 70)
+    assert TokenMap.read(base).tokens == TOKENS
+    return base, extend(base, folder / "vocab", 70, literal=1)
 
 
-def build(kind: str, tied: bool | None, folder: Path):
+def build(kind: str, tied: bool | None, folder: Path, *, rows: int = TOKENS, shards=None):
     """A saved tiny model; with `tied` None its config.json does not mention tying at all."""
     import torch
     import transformers
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     spec = KINDS[kind]
     settings = dict(spec.settings)
-    if spec.nested:
-        text = GEMMA if kind == "gemma3" else LLAMA | {"model_type": "llama"}
-        settings[spec.nested] = text | {"vocab_size": TOKENS}
+    sizes = {"vocab_size": rows}
+    if kind == "gemma4_text":
+        sizes["vocab_size_per_layer_input"] = rows
+    if kind == "marian":
+        sizes["decoder_vocab_size"] = rows
+    if spec.text is None:
+        settings |= sizes
+    elif kind == "vision-encoder-decoder":
+        settings["decoder"] = spec.text | sizes
     else:
-        settings["vocab_size"] = TOKENS
+        settings["text_config"] = spec.text | sizes
     if tied is not None:
         settings["tie_word_embeddings"] = tied
     config = getattr(transformers, spec.config)(**settings)
     model = getattr(transformers, spec.model)(config).eval()
     with torch.no_grad():  # a bias of zeros could be lost without a trace
         for name, tensor in model.state_dict().items():
-            if name.endswith(("lm_head.bias", "final_logits_bias")):
+            if name.endswith(("lm_head.bias", "final_logits_bias", "predictions.bias",
+                              "projector.bias", "decoder.bias")):  # fmt: skip
                 tensor.normal_()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
     if tied is None:
         path = folder / "config.json"
         stored = json.loads(path.read_text())
@@ -199,51 +303,95 @@ def build(kind: str, tied: bool | None, folder: Path):
     return model
 
 
-def scores(model, inputs):
+def scores(kind, model, ids):
     import torch
 
-    extra = {name: torch.tensor(value) for name, value in inputs.items()}
+    extra = {name: torch.tensor(value) for name, value in KINDS[kind].inputs.items()}
     with torch.no_grad():
-        return model(input_ids=torch.tensor([[5, 80, 200, 31, 9]]), **extra).logits.numpy()
+        if kind == "vision-encoder-decoder":
+            pixels = torch.linspace(-1, 1, 3 * 28 * 28).reshape(1, 3, 28, 28)
+            return model(pixel_values=pixels, decoder_input_ids=torch.tensor([ids])).logits.numpy()
+        return model(input_ids=torch.tensor([ids]), **extra).logits.numpy()
 
 
-@pytest.mark.parametrize(("kind", "tied"), CASES)
-def test_a_real_model_is_grafted_and_loads(kind, tied, tokenizer, tmp_path):
+def check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path):
+    import torch
     import transformers
 
     base_tokenizer, vocab = tokenizer
     base = Path(shutil.copytree(base_tokenizer, tmp_path / "base"))
-    spec, model = KINDS[kind], build(kind, tied, base)
-    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    rows = TOKENS + padding
+    spec, model = KINDS[kind], build(kind, tied, base, rows=rows, shards=shards)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head.weight is embedding.weight
     checkpoint = Checkpoint.open(base)
+    assert len(checkpoint.shards) > 1 or shards is None
     vocabulary = vocabulary_of(checkpoint)
     assert vocabulary.tied == is_tied
-    assert vocabulary.rows == config_rows(checkpoint, vocabulary) == TOKENS
-    # No other dimension of these models is 330.
-    assert set(vocabulary.names) == {n for n, t in checkpoint.tensors.items() if TOKENS in t.shape}
+    assert vocabulary.rows == config_rows(checkpoint, vocabulary) == rows
+    assert set(vocabulary.names) == {n for n, t in checkpoint.tensors.items() if rows in t.shape}
     if not is_tied:
         assert vocabulary.head_name in vocabulary.heads
 
     result = graft(base, vocab, output=tmp_path / "model")
-    assert result.rows_after == 448
+    assert (result.rows_before, result.rows_after, result.tied) == (rows, 448, is_tied)
+    after = Checkpoint.open(tmp_path / "model")
+    assert after.tensors.keys() == checkpoint.tensors.keys()
+    for name, tensor in checkpoint.tensors.items():  # law 7, and law 9 for biases too
+        old, new = checkpoint.read(name), after.read(name)
+        if name not in vocabulary.names:
+            assert old.tobytes() == new.tobytes()
+            continue
+        if name.endswith("bias"):
+            old, new = old.reshape(-1), new.reshape(-1)
+        assert tensor.dtype == after.tensors[name].dtype
+        assert len(new) == 448
+        assert old[:TOKENS].tobytes() == new[:TOKENS].tobytes()
+        mean = old[:TOKENS].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(new[TOKENS + 70 :] - mean, 0, atol=1e-6)
+        assert len(np.unique(new[TOKENS : TOKENS + 70], axis=0)) == 70
+
     kind_of_model = getattr(transformers, spec.model)
     grown, report = kind_of_model.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert not report["unexpected_keys"]
-    text = grown.config.get_text_config()
+    grown = grown.eval()
+    text = grown.config.get_text_config(decoder=True)
     assert text.vocab_size == grown.get_input_embeddings().weight.shape[0] == 448
-    old, new = scores(model, spec.inputs), scores(grown.eval(), spec.inputs)
+    same = grown.get_output_embeddings().weight is grown.get_input_embeddings().weight
+    assert same == is_tied
+    ids = [5, 80, 200, 31, TOKENS - 2]
+    old, new = scores(kind, model, ids), scores(kind, grown, ids)
     assert new.shape[-1] == 448
-    np.testing.assert_allclose(new[..., :TOKENS], old, atol=1e-5)
-    # law 9, and the same rule for biases
-    assert np.isfinite(new).all()
-    after = Checkpoint.open(tmp_path / "model")
-    tokens = TokenMap.read(base).tokens
-    for name in vocabulary.names:
-        if name.endswith("bias"):
-            values = after.read(name).reshape(-1).astype(np.float64)
-            np.testing.assert_allclose(values[-1], values[:tokens].mean(), rtol=1e-6)
+    np.testing.assert_allclose(new[..., :TOKENS], old[..., :TOKENS], rtol=1e-4, atol=1e-5)
+
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    fresh = loaded(f"<term {TOKENS + 69}>", add_special_tokens=False)["input_ids"]
+    assert fresh == [TOKENS + 69]
+    mixed = loaded("the heart ", add_special_tokens=False)["input_ids"] + fresh
+    assert np.isfinite(scores(kind, grown, mixed)).all()
+    if spec.generates:
+        done = grown.generate(
+            torch.tensor([mixed]),
+            attention_mask=torch.ones(1, len(mixed), dtype=torch.long),
+            max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert done.shape[1] >= 4
+        assert isinstance(loaded.decode(done[0]), str)
+
+
+@pytest.mark.parametrize(("kind", "tied", "padding", "shards"), FEW)
+def test_a_real_model_is_grafted_and_loads(kind, tied, padding, shards, tokenizer, tmp_path):
+    check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("kind", "tied", "padding", "shards"), [case for case in EVERY if case not in FEW]
+)
+def test_every_shape_of_every_kind(kind, tied, padding, shards, tokenizer, tmp_path):
+    check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path)
 
 
 def fake(tensors: dict[str, tuple[int, ...]], config: dict) -> Checkpoint:

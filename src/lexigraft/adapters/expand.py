@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lexigraft.adapters.config import AdapterConfig
-from lexigraft.adapters.folder import Adapter, same_values
+from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.rebuild import rebuilt_rows
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
@@ -18,11 +18,11 @@ from lexigraft.adapters.vocabulary import (
     equal_rows,
     vocabulary_rows,
 )
-from lexigraft.checkpoints.architectures import VocabularyTensors, table
+from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, survey
-from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
 
 NOTHING = Change()
@@ -45,22 +45,11 @@ class Expansion:
     adapter_rows: int
 
 
-def states_tied(checkpoint: Checkpoint) -> bool:
-    """What config.json says of the tie, or its class's default, whatever the weights hold."""
-    paths = paths_to(checkpoint.config, ("tie_word_embeddings",))
-    if paths:
-        return any(bool(get(checkpoint.config, path)) for path in paths)
-    return bool(table().get(str(checkpoint.config.get("model_type")), {}).get("tied", True))
-
-
 def as_loaded(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
     """`vocabulary` as loaders see it: a head that is stored beside an equal embedding is tied."""
-    head, embedding = vocabulary.head_name, vocabulary.embeds[0]
-    if head not in vocabulary.heads or not states_tied(checkpoint):
+    if not is_stored_twice(checkpoint, vocabulary):
         return vocabulary
-    if not same_values(checkpoint.tensors[head], checkpoint.tensors[embedding]):
-        return vocabulary
-    heads = tuple(name for name in vocabulary.heads if name != head)
+    heads = tuple(name for name in vocabulary.heads if name != vocabulary.head_name)
     return dataclasses.replace(vocabulary, heads=heads, tied=True)
 
 

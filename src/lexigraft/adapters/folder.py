@@ -9,7 +9,7 @@ from pathlib import Path
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.keys import Key, parse
 from lexigraft.checkpoints.header import FLOATS, Tensor, read_header
-from lexigraft.checkpoints.rows import read_rows
+from lexigraft.checkpoints.rows import same_values
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import require_folder
 from lexigraft.manifest import Manifest
@@ -21,7 +21,6 @@ _CONVERT = (
     "s.save_file({{k: v.contiguous() for k, v in torch.load(r'{0}/adapter_model.bin', "
     "weights_only=True).items()}}, r'{0}/adapter_model.safetensors', {{'format': 'pt'}})\""
 )
-_COMPARE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -202,15 +201,3 @@ def _require_agreement(target: str, one: Tensor, other: Tensor) -> None:
             needed="equal copies: which of them was trained cannot be known",
             fix="remove the stale copy, or save the adapter again with model.save_pretrained",
         )
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """True when two tensors on disk have equal type, shape and bytes; read in blocks."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    step = max(1, _COMPARE_BYTES // max(1, one.row_bytes))
-    return all(
-        read_rows(one, start, min(start + step, one.rows)).tobytes()
-        == read_rows(other, start, min(start + step, one.rows)).tobytes()
-        for start in range(0, one.rows, step)
-    )

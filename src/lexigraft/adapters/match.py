@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lexigraft.adapters.config import AdapterConfig, refusal
-from lexigraft.adapters.folder import Adapter, LowRank, same_values
+from lexigraft.adapters.folder import Adapter, LowRank
 from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.header import FLOATS, Tensor
-from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.rows import by_row, same_values
 from lexigraft.errors import LexigraftError, RefusalError
 
 # A checkpoint of the bare base model lacks the name that the full model gives it, and vice versa

@@ -32,9 +32,19 @@ _MORE_NAMES: Mapping[str, Role] = {
     "tok_embeddings.weight": "embed",  # InternLM2
     "embedding.word_embeddings.weight": "embed",  # ChatGLM
 }
-# Multi-token-prediction layers carry copies of both tables (DeepSeek-V3, GLM-4-MoE).
+# Multi-token-prediction layers carry copies of both tables (DeepSeek-V3, GLM-4-MoE). transformers
+# drops them on loading, so that no class knows of them.
 _COPIES = re.compile(r"\.layers\.\d+\.(?:(embed_tokens)|shared_head\.head)\.weight$")
-_SIZE_KEYS = ("vocab_size", "vocab_size_per_layer_input")
+# What such a copy is called where it lies elsewhere (`mtp.embed_tokens.weight`).
+_COPY_NAMES = (
+    *("embed_tokens.weight", "word_embeddings.weight", "tok_embeddings.weight", "wte.weight"),
+    *("lm_head.weight", "output_layer.weight", "shared_head.head.weight", "embed_out.weight"),
+)
+# Keys that count rows wherever their value is the number of rows.
+_SIZE_KEYS = (
+    *("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "n_words", "n_token"),
+    *("padded_vocab_size", "text_vocab_size", "n_vocab", "num_embeddings", "embedding_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ def vocabulary_of(
         if match := _COPIES.search(name):
             found.setdefault(name, "embed" if match[1] else "head")
     rows = _common_rows(checkpoint, found)
+    if not roles:
+        found |= _beyond_the_class(checkpoint, found, rows)
     embeds, heads, biases = (_with_role(found, role) for role in ("embed", "head", "bias"))
     stored = any(not _COPIES.search(name) for name in heads)
     return VocabularyTensors(
@@ -112,13 +124,24 @@ def vocabulary_of(
 def _entry(checkpoint: Checkpoint) -> dict[str, Any] | None:
     model_type = str(checkpoint.config.get("model_type"))
     entry = table().get(model_type)
-    if entry and "refused" in entry:
+    reason = _irregular(checkpoint) or (entry or {}).get("refused")
+    if reason:
         raise RefusalError(
-            f"{checkpoint.folder} is a {model_type} model: {entry['refused']}",
+            f"{checkpoint.folder} is a {model_type} model: {reason}",
             needed="a model whose embedding can be extended at its end",
             fix="choose another base model",
         )
     return entry
+
+
+def _irregular(checkpoint: Checkpoint) -> str:
+    """Why rows cannot be added to this very model, whatever others of its type are like."""
+    for name in checkpoint.tensors:
+        if name.endswith(("additional_embedding.weight", "additional_fc.weight")):  # IDEFICS
+            return f"its last tokens have rows of their own, in {name}"
+    if checkpoint.config.get("asm") is True:  # XLM, FlauBERT
+        return "its adaptive softmax (asm) gives ids their places by frequency"
+    return ""
 
 
 def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
@@ -216,6 +239,60 @@ def _by_name_and_shape(checkpoint: Checkpoint) -> dict[str, Role]:
     return found
 
 
+def _beyond_the_class(
+    checkpoint: Checkpoint, found: Mapping[str, Role], rows: int
+) -> dict[str, Role]:
+    """Further tensors with a row per token, which the model's class does not load.
+
+    Raises:
+        RefusalError: one stands on its side.
+        LexigraftError: one of an unknown name, unless its size may be another dimension's.
+    """
+    widths = {t.shape[1] for n in found if len((t := checkpoint.tensors[n]).shape) == 2}
+    by_chance = _has_another(checkpoint.config, rows) or rows in widths
+    more: dict[str, Role] = {}
+    for name, tensor in checkpoint.tensors.items():
+        shape = by_row(tensor).shape
+        if name in found or len(shape) not in (1, 2) or rows not in shape:
+            continue
+        if len(shape) == 2 and shape[0] == rows and name.endswith(_COPY_NAMES):
+            more[name] = _known_names().get(_last_two(name), "head")
+        elif by_chance or _is_layered(name):
+            continue
+        elif shape[0] == rows:
+            role = _known_names().get(_last_two(name))
+            if role is None:
+                raise _unknown(checkpoint, name)
+            more[name] = role
+        elif shape[1:] == (rows,) and shape[0] in widths:
+            raise RefusalError(
+                f"{name} of {checkpoint.folder} has shape {list(shape)}: tokens are its columns",
+                needed="vocabulary tensors with one row per token",
+                fix="transpose it and save the model again, as its class stores it",
+            )
+    return more
+
+
+def _has_another(config: Mapping[str, Any], rows: int) -> bool:
+    """True if the config gives `rows` as a size of something that is not a vocabulary."""
+    return any(
+        _has_another(value, rows)
+        if isinstance(value, dict)
+        else value == rows and key not in _SIZE_KEYS
+        for key, value in config.items()
+    )
+
+
+def _unknown(checkpoint: Checkpoint, name: str) -> LexigraftError:
+    shape = list(checkpoint.tensors[name].shape)
+    return LexigraftError(
+        f"{name} {shape} of {checkpoint.folder} seems to have a row per token, but is not known",
+        needed="the names of all vocabulary tensors of this model",
+        fix=f"name them all: --tensor {name}=embed (or head, or bias), and so on; leave out what "
+        "has another meaning",
+    )
+
+
 def _ambiguous(checkpoint: Checkpoint, names: Sequence[str], what: str) -> LexigraftError:
     shown = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in names[:6]]
     example = names[0] if names else "NAME"
@@ -251,12 +328,15 @@ def is_tied_by_config(config: Mapping[str, Any]) -> bool:
 
 
 def _states_tied(config: Mapping[str, Any], entry: Mapping[str, Any] | None) -> bool:
-    """What the config says; where it is silent, the class's default (not False)."""
-    nested = config.get("text_config")
-    for place in (config, nested if isinstance(nested, dict) and not entry else {}):
-        if "tie_word_embeddings" in place:
-            return bool(place["tie_word_embeddings"])
-    return bool(entry["tied"]) if entry else True
+    """What the config says; where it is silent, the class's default.
+
+    Files of older versions state it in `text_config` only, and so do some whose top says False
+    (transformers hands it up); True anywhere means tied.
+    """
+    stated = [bool(get(config, path)) for path in paths_to(config, ("tie_word_embeddings",))]
+    if "tie_word_embeddings" in config or (stated and not entry):
+        return any(stated)
+    return any(stated) or (bool(entry["tied"]) if entry else True)
 
 
 def _head_name(heads: Sequence[str], embeds: Sequence[str], entry: Mapping[str, Any] | None) -> str:
@@ -272,16 +352,23 @@ def _head_name(heads: Sequence[str], embeds: Sequence[str], entry: Mapping[str, 
 
 
 def _size_path(config: Mapping[str, Any]) -> tuple[str, ...]:
-    if "vocab_size" not in config and isinstance(config.get("text_config"), dict):
-        return ("text_config", "vocab_size")
-    return ("vocab_size",)
+    """Where the number of rows is stated, or would be."""
+    stated = paths_to(config, ("vocab_size",)) or paths_to(config, _SIZE_KEYS)
+    if stated:
+        return stated[0]
+    return ("text_config", "vocab_size") if "text_config" in config else ("vocab_size",)
 
 
 def _config_paths(
     config: Mapping[str, Any], entry: Mapping[str, Any] | None, rows: int
 ) -> tuple[tuple[str, ...], ...]:
-    main = tuple(entry["vocab_size"]) if entry else _size_path(config)
-    others = [
-        path for path in paths_to(config, _SIZE_KEYS) if path != main and get(config, path) == rows
-    ]
-    return (main, *others)
+    fitting = [path for path in paths_to(config, _SIZE_KEYS) if get(config, path) == rows]
+    usual = tuple(entry["vocab_size"]) if entry else ()
+    if usual and (get(config, usual) is not None or len(usual) > 1):
+        main = usual
+    elif entry or not fitting:
+        # One type may have a class for text alone and one around it, whose config is nested.
+        main = _size_path(config)
+    else:
+        main = fitting[0]
+    return (main, *(path for path in fitting if path != main))

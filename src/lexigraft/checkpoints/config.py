@@ -9,7 +9,7 @@ from typing import Any
 from lexigraft.checkpoints.architectures import VocabularyTensors, table
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.nested import get, paths_to, put
-from lexigraft.errors import RefusalError
+from lexigraft.errors import LexigraftError, RefusalError
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -31,6 +31,31 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
             )
 
 
+def refuse_ungathered(checkpoint: Checkpoint) -> None:
+    """Raise when the weights were saved under ZeRO-3 without being gathered first.
+
+    Raises:
+        LexigraftError: a tensor is empty, or config.json says that the vocabulary is.
+    """
+    empty = [tensor for tensor in checkpoint.tensors.values() if 0 in tensor.shape]
+    if empty:
+        found = (
+            f"{empty[0].name} of {checkpoint.folder} has shape {list(empty[0].shape)} "
+            f"({len(empty)} tensors are empty)"
+        )
+    else:
+        paths = paths_to(checkpoint.config, ("vocab_size",))
+        if all(get(checkpoint.config, path) != 0 for path in paths):
+            return
+        found = f"{checkpoint.folder / 'config.json'} says vocab_size = 0"
+    raise LexigraftError(
+        f"{found}: it was saved without gathering the shards of ZeRO-3",
+        needed="whole tensors, and a config that was written beside them",
+        fix="python zero_to_fp32.py in the training folder, or save with "
+        "stage3_gather_16bit_weights_on_model_save",
+    )
+
+
 def config_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> int | None:
     """The number of rows that config.json states, or its class's default; None if unknown."""
     value = get(checkpoint.config, vocabulary.config_paths[0])
@@ -45,6 +70,7 @@ def edit_config(
     vocabulary: VocabularyTensors,
     *,
     rows: int,
+    tokens: int = 0,
     tied: bool | None = None,
 ) -> dict[str, Any]:
     """A copy of config.json's content with the new number of rows, all other keys untouched.
@@ -53,12 +79,17 @@ def edit_config(
         config: the old content.
         vocabulary: of the old checkpoint; says where the number stands, nested places included.
         rows: the new number.
+        tokens: how many of them have a token; a number of rows up to which logits are kept
+            (`unpadded_vocab_size`, Inkling) is raised to it.
         tied: write `tie_word_embeddings` at the top and wherever else it is stored; None leaves
             it as it is.
     """
     result: dict[str, Any] = copy.deepcopy(dict(config))
     for path in vocabulary.config_paths:
         put(result, path, rows)
+    for path in paths_to(result, ("unpadded_vocab_size",)):
+        if isinstance(get(result, path), int):
+            put(result, path, max(tokens, get(result, path)))
     if tied is not None:
         result["tie_word_embeddings"] = tied
         for path in paths_to(result, ("tie_word_embeddings",)):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows
 from lexigraft.checkpoints.header import FLOATS
+from lexigraft.checkpoints.nested import get, paths_to, text_parts
+from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, first_difference
+from lexigraft.files import read_json
 
 
 def require_floats(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
@@ -55,23 +61,59 @@ def require_extension(base: Path, old: TokenMap, vocab: Path, new: TokenMap) -> 
 def require_fitting_rows(
     checkpoint: Checkpoint, vocabulary: VocabularyTensors, base_tokens: int, tokens: int
 ) -> None:
-    """Weights, config and base tokenizer agree; where not, the weights are believed."""
+    """Every token of the base has a row. Where the config says another number, rows are believed.
+
+    Raises:
+        LexigraftError: the base's tokenizer was extended already, its weights were not.
+    """
     stated, rows, folder = config_rows(checkpoint, vocabulary), vocabulary.rows, checkpoint.folder
+    key = ".".join(vocabulary.config_paths[0])
     numbers = (
-        f"{folder}: the weights have {rows:,} rows, config.json says {stated or 0:,}, "
+        f"{folder}: the weights have {rows:,} rows, config.json says {stated or rows:,}, "
         f"its tokenizer has {base_tokens:,} tokens"
     )
-    key = ".".join(vocabulary.config_paths[0])
     if base_tokens > rows:
         raise LexigraftError(
-            f"{numbers} ({folder / 'config.json'} or the tokenizer was changed by hand)",
-            needed=f"a base tokenizer of at most {rows:,} tokens",
-            fix=f"put the original tokenizer files back into {folder}, set {key} to {rows} there, "
-            f"and give the extended tokenizer as VOCAB: lexigraft graft {folder} VOCAB -o MODEL",
+            f"{numbers}: which of them the weights belong to cannot be known from here",
+            needed=f"the tokenizer that these weights came with, of at most {rows:,} tokens",
+            fix=f"put the original tokenizer files back into {folder} (config.json may stay) and "
+            f"give the extended tokenizer as VOCAB: lexigraft graft {folder} VOCAB -o MODEL",
         )
     if stated is not None and stated != rows:
-        raise LexigraftError(
-            f"{numbers} (config.json was changed by hand); VOCAB has {tokens:,}",
-            needed=f"{key} = {rows}, the number of rows that the weights have",
-            fix=f"set {key} to {rows} in {folder / 'config.json'}; graft itself adds the rows",
+        note(
+            f"{numbers}, VOCAB has {tokens:,}: config.json was changed by hand; the weights are "
+            f"believed, and {key} becomes what the result has"
         )
+
+
+_ID = re.compile(r"(^|_)token_(id|ids|index)$")
+
+
+def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> None:
+    """No config gives a meaning to an id that is a padding row so far and now gets a token.
+
+    Raises:
+        RefusalError: one does; the row behind it would change under what uses it.
+    """
+    for name in ("config.json", "generation_config.json"):
+        path = checkpoint.folder / name
+        content = read_json(path) if path.is_file() else {}
+        for key, token_id in _stated_ids(content if isinstance(content, dict) else {}):
+            if token_id >= old.tokens and token_id in new.texts:
+                raise RefusalError(
+                    f"{path}: {key} is {token_id}, an id that the base's tokenizer of "
+                    f"{old.tokens:,} tokens does not have and VOCAB gives to "
+                    f"{new.texts[token_id]!r}",
+                    needed=f"{key} below {old.tokens:,}, or a base tokenizer that has this token",
+                    fix=f"add the missing token to the tokenizer of {checkpoint.folder} before "
+                    f"extending it, or set {key} to an id that it has",
+                )
+
+
+def _stated_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    keys = {key for part in text_parts(config) for key in part if _ID.search(key)}
+    for path in paths_to(config, sorted(keys)):
+        value = get(config, path)
+        for token_id in value if isinstance(value, list) else [value]:
+            if isinstance(token_id, int) and not isinstance(token_id, bool):
+                yield ".".join(path), token_id

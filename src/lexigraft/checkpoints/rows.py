@@ -12,6 +12,8 @@ import numpy.typing as npt
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.errors import LexigraftError
 
+_COMPARE_BYTES = 4 * 2**20
+
 
 def by_row(tensor: Tensor) -> Tensor:
     """`tensor` with its vocabulary axis first: a (1, V) bias such as BART's is seen as (V,)."""
@@ -68,3 +70,19 @@ def _ranges(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         stop = token_id + 1
     if stop > start:
         yield start, stop
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """True when two tensors on disk have equal type, shape and bytes; read in blocks.
+
+    Raises:
+        LexigraftError: a file became shorter.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = max(1, _COMPARE_BYTES // max(1, one.row_bytes))
+    return all(
+        read_rows(one, start, min(start + step, one.rows)).tobytes()
+        == read_rows(other, start, min(start + step, one.rows)).tobytes()
+        for start in range(0, one.rows, step)
+    )

@@ -19,16 +19,18 @@ import numpy as np
 from lexigraft import families
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import edit_config, refuse_quantised
+from lexigraft.checkpoints.config import edit_config, refuse_quantised, refuse_ungathered
 from lexigraft.checkpoints.fit import (
     require_extension,
     require_fitting_rows,
     require_floats,
+    require_free_ids,
 )
 from lexigraft.checkpoints.growth import Growth, Survey, grown, survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
+from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.checks.rows import RowStatistics, row_statistics
 from lexigraft.console import note, progress
@@ -271,7 +273,12 @@ class _Job:
         """Config, tokenizer, manifest, and what else the base holds beside its weights."""
         for name in copy_side_files(self.checkpoint, partial):
             note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
-        config = edit_config(self.checkpoint.config, self.vocabulary, rows=self.growth.rows)
+        config = edit_config(
+            self.checkpoint.config,
+            self.vocabulary,
+            rows=self.growth.rows,
+            tokens=self.growth.tokens,
+        )
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
         manifest = self._manifest()
@@ -318,13 +325,15 @@ def _prepare(
 ) -> _Job:
     checkpoint = Checkpoint.open(base)
     refuse_quantised(checkpoint)
-    vocabulary = vocabulary_of(checkpoint, tensor_roles)
+    refuse_ungathered(checkpoint)
+    vocabulary = with_copies(checkpoint, vocabulary_of(checkpoint, tensor_roles))
     require_floats(checkpoint, vocabulary)
     family = families.load(base)
     extended = families.load(require_folder(vocab, "the extended tokenizer"))
     new_map = extended.map
     require_extension(base, family.map, vocab, new_map)
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
+    require_free_ids(checkpoint, family.map, new_map)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
     pieces = spell(family, new_map, growth.first_id)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lexigraft.adapters.expand import Expansion, as_loaded, expand, states_tied
+from lexigraft.adapters.expand import Expansion, as_loaded, expand
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.match import Matched, match
 from lexigraft.adapters.planning import merged_plan
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
-from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.architectures import (
+    VocabularyTensors,
+    is_tied_by_config,
+    vocabulary_of,
+)
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows, edit_config, refuse_quantised
 from lexigraft.checkpoints.fit import require_floats
@@ -246,14 +250,18 @@ def _write_configs(job: _Job, folder: Path) -> None:
     ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
     for key, token_id in ids.items():
         note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
-    untied = False if states_tied(job.checkpoint) and not expansion.tied else None
+    untied = False if is_tied_by_config(job.checkpoint.config) and not expansion.tied else None
     if untied is False:
         note(
             f"head and embedding differ now: {job.vocabulary.head_name} is written, and "
             "tie_word_embeddings becomes false"
         )
     config = edit_config(
-        job.checkpoint.config, job.vocabulary, rows=expansion.growth.rows, tied=untied
+        job.checkpoint.config,
+        job.vocabulary,
+        rows=expansion.growth.rows,
+        tokens=expansion.growth.tokens,
+        tied=untied,
     )
     _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
     if (source / "generation_config.json").is_file():

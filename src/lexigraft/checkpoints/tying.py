@@ -1,0 +1,43 @@
+"""Heads that are stored although the config ties them to the embedding.
+
+transformers 5 ties such a head only if it equals the embedding and keeps both otherwise; version 4
+and others drop one of them in either case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.rows import same_values
+from lexigraft.console import note
+
+
+def is_stored_twice(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> bool:
+    """True where the head is a stored copy of the embedding, tied by the config; reads both."""
+    head, embedding = vocabulary.head_name, vocabulary.embeds[0]
+    if head not in vocabulary.heads or not is_tied_by_config(checkpoint.config):
+        return False
+    return same_values(checkpoint.tensors[head], checkpoint.tensors[embedding])
+
+
+def with_copies(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
+    """`vocabulary` with a stored copy of the embedding among the embeddings, so that both stay one.
+
+    A head that differs although the config ties it is grown as a head, and said aloud.
+    """
+    if is_stored_twice(checkpoint, vocabulary):
+        copy = vocabulary.head_name
+        return dataclasses.replace(
+            vocabulary,
+            embeds=(*vocabulary.embeds, copy),
+            heads=tuple(name for name in vocabulary.heads if name != copy),
+            tied=True,
+        )
+    if vocabulary.head_name in vocabulary.heads and is_tied_by_config(checkpoint.config):
+        note(
+            f"{vocabulary.head_name} differs from {vocabulary.embeds[0]} although the config ties "
+            "them: transformers 5 loads both, other loaders only one; both are extended"
+        )
+    return vocabulary
