@@ -16,12 +16,10 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise when the weights are quantised: their rows cannot be averaged or added to.
 
     Raises:
-        RefusalError: config.json has a quantization_config.
+        RefusalError: config.json describes a quantisation, at its top or in a part for the text.
     """
-    config = checkpoint.config
-    nested = config.get("text_config")
-    for place in (config, nested if isinstance(nested, dict) else {}):
-        settings = place.get("quantization_config")
+    for path in paths_to(checkpoint.config, ("quantization_config", "compression_config")):
+        settings = get(checkpoint.config, path)
         if settings:
             kind = settings.get("quant_method", "") if isinstance(settings, dict) else ""
             raise RefusalError(

@@ -86,6 +86,16 @@ def require_fitting_rows(
         )
 
 
+def mention_normalised_head(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
+    """Say what a NormHead does (Baichuan 2), whose code lies in the folder of the model."""
+    code = checkpoint.folder.glob("modeling_*.py")
+    if vocabulary.heads and any("NormHead" in path.read_text("utf-8", "replace") for path in code):
+        note(
+            f"{vocabulary.head_name} is a NormHead: it normalises each row, so that the length of "
+            "new rows has no effect, and padding rows score like tokens"
+        )
+
+
 _ID = re.compile(r"(^|_)token_(id|ids|index)$")
 
 

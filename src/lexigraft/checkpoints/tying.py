@@ -7,9 +7,12 @@ and others drop one of them in either case.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config
+from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config, table
 from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.nested import paths_to
 from lexigraft.checkpoints.rows import same_values
 from lexigraft.console import note
 
@@ -35,9 +38,15 @@ def with_copies(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Vocabu
             heads=tuple(name for name in vocabulary.heads if name != copy),
             tied=True,
         )
-    if vocabulary.head_name in vocabulary.heads and is_tied_by_config(checkpoint.config):
+    if vocabulary.head_name in vocabulary.heads and _ties_for_certain(checkpoint.config):
         note(
             f"{vocabulary.head_name} differs from {vocabulary.embeds[0]} although the config ties "
             "them: transformers 5 loads both, other loaders only one; both are extended"
         )
     return vocabulary
+
+
+def _ties_for_certain(config: Mapping[str, Any]) -> bool:
+    """False too where the config is silent and the class, which may untie, is not known."""
+    known = config.get("model_type") in table() or paths_to(config, ("tie_word_embeddings",))
+    return bool(known) and is_tied_by_config(config)

@@ -21,6 +21,7 @@ from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import edit_config, refuse_quantised, refuse_ungathered
 from lexigraft.checkpoints.fit import (
+    mention_normalised_head,
     require_extension,
     require_fitting_rows,
     require_floats,
@@ -334,6 +335,7 @@ def _prepare(
     require_extension(base, family.map, vocab, new_map)
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
     require_free_ids(checkpoint, family.map, new_map)
+    mention_normalised_head(checkpoint, vocabulary)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
     pieces = spell(family, new_map, growth.first_id)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
