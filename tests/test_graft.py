@@ -480,7 +480,7 @@ def test_no_pickle_is_opened(make, tmp_path):
 
 
 def large(base: Path, tokens: int, gigabytes: float) -> Path:
-    """Give `base` weights that take a while to copy: zeros, which take no room here."""
+    """Give `base` weights that take a while to copy: mostly zeros, which take no room here."""
     width = 64
     rest = int(gigabytes * 1e9) // 2 // width
     tensors = [
@@ -488,7 +488,8 @@ def large(base: Path, tokens: int, gigabytes: float) -> Path:
         ("model.layers.0.mlp.up_proj.weight", "BF16", (rest, width)),
     ]
     head = header_bytes(tensors, {"format": "pt"})
-    (base / SINGLE).write_bytes(head)
+    table = np.random.default_rng(0).standard_normal((tokens, width)).astype(ml_dtypes.bfloat16)
+    (base / SINGLE).write_bytes(head + table.tobytes())
     os.truncate(base / SINGLE, len(head) + 2 * width * (tokens + rest))
     config = {"model_type": "llama", "vocab_size": tokens, "tie_word_embeddings": True}
     (base / "config.json").write_text(json.dumps(config))

@@ -198,7 +198,21 @@ def graft(
     vocab: Annotated[Path, typer.Argument(help="Folder with the extended tokenizer.")],
     *,
     output: Output,
-    init: Annotated[str, typer.Option(help="How new rows start.")] = "auto",
+    init: Annotated[
+        str,
+        typer.Option(
+            help="How new rows start: auto, mean, char-weighted, exponential, first, last, "
+            "mean-all, gaussian, random, or module:function; EMBEDDING,HEAD for two."
+        ),
+    ] = "auto",
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="File of new tokens and the base token or text that each starts as."),
+    ] = None,
+    donor: Annotated[
+        Path | None,
+        typer.Option(help="Model that has new tokens as one token: its rows are translated."),
+    ] = None,
     pad_to: Annotated[int, typer.Option(help="Rows are a multiple of this.", min=1)] = 64,
     link: Annotated[
         bool, typer.Option("--link", help="Hard-link untouched shards instead of copying.")
@@ -221,6 +235,8 @@ def graft(
         vocab,
         output=output,
         init=init,
+        init_from=init_from,
+        donor=donor,
         pad_to=pad_to,
         link=link,
         tensor_roles=_roles(tensor),

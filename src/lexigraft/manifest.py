@@ -87,8 +87,38 @@ class LearnRecord(_Data):
     probe: list[Probe]
 
 
+class CopiedRow(_Data):
+    """A new token that starts as the mean of some base rows: those of a token or of a text."""
+
+    id: int
+    source: str
+    pieces: list[int]
+
+
+class DonorRecord(_Data):
+    """The model that rows were taken from: its name without path, and its tokens."""
+
+    name: str
+    token_map: str
+    atoms: int = Field(description="how many rows of shared tokens make one new row at most")
+    shared: int = Field(description="tokens that it and the base have")
+    known: int = Field(description="new tokens that it has as one token")
+
+
+class StartRecord(_Data):
+    """How new rows started."""
+
+    methods: dict[str, str] = Field(description="tensor -> method")
+    reason: str
+    copies: list[CopiedRow] = []
+    donor: DonorRecord | None = None
+
+
 class GraftRecord(_Data):
-    """`graft`: new rows in a checkpoint."""
+    """`graft`: new rows in a checkpoint.
+
+    Without `start`, a record is from before it existed, and keeps its hash.
+    """
 
     stage: Literal["graft"] = "graft"
     base: BaseTokenizer
@@ -104,6 +134,12 @@ class GraftRecord(_Data):
     seed: int
     new_rows: dict[str, str] = Field(description="tensor -> sha256 of rows [first_id, tokens)")
     versions: dict[str, str]
+    start: StartRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        return {key: value for key, value in data.items() if key != "start" or value is not None}
 
 
 class TrainRecord(_Data):

@@ -9,7 +9,7 @@ from functools import cache
 
 from lexigraft.adapters.config import AdapterConfig
 from lexigraft.adapters.folder import Adapter
-from lexigraft.adapters.rebuild import rebuilt_rows
+from lexigraft.adapters.rebuild import lost_source, rebuilt_rows
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
     Array,
@@ -95,6 +95,7 @@ def expand(
             growth,
             full_rows=full_rows,
             rebuilt=rebuilt.get(stored),
+            lost=lost_source(adapter.manifest),
             mean=mean,
         )
 
@@ -104,7 +105,7 @@ def expand(
         for name in vocabulary.names
         if (change := changes.get(name, NOTHING)).full is None and new_ids - set(change.ids)
     ]
-    rebuilt = rebuilt_rows(lacking, adapter.manifest, checkpoint, tokenizer)
+    rebuilt = rebuilt_rows(lacking, adapter.manifest, checkpoint, vocabulary, tokenizer)
     grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
     written, tied = _settle_ties(vocabulary, changes, adapter.config)
     tensors = {n: rows(n, change) for n, change in written.items() if grows or change}

@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lexigraft import families
 from lexigraft.adapters.tokens import TokenizerChoice
+from lexigraft.checkpoints.architectures import Role, VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import Array, NewRows, rows_hash, survey
+from lexigraft.checkpoints.growth import NewRows, rows_hash, survey
 from lexigraft.checkpoints.header import Tensor
-from lexigraft.embeddings import METHODS, spell, starter
+from lexigraft.embeddings import METHODS, Choice, Start, roles_of
 from lexigraft.manifest import GraftRecord, Manifest
 
 
 def rebuilt_rows(
-    names: Iterable[str], manifest: Manifest | None, checkpoint: Checkpoint, tokens: TokenizerChoice
+    names: Iterable[str],
+    manifest: Manifest | None,
+    checkpoint: Checkpoint,
+    vocabulary: VocabularyTensors,
+    tokens: TokenizerChoice,
 ) -> dict[str, NewRows]:
     """New rows of the vocabulary tensors `names`, for those that can be made again exactly.
 
@@ -30,53 +34,86 @@ def rebuilt_rows(
         names: vocabulary tensors of the base whose new rows are wanted.
         manifest: the adapter's.
         checkpoint: the base as it was before the graft.
+        vocabulary: its vocabulary tensors.
         tokens: the tokenizer of the result.
     """
-    record = manifest.records[-1] if manifest and manifest.records else None
-    if not isinstance(record, GraftRecord) or not _describes(record, tokens):
+    record = _graft_of(manifest)
+    if record is None or not _describes(record, tokens):
         return {}
-    rows = _Rows(record, checkpoint.folder, tokens)
+    rows = _Rows(record, checkpoint.folder, vocabulary, tokens)
+    roles = roles_of(vocabulary)
     count = record.tokens - record.first_id
     found = {}
     for name in names:
+        if not _is_repeatable(rows.choice.of(roles[name])):
+            continue
         tensor = checkpoint.tensors[name]
-        new_rows = rows.of(tensor)
+        new_rows = rows.of(tensor, roles[name])
         if rows_hash(tensor, count, new_rows) == record.new_rows.get(name):
             found[name] = new_rows
     return found
 
 
+def lost_source(manifest: Manifest | None) -> str | None:
+    """What rows came from that a manifest can name but not hold; None where it needs nothing."""
+    record = _graft_of(manifest)
+    if record is None:
+        return None
+    donor = record.start.donor if record.start else None
+    lost = [name for name in dict.fromkeys(record.init.split(",")) if ":" in name]
+    sources = [f"the function {name} made them (--init)" for name in lost]
+    if donor is not None:
+        sources.append(
+            f"they were translated from the model {donor.name} (--donor; token map "
+            f"{donor.token_map[:12]})"
+        )
+    return " and ".join(sources) or None
+
+
+def _graft_of(manifest: Manifest | None) -> GraftRecord | None:
+    record = manifest.records[-1] if manifest and manifest.records else None
+    return record if isinstance(record, GraftRecord) else None
+
+
+def _is_repeatable(method: str) -> bool:
+    return method in METHODS and method != "donor"
+
+
 def _describes(record: GraftRecord, tokens: TokenizerChoice) -> bool:
     return (
-        record.init in METHODS
-        and record.token_map == tokens.map.hash
+        record.token_map == tokens.map.hash
         and record.base.token_map == tokens.base.hash
         and record.first_id == tokens.base.tokens
     )
 
 
 class _Rows:
-    def __init__(self, record: GraftRecord, base: Path, tokens: TokenizerChoice) -> None:
+    def __init__(
+        self,
+        record: GraftRecord,
+        base: Path,
+        vocabulary: VocabularyTensors,
+        tokens: TokenizerChoice,
+    ) -> None:
+        methods = record.init.split(",")
+        self.choice = Choice(methods[0], methods[-1], "manifest")
         self._record = record
         self._base = base
+        self._tied = vocabulary.tied
         self._tokens = tokens
 
     @cached_property
-    def _pieces(self) -> Any:
-        return spell(families.load(self._base), self._tokens.map, self._record.first_id)
-
-    def of(self, tensor: Tensor) -> NewRows:
+    def _start(self) -> Start:
         record = self._record
-        known = survey(tensor, record.first_id)
-
-        def center() -> Array:
-            return known.mean
-
-        return starter(
-            tensor,
-            self._pieces,
-            record.first_id,
-            init=record.init,
+        return Start.of(
+            self.choice,
+            families.load(self._base),
+            self._tokens.map,
+            tied=self._tied,
             seed=record.seed,
-            center=center,
+            copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
         )
+
+    def of(self, tensor: Tensor, role: Role) -> NewRows:
+        known = survey(tensor, self._record.first_id)
+        return self._start.rows(tensor, role, lambda: known)

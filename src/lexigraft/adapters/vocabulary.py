@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.checkpoints.growth import Growth, block_rows
+from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import by_row, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
@@ -172,6 +172,7 @@ def vocabulary_rows(
     *,
     full_rows: int = 0,
     rebuilt: RowReader | None = None,
+    lost: str | None = None,
     mean: Callable[[], Array],
 ) -> VocabularyRows:
     """The rows of one vocabulary tensor of the result.
@@ -184,6 +185,7 @@ def vocabulary_rows(
         full_rows: how many rows of `change.full` count.
         rebuilt: gives rows [start, stop) of the new ones, counted from 0, where they can be
             made again exactly.
+        lost: what a manifest names as their source and does not hold, if any.
         mean: the row of new padding (`growth.survey`), asked for only where there is some.
 
     Raises:
@@ -206,7 +208,7 @@ def vocabulary_rows(
     else:
         add(growth.first_id, "the base's", from_base, view)
         if growth.tokens > growth.first_id:
-            origin, read = _new_rows(name, change, growth, view, rebuilt)
+            origin, read = _new_rows(name, change, growth, view, rebuilt or lost)
             add(growth.tokens, origin, read)
     add(growth.rows_before, "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: _repeated(mean(), stop - start))
@@ -214,16 +216,17 @@ def vocabulary_rows(
 
 
 def _new_rows(
-    name: str, change: Change, growth: Growth, view: Tensor, rebuilt: RowReader | None
+    name: str, change: Change, growth: Growth, view: Tensor, rebuilt: RowReader | str | None
 ) -> tuple[str, RowReader]:
     first = growth.first_id
-    if rebuilt is not None:
+    if callable(rebuilt):
         return "rebuilt", lambda start, stop: rebuilt(start - first, stop - first)
     lost = sorted(set(range(first, growth.tokens)) - set(change.ids))
     if lost:
+        why = f": {rebuilt}" if rebuilt else ""
         raise LexigraftError(
             f"no row of {name} for {len(lost):,} new tokens (first id {lost[0]}): the adapter "
-            "holds none, and they cannot be rebuilt from a manifest",
+            f"holds none, and they cannot be rebuilt from a manifest{why}",
             needed=f"{name} in the adapter, or the grafted model that it was trained on",
             fix="lexigraft merge MODEL ADAPTER -o MERGED, where MODEL is the model that was "
             "trained (its model.safetensors holds these rows)",

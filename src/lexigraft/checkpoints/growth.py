@@ -2,14 +2,14 @@
 
 Rows are addressed by token id. Letters: V old tokens, N new ones, R rows before, R' rows after.
 Rows [0, V) are the base's; [V, V+N) are new; the base's padding rows from V+N to R stay as they
-were; what is left up to R' is filled with the mean of rows [0, V), so that k padding rows of a
-head take about k/(V+k) of the probability at most (Hewitt 2021).
+were; what is left up to R' is filled with the mean of the trained rows among [0, V), so that k
+padding rows of a head take about k/(V+k) of the probability at most (Hewitt 2021).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,12 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import by_row, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, read_rows, widened
+from lexigraft.checkpoints.untrained import Ids, RowSizes, read_in_blocks
+from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
 NewRows = Callable[[int, int], Array]  # (start, stop) -> that stretch of the new rows
-
-# Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
-BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,21 @@ class Survey:
 
     Attributes:
         sha256: hash of the bytes of rows [0, V).
-        mean: their mean in float64, shape (D,), or () for a bias.
+        mean: float64 mean of those of them that were trained, shape (D,), or () for a bias.
+        untrained: ids of the rows that training never moved (`untrained.RowSizes`), ascending.
+        broken: ids of rows that hold NaN or infinity, ascending.
     """
 
     sha256: str
     mean: Array
-
-
-def block_rows(tensor: Tensor) -> int:
-    """How many rows of a tensor are read at a time."""
-    return max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
+    untrained: Ids
+    broken: Sequence[int]
 
 
 def survey(tensor: Tensor, tokens: int) -> Survey:
     """Hash and float64 mean of rows [0, tokens) of a vocabulary tensor, read in blocks.
+
+    A bias has one number a row, which tells nothing about training: all its rows count.
 
     Raises:
         LexigraftError: the tensor has fewer rows, or its file became shorter.
@@ -85,12 +85,43 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
     tensor = by_row(tensor)
     state = hashlib.sha256()
     total = np.zeros(tensor.shape[1:], np.float64)
+    sizes = RowSizes(tensor, tokens) if len(tensor.shape) > 1 else None
+    broken: list[int] = []
     step = block_rows(tensor)
-    for start in range(0, tokens, step):
-        block = read_rows(tensor, start, min(start + step, tokens))
-        state.update(raw(block))
-        total += block.sum(axis=0, dtype=np.float64)
-    return Survey(state.hexdigest(), total / max(1, tokens))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by name
+        for start in range(0, tokens, step):
+            block = read_rows(tensor, start, min(start + step, tokens))
+            state.update(raw(block))
+            rows = widened(block)
+            total += rows.sum(axis=0, dtype=np.float64)
+            if sizes is None:
+                broken += (start + np.flatnonzero(~np.isfinite(rows))).tolist()
+            else:
+                sizes.see(start, rows)
+        if sizes is None:
+            return Survey(state.hexdigest(), total / max(1, tokens), np.empty(0, np.int64), broken)
+        broken = sizes.broken()
+        untrained = np.empty(0, np.int64) if broken else sizes.untrained()
+        for _, rows in read_in_blocks(tensor, untrained):
+            total -= rows.astype(np.float64).sum(axis=0)
+    mean = total / max(1, tokens - len(untrained))
+    return Survey(state.hexdigest(), mean, untrained, broken)
+
+
+def require_finite(tensor: Tensor, known: Survey) -> None:
+    """Stop where a used row holds NaN or infinity: it would be in every mean.
+
+    Raises:
+        LexigraftError: names the tensor and the rows.
+    """
+    if known.broken:
+        shown = ", ".join(map(str, known.broken[:5]))
+        more = f" and {len(known.broken) - 5:,} more" if len(known.broken) > 5 else ""
+        raise LexigraftError(
+            f"{tensor.name} in {tensor.path} holds NaN or infinity in rows {shown}{more}",
+            needed="finite numbers in every row that a token has",
+            fix="download the model again, or take a checkpoint from before its training failed",
+        )
 
 
 def grown(

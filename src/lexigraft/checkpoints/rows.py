@@ -13,6 +13,18 @@ from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.errors import LexigraftError
 
 _COMPARE_BYTES = 4 * 2**20
+# Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
+BLOCK_BYTES = 4 * 2**20
+
+
+def block_rows(tensor: Tensor) -> int:
+    """How many rows of a tensor are read at a time."""
+    return max(1, BLOCK_BYTES // max(1, tensor.row_bytes))
+
+
+def widened(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Rows in a type that sums may run in: float32, or float64 where they are stored so."""
+    return rows if rows.dtype == np.float64 else rows.astype(np.float32, copy=False)
 
 
 def by_row(tensor: Tensor) -> Tensor:

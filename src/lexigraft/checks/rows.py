@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.checkpoints.growth import block_rows
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
-from lexigraft.checkpoints.rows import by_row, read_ids, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, read_ids, read_rows
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lexigraft import families
-from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.architectures import Role, VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import edit_config, refuse_quantised, refuse_ungathered
 from lexigraft.checkpoints.fit import (
@@ -27,7 +27,7 @@ from lexigraft.checkpoints.fit import (
     require_floats,
     require_free_ids,
 )
-from lexigraft.checkpoints.growth import Growth, Survey, grown, survey
+from lexigraft.checkpoints.growth import Growth, Survey, grown, require_finite, survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
@@ -35,7 +35,9 @@ from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.checks.rows import RowStatistics, row_statistics
 from lexigraft.console import note, progress
-from lexigraft.embeddings import Array, Pieces, resolve, spell, starter
+from lexigraft.embeddings import Start, choose, roles_of
+from lexigraft.embeddings.copying import Copied, read_copies
+from lexigraft.embeddings.donor import ATOMS, Donor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.tokenmap import TokenMap
@@ -48,7 +50,15 @@ from lexigraft.files import (
     write_json,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
+from lexigraft.manifest import (
+    BaseTokenizer,
+    CopiedRow,
+    DonorRecord,
+    GraftRecord,
+    Manifest,
+    StartRecord,
+    versions,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class GraftResult:
         rows_after: rows of the new ones.
         tokens: max id + 1 of the extended tokenizer.
         added: number of new ids.
-        init: the method that the new rows start with.
+        init: the method that the new rows start with; `EMBEDDING,HEAD` where they are two.
         tied: the head is the input embedding.
         bytes_copied: bytes of tensors taken from the base as they are.
         bytes_written: bytes of weights put on the disk (hard links count nothing).
@@ -137,6 +147,8 @@ def graft(
     *,
     output: str | Path,
     init: str = "auto",
+    init_from: str | Path | None = None,
+    donor: str | Path | None = None,
     pad_to: int = 64,
     link: bool = False,
     tensor_roles: Mapping[str, str] | None = None,
@@ -153,7 +165,12 @@ def graft(
         base: a model folder with safetensors and its tokenizer.
         vocab: a folder with a tokenizer whose old ids equal the base's, whoever made it.
         output: the folder to write.
-        init: how new rows start; see `embeddings.METHODS`. `auto` is the subword mean.
+        init: how new rows start: `auto`, a name in `embeddings.METHODS`, `module:function`, or
+            two of them, `EMBEDDING,HEAD`.
+        init_from: a file that names for new tokens the base token or text that they start as
+            (`embeddings.copying`); the others start as the mean of their pieces.
+        donor: a model that has new tokens as one token; its rows are translated
+            (`embeddings.donor`).
         pad_to: the number of rows is a multiple of this, unless the base has more already.
         link: hard-link shards that do not change; the output then shares them with the base.
         tensor_roles: tensor name -> `embed` or `head`, where the layout is unknown.
@@ -162,19 +179,24 @@ def graft(
         dry_run: return the plan, write nothing.
 
     Raises:
-        LexigraftError: a damaged or contradictory input, an existing output, a full disk.
+        LexigraftError: a damaged or contradictory input, an existing output, a full disk; rows
+            that hold NaN or infinity, or new rows that are all alike where they should differ.
         RefusalError: weights, tokenizer or model of a kind that is not supported.
     """
     start = time.perf_counter()
     base, vocab, output = local_folder(base), local_folder(vocab), Path(output)
     if not dry_run:
         refuse_existing(output, force=force)
-        refuse_overwriting(output, [base, vocab])
+        refuse_overwriting(output, [base, vocab, *([] if donor is None else [Path(donor)])])
     if pad_to < 1:
         raise LexigraftError(f"--pad-to {pad_to}", needed="1 or more", fix="--pad-to 64")
-    job = _prepare(
-        base, vocab, init=resolve(init), seed=seed, pad_to=pad_to, tensor_roles=tensor_roles
+    asked = _Asked(
+        init,
+        None if init_from is None else Path(init_from),
+        None if donor is None else local_folder(donor),
+        seed,
     )
+    job = _prepare(base, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
     if dry_run:
         sizes = job.plan.sizes(link=link)
         return job.result(output, sizes, start=start, link=link, dry_run=True)
@@ -203,18 +225,26 @@ class _Table:
     @cached_property
     def survey(self) -> Survey:
         """Hash and mean of the old rows."""
-        return survey(self._tensor, self._growth.first_id)
+        found = survey(self._tensor, self._growth.first_id)
+        require_finite(self._tensor, found)
+        return found
 
-    def planned(self, pieces: Pieces, init: str, seed: int) -> PlannedTensor:
+    def planned(self, start: Start, role: Role) -> PlannedTensor:
         """The grown tensor."""
-
-        def center() -> Array:
-            return self.survey.mean
-
-        rows = starter(
-            self._tensor, pieces, self._growth.first_id, init=init, seed=seed, center=center
+        rows = start.rows(self._tensor, role, lambda: self.survey)
+        return grown(
+            self._tensor, self._growth, rows, lambda: self.survey.mean, observe=self.new.update
         )
-        return grown(self._tensor, self._growth, rows, center, observe=self.new.update)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for of the new rows."""
+
+    init: str
+    init_from: Path | None
+    donor: Path | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -226,10 +256,9 @@ class _Job:
     base_map: TokenMap
     vocab: Path
     extended: Family
-    pieces: Pieces
     growth: Growth
-    init: str
-    seed: int
+    start: Start
+    copied: list[Copied]
     pad_to: int
     plan: Plan
     tables: Mapping[str, _Table]
@@ -244,7 +273,7 @@ class _Job:
             self.growth.rows,
             self.growth.tokens,
             sum(token_id >= self.growth.first_id for token_id in self.extended.map.texts),
-            self.init,
+            str(self.start.choice),
             self.vocabulary.tied,
             *sizes,
             time.perf_counter() - start,
@@ -257,7 +286,7 @@ class _Job:
         old = np.array(sorted(i for i in self.base_map.texts if i < first_id), np.int64)
         tensors = Checkpoint.open(model).tensors
         found = (
-            row_statistics(tensors[name], first_id, self.pieces, old, self.text)
+            row_statistics(tensors[name], first_id, self.start.pieces, old, self.text)
             for name in self.vocabulary.names
         )
         return tuple(statistics for statistics in found if statistics is not None)
@@ -286,7 +315,7 @@ class _Job:
         manifest.write(partial)
         path = partial / "tokenizer_config.json"
         settings = read_json(path) if path.exists() else {}
-        settings["lexigraft"] = {"manifest": manifest.hash, "init": self.init, "seed": self.seed}
+        settings["lexigraft"] = {"manifest": manifest.hash, **self._init()}
         write_json(path, settings)
 
     def _manifest(self) -> Manifest:
@@ -307,20 +336,42 @@ class _Job:
                 first_id=growth.first_id,
                 rows=growth.rows,
                 pad_to=self.pad_to,
-                init=self.init,
-                seed=self.seed,
+                **self._init(),
                 new_rows={name: table.new.hexdigest() for name, table in self.tables.items()},
                 versions=versions(["lexigraft", "numpy"]),
+                start=self._start(),
             )
+        )
+
+    def _init(self) -> dict[str, Any]:
+        return {"init": str(self.start.choice), "seed": self.start.seed}
+
+    def _start(self) -> StartRecord:
+        donor, choice = self.start.donor, self.start.choice
+        return StartRecord(
+            methods={name: choice.of(role) for name, role in roles_of(self.vocabulary).items()},
+            reason=choice.reason,
+            copies=[
+                CopiedRow(id=one.id, source=one.source, pieces=list(one.pieces))
+                for one in self.copied
+            ],
+            donor=None
+            if donor is None
+            else DonorRecord(
+                name=donor.folder.resolve().name,
+                token_map=donor.token_map.hash,
+                atoms=ATOMS,
+                shared=len(donor.shared),
+                known=donor.known,
+            ),
         )
 
 
 def _prepare(
     base: Path,
     vocab: Path,
+    asked: _Asked,
     *,
-    init: str,
-    seed: int,
     pad_to: int,
     tensor_roles: Mapping[str, str] | None,
 ) -> _Job:
@@ -337,20 +388,52 @@ def _prepare(
     require_free_ids(checkpoint, family.map, new_map)
     mention_normalised_head(checkpoint, vocabulary)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
-    pieces = spell(family, new_map, growth.first_id)
+    start, copied = _start_of(asked, family, extended, tied=vocabulary.tied)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
-    planned = [table.planned(pieces, init, seed) for table in tables.values()]
+    roles = roles_of(vocabulary)
+    planned = [table.planned(start, roles[name]) for name, table in tables.items()]
     return _Job(
         checkpoint=checkpoint,
         vocabulary=vocabulary,
         base_map=family.map,
         vocab=vocab,
         extended=extended,
-        pieces=pieces,
         growth=growth,
-        init=init,
-        seed=seed,
+        start=start,
+        copied=copied,
         pad_to=pad_to,
         plan=Plan.of(checkpoint).replace(planned),
         tables=tables,
     )
+
+
+def _start_of(
+    asked: _Asked, base: Family, extended: Family, *, tied: bool
+) -> tuple[Start, list[Copied]]:
+    choice = choose(
+        asked.init,
+        tied=tied,
+        init_from=asked.init_from is not None,
+        donor=asked.donor is not None,
+    )
+    copied, donor = [], None
+    if asked.init_from is not None:
+        copied = read_copies(asked.init_from, base, extended.map)
+    if asked.donor is not None:
+        donor = Donor.open(asked.donor, base, extended)
+        new = len(donor.wanted)
+        note(
+            f"{asked.donor} has {donor.known:,} of the {new:,} new tokens as one token, and "
+            f"{len(donor.shared):,} tokens in common with the base; the other "
+            f"{new - donor.known:,} new tokens start as the mean of their pieces"
+        )
+    start = Start.of(
+        choice,
+        base,
+        extended.map,
+        tied=tied,
+        seed=asked.seed,
+        copies={one.id: one.pieces for one in copied},
+        donor=donor,
+    )
+    return start, copied
