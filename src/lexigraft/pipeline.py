@@ -122,12 +122,23 @@ def _grow(current: Run, recipe: Recipe, base: Path) -> None:
         lambda _: learn(base, **texts, **lists, **options, **speed, output=vocab, force=True),
         vocab,
     )
-    options = {**recipe.graft.model_dump(), "seed": recipe.seed}
+    started = recipe.graft
+    options = {**started.choices, "seed": recipe.seed}
+    listed = [started.init_from] if started.init_from else []
+    donor = local_folder(started.donor) if started.donor else None
     current.stage(
         "graft",
-        options,
-        {"base": base, "vocab": vocab},
-        lambda _: graft(base, vocab, **options, output=model, force=True),
+        {**options, "init_from": _hashes(listed)},
+        {"base": base, "vocab": vocab, **({"donor": donor} if donor else {})},
+        lambda _: graft(
+            base,
+            vocab,
+            **options,
+            init_from=started.init_from,
+            donor=donor,
+            output=model,
+            force=True,
+        ),
         model,
     )
 

@@ -67,7 +67,23 @@ class GraftPart(_Part):
     """Options of `graft`."""
 
     init: str = "auto"
+    init_from: str | None = None
+    donor: str | None = None
     pad_to: int = Field(default=64, ge=1)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The options that are neither file nor folder."""
+        return self.model_dump(exclude={"init_from", "donor"})
+
+    def beside(self, at: Callable[[str], str], model: Callable[[str], str]) -> GraftPart:
+        """The same with its file where `at` says it is, and its donor where `model` does."""
+        return self.model_copy(
+            update={
+                "init_from": self.init_from and at(self.init_from),
+                "donor": self.donor and model(self.donor),
+            }
+        )
 
 
 class TrainStage(_Part):
@@ -127,13 +143,17 @@ class Recipe(_Part):
         def at(spec: str) -> str:
             return spec if spec.startswith("hf:") else str(folder / spec)
 
+        def model(name: str) -> str:
+            # a hub id has the form of a relative path: it is one unless the folder is there
+            return at(name) if (folder / name).exists() else name
+
         return self.model_copy(
             update={
-                # a hub id has the form of a relative path: it is one unless the folder is there
-                "base": at(self.base) if (folder / self.base).exists() else self.base,
+                "base": model(self.base),
                 "corpus": [at(spec) for spec in self.corpus],
                 "general": [at(spec) for spec in self.general],
                 "learn": self.learn.beside(at),
+                "graft": self.graft.beside(at, model),
                 "eval": self.eval.model_copy(
                     update={
                         "corpus": [at(spec) for spec in self.eval.corpus],

@@ -38,7 +38,6 @@ from lexigraft.families.sentencepiece_model import BYTE_PIECES
 from lexigraft.files import require_folder
 
 ATOMS = 64
-_FEWEST_SHARED = 2 * ATOMS
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -85,10 +84,11 @@ class Donor:
         texts = {token_id: text for text, token_id in _by_text(extended).items()}
         wanted = [donor_ids.get(texts[i]) if i in texts else None for i in new]
         tensors = _tables(folder, family.map)
-        if len(pairs) < _FEWEST_SHARED:
+        words = sum(len(text) > 1 and text in base_ids for text in donor_ids)
+        if words < ATOMS:
             raise LexigraftError(
-                f"--donor {folder} has {len(pairs):,} tokens in common with the base",
-                needed=f"{_FEWEST_SHARED:,} or more, of which sums can be made",
+                f"--donor {folder} and the base share {words:,} tokens of two bytes or more",
+                needed=f"{ATOMS} or more: each new row is a sum of {ATOMS} rows",
                 fix="take a donor whose tokenizer is of the same language, or leave --donor out",
             )
         if not any(token_id is not None for token_id in wanted):

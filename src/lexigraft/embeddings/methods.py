@@ -223,7 +223,8 @@ def gaussian(spelled: Spelled) -> Array:
 
 def _draws(spelled: Spelled, ids: Sequence[int], shape: tuple[int, ...]) -> Array:
     """Standard normal rows, float64, each from a generator of its own."""
-    rows = [np.random.default_rng((spelled.seed, i)).standard_normal(shape) for i in ids]
+    seed = spelled.seed % 2**64  # numpy takes no negative one
+    rows = [np.random.default_rng((seed, i)).standard_normal(shape) for i in ids]
     return np.array(rows, np.float64).reshape(len(ids), *shape)
 
 
