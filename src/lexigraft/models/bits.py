@@ -9,17 +9,23 @@ Pile, section 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lexigraft.errors import LexigraftError
+from lexigraft.families import Family
+from lexigraft.models.load import context_limit, start_and_end
+
 # Logits of a batch: at most so many floats (128 MiB), so that memory does not grow with rows.
-_LOGITS = 2**25
+LOGITS = 2**25
 # Positions whose softmax is computed at once: its temporaries then stay in the cache's reach.
-_POSITIONS = 64
+POSITIONS = 64
+_SMALLEST_WINDOW = 64
 _SPACES = " \t\n\r\u3000"
 
 
@@ -78,6 +84,43 @@ def _cut(data: bytes, size: int) -> int:
     return cut
 
 
+def up_to(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """The first of `documents`, to `max_bytes` of UTF-8; the last one is cut as a window is."""
+    for document in documents:
+        size = len(document.encode())
+        yield document if size <= max_bytes else windows(document, max_bytes)[0]
+        max_bytes -= size
+        if max_bytes <= 0:
+            return
+
+
+def fitting_window(
+    documents: Sequence[str], folders: Sequence[Path], readers: Sequence[Family], size: int
+) -> int:
+    """`size`, halved until each window and its start fit into the context of every model.
+
+    Raises:
+        LexigraftError: the shortest context has no room for the smallest window.
+    """
+    limits = [
+        context_limit(folder) - len(start_and_end(r)[0])
+        for folder, r in zip(folders, readers, strict=True)
+    ]
+    while size >= _SMALLEST_WINDOW:
+        cut = [window for document in documents for window in windows(document, size)]
+        if all(
+            max(map(len, reader.encode_batch(cut))) <= limit
+            for reader, limit in zip(readers, limits, strict=True)
+        ):
+            return size
+        size //= 2
+    raise LexigraftError(
+        f"a context of {min(limits)} tokens",
+        needed=f"room for windows of {_SMALLEST_WINDOW} bytes",
+        fix="leave out the model with the shortest context",
+    )
+
+
 def score(
     model: Any,
     texts: Sequence[str],
@@ -86,6 +129,7 @@ def score(
     start: Sequence[int],
     new_ids: range = range(0),
     advance: Callable[[int], None] | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> Score:
     """Bits of `texts` under `model`; both are windows, in the same order.
 
@@ -95,14 +139,20 @@ def score(
         start: ids before each text; at least one.
         new_ids: which ids count as new.
         advance: told how many bytes have been scored.
+        observe: shown the place of each text and the logits (ids of the text, rows) that
+            predict its ids.
     """
     order = sorted(range(len(texts)), key=lambda place: (len(encoded[place]), place))
     rows = model.get_output_embeddings().weight.shape[0]
     bits = 0.0
     was_training = model.training
     model.eval()
-    for batch in _batches(order, [len(start) + len(ids) for ids in encoded], _LOGITS // rows):
-        bits += _bits_of(model, [encoded[place] for place in batch], start)
+    for batch in _batches(order, [len(start) + len(ids) for ids in encoded], LOGITS // rows):
+        lines = [encoded[place] for place in batch]
+        for place, line, logits in zip(batch, lines, _logits_of(model, lines, start), strict=True):
+            bits += _sum_nats(logits, line) / math.log(2)
+            if observe is not None:
+                observe(place, logits)
         if advance is not None:
             advance(sum(len(texts[place].encode()) for place in batch))
     model.train(was_training)
@@ -123,7 +173,8 @@ def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[li
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
-def _bits_of(model: Any, lines: Sequence[Sequence[int]], start: Sequence[int]) -> float:
+def _logits_of(model: Any, lines: Sequence[Sequence[int]], start: Sequence[int]) -> list[Tensor]:
+    """Per line the logits (its length, rows) that predict its ids."""
     longest = len(start) + max(map(len, lines))
     ids = torch.zeros((len(lines), longest), dtype=torch.int64)
     for place, line in enumerate(lines):
@@ -131,15 +182,13 @@ def _bits_of(model: Any, lines: Sequence[Sequence[int]], start: Sequence[int]) -
         ids[place, : len(start) + len(line)] = torch.tensor([*start, *line])
     ids = ids.to(model.get_output_embeddings().weight.device)
     logits = model(input_ids=ids, use_cache=False).logits
-    total = 0.0
-    for place, line in enumerate(lines):
-        end = len(start) + len(line)
-        total += _sum_nats(logits[place, len(start) - 1 : end - 1], ids[place, len(start) : end])
-    return total / math.log(2)
+    before = len(start) - 1
+    return [logits[place, before : before + len(line)] for place, line in enumerate(lines)]
 
 
-def _sum_nats(logits: Tensor, targets: Tensor) -> float:
-    parts = zip(logits.split(_POSITIONS), targets.split(_POSITIONS), strict=True)
+def _sum_nats(logits: Tensor, line: Sequence[int]) -> float:
+    targets = torch.tensor(line, dtype=torch.int64, device=logits.device)
+    parts = zip(logits.split(POSITIONS), targets.split(POSITIONS), strict=True)
     return sum(float(nats(some, few).double().sum()) for some, few in parts)
 
 

@@ -16,10 +16,9 @@ from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.hub import local_folder
-from lexigraft.models.bits import Score, score, windows
+from lexigraft.models.bits import Score, fitting_window, score, up_to, windows
 from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
 
-_SMALLEST_WINDOW = 64
 _WARM_UP = 3  # decoding steps that are not timed
 
 
@@ -125,7 +124,7 @@ def evaluate(
     readers = [families.load(folder) for folder in folders]
     domain = _documents(corpus, held_out_only, max_bytes)
     apart = _documents(general, held_out_only, max_bytes) if general else []
-    size = _window_size([*domain, *apart], folders, readers, window_bytes)
+    size = fitting_window([*domain, *apart], folders, readers, window_bytes)
     texts = [
         [w for document in found for w in windows(document, size)] for found in (domain, apart)
     ]
@@ -149,16 +148,9 @@ def evaluate(
 def _documents(
     specs: Sequence[str | Path], held_out_only: bool, max_bytes: int | None
 ) -> list[str]:
-    found: list[str] = []
-    left = max_bytes if max_bytes is not None else 2**62
-    for document in read_documents(specs):
-        if held_out_only and not held_out(document):
-            continue
-        size = len(document.encode())
-        found.append(document if size <= left else windows(document, left)[0])
-        left -= size
-        if left <= 0:
-            break
+    documents = read_documents(specs)
+    kept = (document for document in documents if not held_out_only or held_out(document))
+    found = list(up_to(kept, 2**62 if max_bytes is None else max_bytes))
     if not found:
         raise LexigraftError(
             f"no document of {', '.join(map(str, specs))} is held out",
@@ -166,29 +158,6 @@ def _documents(
             fix="leave out --held-out-only, or give more text",
         )
     return found
-
-
-def _window_size(
-    documents: Sequence[str], folders: Sequence[Path], readers: Sequence[Family], size: int
-) -> int:
-    """`size`, halved until each window and its start fit into the context of every model."""
-    limits = [
-        context_limit(folder) - len(start_and_end(r)[0])
-        for folder, r in zip(folders, readers, strict=True)
-    ]
-    while size >= _SMALLEST_WINDOW:
-        cut = [window for document in documents for window in windows(document, size)]
-        if all(
-            max(map(len, reader.encode_batch(cut))) <= limit
-            for reader, limit in zip(readers, limits, strict=True)
-        ):
-            return size
-        size //= 2
-    raise LexigraftError(
-        f"a context of {min(limits)} tokens",
-        needed=f"room for windows of {_SMALLEST_WINDOW} bytes",
-        fix="leave out the model with the shortest context",
-    )
 
 
 def _score_model(

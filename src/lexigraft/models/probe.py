@@ -1,0 +1,328 @@
+"""What a graft changed in what a model says: the base and the grafted model on the same text.
+
+The text is cut into windows as for bits per byte. The *shared* positions of a window are those
+before the first id in which the two tokenizers differ: there both models have read the same ids
+and expect the same next one, so what they say may be compared. Letters: V old tokens, N new ones,
+k new padding rows; p is what the base says, q what the grafted model says.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexigraft.checkpoints.growth import Growth
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families import Family
+from lexigraft.files import read_json
+from lexigraft.models.bits import LOGITS, POSITIONS, Score, fitting_window, score, up_to, windows
+from lexigraft.models.load import load_model, start_and_end
+
+# Both models read the same text, so a little is enough: some 4,000 tokens, under a minute for
+# 135M parameters on two cores.
+PROBE_BYTES = 16 * 1024
+WINDOW_BYTES = 1024
+# Old ids must keep their distribution among each other. Float32 rounds by 1e-7 nats, 16-bit logits
+# by some 1e-3; wrong rows or a damaged body move it by whole nats.
+KL_LIMIT = 0.01
+# What new ids take from text that does not hold them. More than this is felt in general text.
+BITS_LIMIT = 0.01
+# Law 9 bounds the share of k padding rows by k/(V+k); twice that leaves room for the rounding of
+# rows and for old rows that the mean leaves out.
+PADDING_FACTOR = 2.0
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much probability some ids take, over the shared positions."""
+
+    mean: float
+    most: float
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Two models on one text.
+
+    Attributes:
+        before: the base with its own tokenizer.
+        after: the grafted model with the extended one.
+        shared: positions at which both read the same ids and expect the same next one.
+        bits: share of bits that the grafted model needs more (or less) at these.
+        kl: mean over `compared` of them of KL(p || q) in nats, both restricted to old ids and
+            normalised; with what new and padding ids take this is the whole change.
+        compared: how many shared positions `kl` is the mean of, spread evenly.
+        new: what new ids take.
+        padding: what padding ids take.
+        padding_before: what padding ids take in the base.
+        padding_limit: the most that they may take in the mean.
+        guess: bits of a blind guess among all rows.
+        seconds: wall time.
+    """
+
+    before: Score
+    after: Score
+    shared: int
+    bits: float
+    kl: float
+    compared: int
+    new: Share
+    padding: Share
+    padding_before: Share
+    padding_limit: float
+    guess: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys as in docs/files.md."""
+        shares = {name: vars(getattr(self, name)) for name in ("new", "padding", "padding_before")}
+        return {
+            "bytes": self.after.bytes,
+            "tokens": [self.before.tokens, self.after.tokens],
+            "new_tokens": self.after.new_tokens,
+            "bpb": [self.before.bpb, self.after.bpb],
+            "shared": self.shared,
+            "bits": self.bits,
+            "kl": self.kl,
+            "compared": self.compared,
+            **shares,
+            "padding_limit": self.padding_limit,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        return [
+            f"probe, {self.after.bytes:,} bytes in {self.seconds:.0f} s: bits per byte "
+            f"{self.before.bpb:.4f} -> {self.after.bpb:.4f}; "
+            f"{self.after.new_tokens:,} of {self.after.tokens:,} tokens are new",
+            f"where both read the same tokens ({self.shared:,} positions): bits {self.bits:+.3%}, "
+            f"old ids moved by {self.kl:.1e} nats, new ids take {self.new.mean:.3%} "
+            f"(at most {self.new.most:.1%}), padding ids {self.padding.mean:.1e}",
+        ]
+
+
+def require_causal(folder: Path) -> None:
+    """Stop where the model in `folder` is none that predicts the next token.
+
+    Raises:
+        RefusalError: an encoder, or an encoder and decoder.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(folder / "config.json")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = {name for names in known for name in ([names] if isinstance(names, str) else names)}
+    named = [str(name) for name in config.get("architectures") or []]
+    if config.get("is_encoder_decoder") or (
+        named and "auto_map" not in config and not causal & set(named)
+    ):
+        raise RefusalError(
+            f"--probe: {', '.join(named) or config.get('model_type')} does not predict the next "
+            "token of a text from those before it",
+            needed="a causal language model; the rows of any other are grafted without a probe",
+            fix="leave out --probe",
+        )
+
+
+def probe(
+    base: tuple[Path, Family],
+    grafted: tuple[Path, Family],
+    documents: Iterable[str],
+    *,
+    growth: Growth,
+    trust_remote_code: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> ProbeResult:
+    """Let both models read the first `PROBE_BYTES` of `documents`, one model at a time.
+
+    Args:
+        base: its folder and tokenizer.
+        grafted: folder and extended tokenizer of the grafted model.
+        documents: text; everyday text shows best what must not get worse.
+        growth: how the rows grew.
+        trust_remote_code: run the Python files that a folder brings for its architecture.
+        advance: told how many bytes a model has read; both read `PROBE_BYTES` at most.
+
+    Raises:
+        LexigraftError: transformers cannot load a model, or a limit of `refuse` is broken.
+    """
+    began = time.perf_counter()
+    folders, readers = [base[0], grafted[0]], [base[1], grafted[1]]
+    texts = list(up_to(documents, PROBE_BYTES))
+    size = fitting_window(texts, [base[0], base[0]], readers, WINDOW_BYTES)
+    texts = [window for text in texts for window in windows(text, size)]
+    encoded = [reader.encode_batch(texts) for reader in readers]
+    shared = list(map(_alike, *encoded))
+    if not sum(shared):
+        raise LexigraftError(
+            f"--probe: every part of the text, {len(texts)} in all, begins with a new token",
+            needed="text in which both tokenizers read something alike",
+            fix="--probe with everyday text",
+        )
+    chosen = _spread(shared, LOGITS // growth.rows)
+    start, _ = start_and_end(readers[0])
+    found: list[tuple[Score, _Watch]] = []
+    kept: dict[int, Tensor] = {}
+    for folder, ids in zip(folders, encoded, strict=True):
+        last = growth.tokens if found else growth.first_id
+        watch = _Watch(ids, shared, chosen, growth.first_id, last, kept, first=not found)
+        model = load_model(folder, trust_remote_code=trust_remote_code)
+        new = range(growth.first_id, growth.tokens)
+        scored = score(model, texts, ids, start=start, new_ids=new, advance=advance, observe=watch)
+        found.append((scored, watch))
+        del model
+        gc.collect()  # one model at a time: torch's modules are cycles
+    (before, old), (after, new_watch) = found
+    limit = old.padding.mean + PADDING_FACTOR * growth.new_padding / growth.rows + _ROUNDING
+    result = ProbeResult(
+        before,
+        after,
+        shared=sum(shared),
+        bits=new_watch.nats / old.nats - 1,
+        kl=sum(new_watch.kl) / len(new_watch.kl),
+        compared=len(new_watch.kl),
+        new=new_watch.new,
+        padding=new_watch.padding,
+        padding_before=old.padding,
+        padding_limit=limit,
+        guess=math.log2(growth.rows),
+        seconds=time.perf_counter() - began,
+    )
+    refuse(result)
+    return result
+
+
+def _alike(old: Sequence[int], new: Sequence[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(old, new, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+
+
+def _spread(shared: Sequence[int], count: int) -> dict[int, list[int]]:
+    """Per window at most `count` shared positions in all, spread evenly."""
+    step = max(1, -(-sum(shared) // count))
+    chosen: dict[int, list[int]] = {}
+    passed = 0
+    for place, length in enumerate(shared):
+        chosen[place] = list(range(-passed % step, length, step))
+        passed += length
+    return chosen
+
+
+@dataclass
+class _Watch:
+    """Sums over the shared positions of one model's reading.
+
+    Attributes:
+        encoded: ids of each window.
+        shared: shared positions of each window.
+        chosen: those of them at which whole distributions are compared.
+        old: V.
+        tokens: max id + 1 of the tokenizer; rows from here on are padding.
+        kept: log p over old ids at the chosen positions of each window, which the first of two
+            watches writes and the other reads.
+        first: whether it is the first.
+    """
+
+    encoded: Sequence[Sequence[int]]
+    shared: Sequence[int]
+    chosen: dict[int, list[int]]
+    old: int
+    tokens: int
+    kept: dict[int, Tensor]
+    first: bool
+    nats: float = 0.0
+    kl: list[float] = field(default_factory=list)
+    _new: list[float] = field(default_factory=list)
+    _padding: list[float] = field(default_factory=list)
+
+    @property
+    def new(self) -> Share:
+        """What new ids take."""
+        return Share(sum(self._new) / len(self._new), max(self._new))
+
+    @property
+    def padding(self) -> Share:
+        """What padding ids take."""
+        return Share(sum(self._padding) / len(self._padding), max(self._padding))
+
+    def __call__(self, place: int, logits: Tensor) -> None:
+        """Take in the logits (positions, rows) of a window."""
+        shared = self.shared[place]
+        targets = torch.tensor(self.encoded[place][:shared], dtype=torch.int64)
+        parts = zip(logits[:shared].split(POSITIONS), targets.split(POSITIONS), strict=True)
+        for part, wanted in parts:
+            logs = part.float().log_softmax(-1)
+            picked = logs.gather(1, wanted.to(logs.device)[:, None])
+            self.nats -= float(picked.double().sum())
+            self._new += logs[:, self.old : self.tokens].exp().sum(-1).tolist()
+            self._padding += logs[:, self.tokens :].exp().sum(-1).tolist()
+        if not self.chosen[place]:
+            return
+        old = logits[self.chosen[place], : self.old].float().log_softmax(-1)
+        if self.first:
+            self.kept[place] = old
+            return
+        p = self.kept.pop(place)
+        change = torch.where(p > -math.inf, p.exp() * (p - old), 0.0).sum(-1)
+        self.kl += change.tolist()
+
+
+def refuse(found: ProbeResult) -> None:
+    """Stop where a limit is broken.
+
+    - Both models give finite numbers.
+    - Old ids keep their distribution among each other: `kl` <= `KL_LIMIT`.
+    - Padding ids take no more than in the base and law 9 allow: `padding_limit`.
+    - Text without new tokens costs at most `BITS_LIMIT` more bits: that is what new ids take.
+    - A new token costs no more bits than a guess among all rows, log2(R'), beyond what its
+      pieces cost: with worse rows the model would do better not to know it.
+
+    Raises:
+        LexigraftError: the first limit that is broken, with its figure.
+    """
+    for name, bits in (("base", found.before.bits), ("grafted model", found.after.bits)):
+        if not math.isfinite(bits):
+            raise _broken(f"the {name} gives NaN or infinity", "finite numbers")
+    if not found.kl <= KL_LIMIT:
+        raise _broken(
+            f"what the model says of old ids moved by {found.kl:.3g} nats (KL)",
+            f"at most {KL_LIMIT} nats: their rows and the body are the base's",
+        )
+    if not found.padding.mean <= found.padding_limit:
+        raise _broken(
+            f"padding ids take {found.padding.mean:.3%} of the probability "
+            f"({found.padding_before.mean:.3%} in the base)",
+            f"at most {found.padding_limit:.3%}",
+        )
+    if not found.bits <= BITS_LIMIT:
+        raise _broken(
+            f"new ids take {found.new.mean:.1%} of the probability where none belongs, so that "
+            f"text without them costs {found.bits:.1%} more bits",
+            f"at most {BITS_LIMIT:.0%} more",
+        )
+    more = found.after.bits - found.before.bits
+    if found.after.new_tokens and more > found.after.new_tokens * found.guess:
+        raise _broken(
+            f"a new token costs {more / found.after.new_tokens:.1f} bits more than its pieces did "
+            f"({found.after.new_tokens:,} in the text)",
+            f"at most {found.guess:.1f}, which a blind guess costs",
+        )
+
+
+def _broken(found: str, needed: str) -> LexigraftError:
+    return LexigraftError(
+        f"--probe: {found}; nothing was kept",
+        needed=needed,
+        fix="another --init; or leave out --probe, and train the rows before anyone uses them",
+    )
