@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +40,6 @@ from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.embeddings.donor import ATOMS, Donor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.families.tokenmap import TokenMap
 from lexigraft.files import (
     publish,
     read_json,
@@ -60,6 +59,9 @@ from lexigraft.manifest import (
     versions,
 )
 
+if TYPE_CHECKING:
+    from lexigraft.models.probe import ProbeResult
+
 
 @dataclass(frozen=True)
 class GraftResult:
@@ -75,8 +77,9 @@ class GraftResult:
         tied: the head is the input embedding.
         bytes_copied: bytes of tensors taken from the base as they are.
         bytes_written: bytes of weights put on the disk (hard links count nothing).
-        seconds: wall time.
+        seconds: wall time, without the probe.
         row_statistics: the new rows beside the old ones, per vocabulary tensor.
+        probe: what the model says before and after, where a probe was asked for.
         plan: with a dry run, every tensor; else empty.
     """
 
@@ -91,11 +94,12 @@ class GraftResult:
     bytes_written: int
     seconds: float
     row_statistics: tuple[RowStatistics, ...] = ()
+    probe: ProbeResult | None = None
     plan: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
-        result = {
+        result: dict[str, Any] = {
             "output": str(self.output),
             "rows_before": self.rows_before,
             "rows_after": self.rows_after,
@@ -108,6 +112,8 @@ class GraftResult:
             "seconds": round(self.seconds, 3),
             "row_statistics": [found.to_json() for found in self.row_statistics],
         }
+        if self.probe is not None:
+            result["probe"] = self.probe.to_json()
         return {**result, "plan": self.plan} if self.plan else result
 
     def lines(self) -> list[str]:
@@ -127,6 +133,7 @@ class GraftResult:
             rows,
             *(found.line() for found in self.row_statistics),
             *(example.line() for found in self.row_statistics[:1] for example in found.examples),
+            *(self.probe.lines() if self.probe else []),
             f"{sizes} in {self.seconds:.1f} s",
             f"model: {self.output}",
         ]
@@ -152,6 +159,8 @@ def graft(
     pad_to: int = 64,
     link: bool = False,
     tensor_roles: Mapping[str, str] | None = None,
+    probe: str | Path | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     force: bool = False,
     dry_run: bool = False,
@@ -174,6 +183,9 @@ def graft(
         pad_to: the number of rows is a multiple of this, unless the base has more already.
         link: hard-link shards that do not change; the output then shares them with the base.
         tensor_roles: tensor name -> `embed` or `head`, where the layout is unknown.
+        probe: text that the base and the result then read; a limit that is broken
+            (`models.probe.refuse`) stops, and nothing is left. The models are loaded for it.
+        trust_remote_code: for the probe, run Python files that the base brings.
         seed: of methods that draw.
         force: replace an existing output.
         dry_run: return the plan, write nothing.
@@ -197,6 +209,7 @@ def graft(
         seed,
     )
     job = _prepare(base, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
+    texts = None if probe is None else _probe_texts(base, probe)
     if dry_run:
         sizes = job.plan.sizes(link=link)
         return job.result(output, sizes, start=start, link=link, dry_run=True)
@@ -206,8 +219,16 @@ def graft(
             sizes = write_plan(job.plan, partial, link=link, advance=advance)
         job.write_side_files(partial)
         statistics = job.row_statistics(partial)
+        found = None if texts is None else job.probe(partial, texts, trust=trust_remote_code)
     done = job.result(output, sizes, start=start, link=link, dry_run=False)
-    return replace(done, row_statistics=statistics)
+    probing = 0.0 if found is None else found.seconds
+    return replace(done, seconds=done.seconds - probing, row_statistics=statistics, probe=found)
+
+
+def _probe_texts(base: Path, spec: str | Path) -> list[str]:
+    from lexigraft.models.probe import probe_texts  # torch, for a probe alone
+
+    return probe_texts(base, spec)
 
 
 class _Table:
@@ -253,7 +274,7 @@ class _Job:
 
     checkpoint: Checkpoint
     vocabulary: VocabularyTensors
-    base_map: TokenMap
+    base: Family
     vocab: Path
     extended: Family
     growth: Growth
@@ -283,13 +304,34 @@ class _Job:
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
         first_id = self.growth.first_id
-        old = np.array(sorted(i for i in self.base_map.texts if i < first_id), np.int64)
+        used = np.array(sorted(i for i in self.base.map.texts if i < first_id), np.int64)
         tensors = Checkpoint.open(model).tensors
         found = (
-            row_statistics(tensors[name], first_id, self.start.pieces, old, self.text)
-            for name in self.vocabulary.names
+            row_statistics(
+                tensors[name],
+                first_id,
+                self.start.pieces,
+                np.setdiff1d(used, table.survey.untrained, assume_unique=True),
+                self.text,
+            )
+            for name, table in self.tables.items()
         )
         return tuple(statistics for statistics in found if statistics is not None)
+
+    def probe(self, model: Path, texts: list[str], *, trust: bool) -> ProbeResult:
+        """What base and written folder `model` say of `texts`."""
+        from lexigraft.models.probe import probe
+
+        total = 2 * sum(len(text.encode()) for text in texts)
+        with progress("probing base and result", total) as advance:
+            return probe(
+                (self.checkpoint.folder, self.base),
+                (model, self.extended),
+                texts,
+                growth=self.growth,
+                trust_remote_code=trust,
+                advance=advance,
+            )
 
     def text(self, token_id: int) -> str:
         """What an id stands for; bytes that are no whole character in hexadecimal."""
@@ -325,7 +367,7 @@ class _Job:
             GraftRecord(
                 base=BaseTokenizer(
                     name=self.checkpoint.folder.resolve().name,
-                    token_map=self.base_map.hash,
+                    token_map=self.base.map.hash,
                     tokens=growth.first_id,
                 ),
                 rows_before=growth.rows_before,
@@ -395,7 +437,7 @@ def _prepare(
     return _Job(
         checkpoint=checkpoint,
         vocabulary=vocabulary,
-        base_map=family.map,
+        base=family,
         vocab=vocab,
         extended=extended,
         growth=growth,
