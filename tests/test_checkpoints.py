@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from lexigraft.checkpoints.growth import Growth, grown, survey
 from lexigraft.checkpoints.header import DTYPE_BITS, header_bytes, read_header
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import read_ids
+from lexigraft.checkpoints.rows import read_ids, read_rows
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.errors import LexigraftError, RefusalError
 
@@ -383,18 +384,119 @@ def test_files_get_ordinary_permissions_and_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("error", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, None])
-def test_copies_without_the_kernels_help(error, sharded, tmp_path, monkeypatch):
-    if error is None:
-        monkeypatch.delattr(os, "copy_file_range", raising=False)  # macOS has none
-    else:
+@pytest.mark.parametrize("calls", [["copy_file_range"], ["copy_file_range", "sendfile"]])
+def test_copies_without_the_kernels_help(error, calls, sharded, tmp_path, monkeypatch):
+    """First sendfile stands in, then a buffer; all of them give the same files."""
 
-        def fail(*_):
+    def fail(*_):
+        raise OSError(error, os.strerror(error))
+
+    for call in calls:
+        if error is not None:
+            monkeypatch.setattr(os, call, fail, raising=False)
+        elif call == "copy_file_range":
+            monkeypatch.delattr(os, call, raising=False)  # macOS has none
+        else:
+            monkeypatch.setattr(sys, "platform", "darwin")  # where sendfile wants a socket
+    plan = Plan.of(Checkpoint.open(sharded)).drop("model.norm.weight")
+    write_plan(plan, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    after = Checkpoint.open(tmp_path)
+    for name, tensor in plan.sources.items():
+        if name != "model.norm.weight":
+            assert after.read(name).tobytes() == read_rows(tensor).tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+def test_a_copy_within_the_kernel_is_what_happens_here(sharded, tmp_path, monkeypatch):
+    used = set()
+    for name in ("copy_file_range", "sendfile"):
+        call = getattr(os, name)
+
+        def spy(*given, name=name, call=call):
+            used.add(name)
+            return call(*given)
+
+        monkeypatch.setattr(os, name, spy)
+    write_plan(Plan.of(Checkpoint.open(sharded)).drop("model.norm.weight"), tmp_path)
+    assert used in ({"copy_file_range"}, {"sendfile"})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, None])
+def test_blocks_are_shared_where_the_file_system_can(error, sharded, tmp_path, monkeypatch):
+    """FICLONE needs btrfs or XFS: its refusals are those of the kernel, its success is played."""
+    import fcntl
+
+    asked = []
+
+    def clone(target, request, source):
+        asked.append(request)
+        if error is not None:
             raise OSError(error, os.strerror(error))
+        os.write(target, os.pread(source, os.fstat(source).st_size, 0))
+        os.lseek(target, 0, os.SEEK_SET)  # a clone leaves the place where it was
+        return 0
 
-        monkeypatch.setattr(os, "copy_file_range", fail, raising=False)
-    write_plan(Plan.of(Checkpoint.open(sharded)), tmp_path)
-    for path in sharded.glob("*.safetensors"):
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    steps = []
+    sizes = write_plan(Plan.of(Checkpoint.open(sharded)), tmp_path, advance=steps.append)
+    shards = list(sharded.glob("*.safetensors"))
+    for path in shards:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert asked == [0x40049409] * len(shards)
+    assert sizes[1] == sum(steps) == sum(path.stat().st_size for path in shards)
+
+
+def test_a_shard_that_cannot_be_shared_for_another_reason_is_an_error(
+    sharded, tmp_path, monkeypatch
+):
+    if sys.platform != "linux":
+        pytest.skip("the call is Linux's")
+    import fcntl
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "ioctl", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_plan(Plan.of(Checkpoint.open(sharded)), tmp_path)
+
+
+def test_a_fault_in_one_shard_stops_the_others(tmp_path):
+    """The third of three shards is damaged: 2 x 4 GB of holes are not copied to the end first."""
+    size = 2**31
+    for name in "ab":
+        head = header_bytes([(name, "BF16", (size,))], {})
+        path = tmp_path / f"model-0000{'ab'.index(name) + 1}-of-00003.safetensors"
+        path.write_bytes(head)
+        os.truncate(path, len(head) + 2 * size)
+    last = tmp_path / "model-00003-of-00003.safetensors"
+    write_raw(last, {"c": entry()}, struct.pack("<f", 1.0))
+    places = {name: f"model-0000{i}-of-00003.safetensors" for i, name in enumerate("abc", 1)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "config.json").write_text("{}")
+    plan = Plan.of(Checkpoint.open(tmp_path))
+    os.truncate(last, 0)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(LexigraftError, match="became shorter"):
+        write_plan(in_ranges(plan), out)
+    assert sum(path.stat().st_blocks * 512 for path in out.iterdir()) < size
+
+
+def in_ranges(plan: Plan) -> Plan:
+    """`plan` without files that are copied as a whole."""
+    files = tuple(dataclasses.replace(file, verbatim=None) for file in plan.files)
+    return dataclasses.replace(plan, files=files)
+
+
+def test_what_is_done_meanwhile_can_end_the_writing(sharded, tmp_path):
+    def refuse():
+        raise LexigraftError("no", needed="yes", fix="ask again")
+
+    with pytest.raises(LexigraftError, match="no"):
+        write_plan(Plan.of(Checkpoint.open(sharded)), tmp_path, meanwhile=refuse)
 
 
 def test_a_file_that_shrinks_while_it_is_copied_is_an_error(copy_of, tmp_path):

@@ -78,6 +78,15 @@ def test_light_imports_leave_torch_alone(statement):
     assert done.stdout.strip() == "[]"
 
 
+def test_graft_and_merge_leave_the_compiler_alone():
+    """numba's import takes longer than the copy of half a gigabyte; only learning needs it."""
+    statement = "import lexigraft.steps.graft, lexigraft.steps.merge"
+    families = "byte_level, lexigraft.families.sentencepiece_bpe, lexigraft.families.unigram"
+    code = f"import sys; {statement}, lexigraft.families.{families}; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_help_is_fast():
     """CPU time of the child, which other jobs on the machine do not lengthen."""
     import resource

@@ -46,6 +46,12 @@ _NONE: list[str] = []  # typer copies defaults
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="Same inputs and seed, same bytes.")]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Cut the weights into files of at most this, such as 5GB.", show_default="as they are"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
@@ -194,7 +200,7 @@ def learn(
 
 @app.command()
 def graft(
-    base: Annotated[Path, typer.Argument(help="Model folder to grow.")],
+    base: Annotated[Path, typer.Argument(help="Model folder to grow, or a GGUF file.")],
     vocab: Annotated[Path, typer.Argument(help="Folder with the extended tokenizer.")],
     *,
     output: Output,
@@ -217,6 +223,7 @@ def graft(
     link: Annotated[
         bool, typer.Option("--link", help="Hard-link untouched shards instead of copying.")
     ] = False,
+    max_shard_size: MaxShardSize = None,
     tensor: Annotated[
         list[str],
         typer.Option(help="NAME=embed or NAME=head, where the layout is unknown. Repeatable."),
@@ -244,6 +251,7 @@ def graft(
         donor=donor,
         pad_to=pad_to,
         link=link,
+        max_shard_size=max_shard_size,
         tensor_roles=_roles(tensor),
         probe=probe,
         trust_remote_code=trust_remote_code,
@@ -337,6 +345,7 @@ def merge(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder with the tokenizer, if the adapter has none.")
     ] = None,
+    max_shard_size: MaxShardSize = None,
     prove: Annotated[
         bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
     ] = False,
@@ -353,6 +362,7 @@ def merge(
         adapters,
         output=output,
         tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
         prove=prove,
         force=force,
         dry_run=dry_run,

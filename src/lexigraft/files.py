@@ -67,6 +67,10 @@ def read_json(path: Path) -> Any:
         )
     try:
         return json.loads(path.read_bytes())
+    except OSError as fault:
+        raise LexigraftError(
+            f"{path}: {fault.strerror}", needed="a file that can be read", fix=f"ls -lL {path}"
+        ) from None
     except (ValueError, RecursionError) as fault:
         raise LexigraftError(
             f"{path} is not valid JSON ({type(fault).__name__}: {fault})",
@@ -147,6 +151,38 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
     refuse_existing(output, force=force)
+    partial, lock = _new_partial(output)
+    try:
+        with _disk_faults(output):
+            yield partial
+            lock.release()
+            (partial / LOCK_NAME).unlink(missing_ok=True)
+            fsync_tree(partial)
+            replace_folder(partial, output, force=force)
+    except BaseException:
+        lock.release(force=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """A new folder on the disk of `output` for what is needed on the way; removed at the end.
+
+    Raises:
+        LexigraftError: the parent of `output` cannot be written, or the disk is full.
+    """
+    partial, lock = _new_partial(Path(os.path.abspath(output)))  # noqa: PTH100 - as in `publish`
+    try:
+        with _disk_faults(output):
+            yield partial
+    finally:
+        lock.release(force=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_partial(output: Path) -> tuple[Path, FileLock]:
+    """`OUT.partial-<random>`, locked while we live; those of runs that were killed are removed."""
     _remove_dead_partials(output)
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -159,17 +195,7 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
         ) from None
     lock = FileLock(partial / LOCK_NAME)
     lock.acquire()
-    try:
-        with _disk_faults(output):
-            yield partial
-            lock.release()
-            (partial / LOCK_NAME).unlink(missing_ok=True)
-            fsync_tree(partial)
-            replace_folder(partial, output, force=force)
-    except BaseException:
-        lock.release(force=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return partial, lock
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
@@ -252,16 +278,15 @@ def _disk_faults(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            limit = " (a limit on the size of files)" if fault.errno == errno.EFBIG else ""
             raise LexigraftError(
-                f"the disk of {output} is full",
+                f"the disk of {output} is full{limit}",
                 needed="room for the whole output; nothing was kept",
                 fix="free some space or choose another -o",
             ) from fault
-        if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise LexigraftError(
-                f"{fault.filename or output}: {fault.strerror}",
-                needed="a folder that can be written and files that can be read",
-                fix="choose another -o, or mend the permissions",
-            ) from fault
-        raise
+        raise LexigraftError(
+            f"{fault.filename or output}: {fault.strerror or fault}",
+            needed="a folder that can be written, and inputs that can be read and stay as they are",
+            fix="mend the permissions, or run the command again when nothing else writes there",
+        ) from fault

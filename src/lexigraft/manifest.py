@@ -6,7 +6,6 @@ suffices alone. It holds content hashes, and neither time, host nor path. Spec: 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -229,4 +228,6 @@ def read_model(kind: type[Model], path: Path, *, needed: str, fix: str) -> Model
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Installed versions of `packages`, by name."""
+    import importlib.metadata
+
     return {name: importlib.metadata.version(name) for name in sorted(packages)}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.header import Tensor, data_bytes, header_bytes
+from lexigraft.checkpoints.checkpoint import SINGLE, Checkpoint
+from lexigraft.checkpoints.header import DTYPE_BITS, Tensor, data_bytes, header_bytes
+from lexigraft.errors import LexigraftError
 
 DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers 4 refuses files without
 
@@ -108,9 +111,10 @@ class PlannedFile:
 
     @property
     def bytes(self) -> int:
-        """Size of the file."""
-        if self.verbatim is not None:
-            return self.verbatim.stat().st_size
+        """Size of the file; of one that stays as it is, the size that its header tells."""
+        if self.verbatim is not None and self.tensors:
+            parts = (part for tensor in self.tensors for part in tensor.parts)
+            return max(part.tensor.end for part in parts if isinstance(part, CopyRows))
         return len(self.head) + sum(tensor.bytes for tensor in self.tensors)
 
 
@@ -176,6 +180,30 @@ class Plan:
             files.append(file)
         return dataclasses.replace(self, files=tuple(files))
 
+    def recut(self, size: str | int) -> Plan:
+        """A plan with the same tensors in files of at most `size` bytes of them.
+
+        A tensor that is larger has a file of its own. One file is `model.safetensors`, several
+        are numbered as transformers numbers them; inside, tensors lie as safetensors itself puts
+        them, the widest types first.
+
+        Args:
+            size: bytes, or a number with a unit: `5GB`, `500MB`; see `parse_size`.
+        """
+        limit, groups = parse_size(size), [list[PlannedTensor]()]
+        for tensor in self.tensors.values():
+            held = sum(other.bytes for other in groups[-1])
+            if groups[-1] and held + tensor.bytes > limit:
+                groups.append([])
+            groups[-1].append(tensor)
+        metadata = {k: v for file in self.files for k, v in file.metadata.items()}
+        names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+        files = tuple(
+            PlannedFile(name, tuple(sorted(group, key=_place_in_file)), metadata)
+            for name, group in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
+        )
+        return dataclasses.replace(self, files=files, index=self.index if len(groups) > 1 else None)
+
     @property
     def tensors(self) -> dict[str, PlannedTensor]:
         """Every tensor of the output by name."""
@@ -212,6 +240,33 @@ class Plan:
             for file in self.files
             for tensor in file.tensors
         ]
+
+
+def _place_in_file(tensor: PlannedTensor) -> tuple[int, str]:
+    return -DTYPE_BITS[tensor.dtype], tensor.name
+
+
+def parse_size(size: str | int) -> int:
+    """A number of bytes, or a text such as `500MB`, `5GB` (powers of 1000) or `2GiB` (of 1024).
+
+    Raises:
+        LexigraftError: it is none, or less than one byte.
+
+    >>> parse_size("1.5GB"), parse_size("2KiB"), parse_size(7)
+    (1500000000, 2048, 7)
+    """
+    found = re.fullmatch(
+        r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", str(size).strip(), re.IGNORECASE
+    )
+    if found is not None:
+        number, unit, binary = found.groups()
+        power = "KMGT".index(unit.upper()) + 1 if unit else 0
+        count = int(Fraction(number) * (1024 if binary else 1000) ** power)
+        if count > 0:
+            return count
+    raise LexigraftError(
+        f"the size {size}", needed="a number of bytes above 0, such as 500MB", fix="5GB"
+    )
 
 
 def _entry(

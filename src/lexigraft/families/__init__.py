@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.replay import Replayed
 from lexigraft.families.tokenmap import TOKENIZER_FILES, TokenMap, first_difference
 from lexigraft.families.units import Units
 
-__all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load"]
+if TYPE_CHECKING:
+    from lexigraft.families.replay import Replayed
+
+__all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load", "open_ahead"]
 
 
 class Family(Protocol):
@@ -111,6 +113,13 @@ def load(folder: Path, *, own: bool = False) -> Family:
 
     with own_files() if own else nullcontext():
         return load_family(folder)
+
+
+def open_ahead(folders: Iterable[Path]) -> None:
+    """Say which tokenizers will be loaded: what `load` would wait for starts now, all at once."""
+    from lexigraft.families import detect
+
+    detect.open_ahead(folders)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,8 +21,6 @@ from tokenizers import Tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.replay import Replayed, replay
-from lexigraft.families.segment import Segmenter
 from lexigraft.families.spelling import may_join
 from lexigraft.families.tokenmap import (
     BYTE_TO_CHARACTER,
@@ -33,6 +31,10 @@ from lexigraft.families.tokenmap import (
 from lexigraft.families.units import Ints, UnitCounter, Units, batches
 from lexigraft.families.words import WordSplitter
 from lexigraft.files import read_json, sha256_json
+
+if TYPE_CHECKING:
+    from lexigraft.families.replay import Replayed
+    from lexigraft.families.segment import Segmenter
 
 
 class ByteLevelBPE:
@@ -86,7 +88,9 @@ class ByteLevelBPE:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        return open_engine(plain_model(self._data))
+        if self._data["model"].get("ignore_merges"):
+            return open_engine(plain_model(self._data))
+        return Tokenizer(self._engine.model)  # shared, and nothing around it
 
     def count_units(self, chunks: Mapping[str, int]) -> Units:
         """The stretches of `chunks` in which new tokens may arise, as base tokens.
@@ -143,6 +147,8 @@ class ByteLevelBPE:
 
     @cached_property
     def _segmenter(self) -> Segmenter:
+        from lexigraft.families.segment import Segmenter
+
         vocabulary = self._data["model"]["vocab"]
         letters = [vocabulary.get(BYTE_TO_CHARACTER[byte], -1) for byte in range(256)]
         return Segmenter(self._data["model"]["merges"], vocabulary, letters)
@@ -153,6 +159,8 @@ class ByteLevelBPE:
 
     def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
         """What this tokenizer extended by `merges` makes of `units`."""
+        from lexigraft.families.replay import replay
+
         return replay(units, merges, implicit=self.implicit)
 
     def join(self, left: str, right: str) -> str | None:

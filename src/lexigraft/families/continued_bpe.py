@@ -17,7 +17,6 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lexigraft.families.pairs import Pairs
 from lexigraft.families.units import Unit, Units
 
 __all__ = ["Merge", "Unit", "continue_bpe"]
@@ -83,6 +82,8 @@ class _Learner:
         self.next = units.next_symbol
         self.made: dict[str, int] = {}
         self.letters = dict(units.pending)
+        from lexigraft.families.pairs import Pairs  # compiled loops, for those who learn
+
         self.pairs = Pairs(units)
 
     def run(self) -> Iterator[Merge]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -210,12 +211,37 @@ def open_safely(path: Path) -> None:
     Raises:
         LexigraftError: the child failed, was killed or hung.
     """
-    if not _OWN.get():
-        _open_once(str(path.resolve()), sha256_file(path))
+    if _OWN.get():
+        return
+    fault = _opening(str(path.resolve()), sha256_file(path)).result()
+    if fault is not None:
+        raise LexigraftError(
+            f"{path} cannot be opened ({fault})",
+            needed="a tokenizer file that its own engine reads",
+            fix="copy this file again from the model it belongs to",
+        )
+
+
+def open_ahead(folders: Iterable[Path]) -> None:
+    """Start the child processes that `load` of each folder will ask for, and do not wait."""
+    for folder in folders:
+        names = ("tokenizer.json", *SENTENCEPIECE_FILES)
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is not None:
+            with suppress(OSError):  # `load` will say it
+                _opening(str(path.resolve()), sha256_file(path))
 
 
 @lru_cache(maxsize=64)
-def _open_once(path: str, _content: str) -> None:
+def _opening(path: str, _content: str) -> Future[str | None]:
+    """What is wrong with the file, as soon as its child process has said; None if nothing is."""
+    thread = ThreadPoolExecutor(1)
+    opening = thread.submit(_open_in_child, path)
+    thread.shutdown(wait=False)
+    return opening
+
+
+def _open_in_child(path: str) -> str | None:
     command = [sys.executable, "-c", _OPEN_IN_CHILD, path]
     try:
         child = subprocess.run(command, capture_output=True, timeout=_CHILD_SECONDS, check=False)
@@ -223,9 +249,6 @@ def _open_once(path: str, _content: str) -> None:
         broken = child.returncode != 0
     except subprocess.TimeoutExpired:
         broken, fault = True, [f"no answer in {_CHILD_SECONDS} s"]
-    if broken:
-        raise LexigraftError(
-            f"{path} cannot be opened ({fault[0] if fault else 'the reader crashed'})",
-            needed="a tokenizer file that its own engine reads",
-            fix="copy this file again from the model it belongs to",
-        )
+    if not broken:
+        return None
+    return fault[0] if fault else "the reader crashed"

@@ -10,13 +10,16 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.replay import Replayed
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.families.units import Unit, Units
+
+if TYPE_CHECKING:
+    from lexigraft.families.replay import Replayed
 
 _BATCH = 4096
 
@@ -69,6 +72,8 @@ class PlainCounting(ABC):
                     counts[token] += weight
         pieces = [len(self.pieces(merge.token)) - 1 for merge in merges]
         saved = [counts[m.token] * fewer for m, fewer in zip(merges, pieces, strict=True)]
+        from lexigraft.families.replay import Replayed
+
         return Replayed(counts, np.array(saved, dtype=np.int64))
 
     @abstractmethod

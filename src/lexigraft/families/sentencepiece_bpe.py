@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece
@@ -38,7 +38,6 @@ from lexigraft.families.implicit import (
     last_pair,
     ordered_splits,
 )
-from lexigraft.families.replay import Replayed, replay
 from lexigraft.families.sentencepiece_model import (
     BYTE_PIECES,
     NORMAL,
@@ -56,6 +55,9 @@ from lexigraft.families.sentencepiece_model import (
 from lexigraft.families.spelling import is_word
 from lexigraft.families.units import UnitCounter, Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
+
+if TYPE_CHECKING:
+    from lexigraft.families.replay import Replayed
 
 
 class SentencePieceBPE(SentencePieceFiles):
@@ -176,6 +178,8 @@ class SentencePieceBPE(SentencePieceFiles):
 
     def replay(self, units: Units, merges: Sequence[Merge]) -> Replayed:
         """What this tokenizer extended by `merges` makes of `units`."""
+        from lexigraft.families.replay import replay
+
         return replay(units, merges, implicit=self.implicit)
 
     def join(self, left: str, right: str) -> str | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,7 @@ from lexigraft.files import (
     refuse_existing,
     refuse_overwriting,
     require_folder,
+    scratch,
     write_json,
 )
 from lexigraft.hub import local_folder
@@ -58,6 +60,7 @@ from lexigraft.manifest import (
     StartRecord,
     versions,
 )
+from lexigraft.models.gguf_base import gguf_file, write_folder
 
 if TYPE_CHECKING:
     from lexigraft.models.probe import ProbeResult
@@ -158,6 +161,7 @@ def graft(
     donor: str | Path | None = None,
     pad_to: int = 64,
     link: bool = False,
+    max_shard_size: str | int | None = None,
     tensor_roles: Mapping[str, str] | None = None,
     probe: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -171,7 +175,8 @@ def graft(
     byte-identical. There are max(rows before, tokens rounded up to `pad_to`) rows afterwards.
 
     Args:
-        base: a model folder with safetensors and its tokenizer.
+        base: a model folder with safetensors and its tokenizer, or a GGUF file (or a folder with
+            one), which transformers de-quantises first.
         vocab: a folder with a tokenizer whose old ids equal the base's, whoever made it.
         output: the folder to write.
         init: how new rows start: `auto`, a name in `embeddings.METHODS`, `module:function`, or
@@ -182,6 +187,8 @@ def graft(
             (`embeddings.donor`).
         pad_to: the number of rows is a multiple of this, unless the base has more already.
         link: hard-link shards that do not change; the output then shares them with the base.
+        max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
+            files stay as they are.
         tensor_roles: tensor name -> `embed` or `head`, where the layout is unknown.
         probe: text that the base and the result then read; a limit that is broken
             (`models.probe.refuse`) stops, and nothing is left. The models are loaded for it.
@@ -196,30 +203,38 @@ def graft(
         RefusalError: weights, tokenizer or model of a kind that is not supported.
     """
     start = time.perf_counter()
-    base, vocab, output = local_folder(base), local_folder(vocab), Path(output)
+    vocab, output = local_folder(vocab), Path(output)
+    base = gguf_file(Path(base).expanduser()) or local_folder(base)
     if not dry_run:
         refuse_existing(output, force=force)
         refuse_overwriting(output, [base, vocab, *([] if donor is None else [Path(donor)])])
     if pad_to < 1:
         raise LexigraftError(f"--pad-to {pad_to}", needed="1 or more", fix="--pad-to 64")
+    if link and max_shard_size is not None:
+        raise LexigraftError(
+            "--link together with --max-shard-size",
+            needed="one of them: a file that is cut anew cannot be a link to the old one",
+            fix="leave one of them out",
+        )
     asked = _Asked(
         init,
         None if init_from is None else Path(init_from),
         None if donor is None else local_folder(donor),
         seed,
     )
-    job = _prepare(base, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
-    texts = None if probe is None else _probe_texts(base, probe)
-    if dry_run:
-        sizes = job.plan.sizes(link=link)
-        return job.result(output, sizes, start=start, link=link, dry_run=True)
-    with publish(output, force=force) as partial:
-        total = sum(file.bytes for file in job.plan.files)
-        with progress("writing weights", total) as advance:
-            sizes = write_plan(job.plan, partial, link=link, advance=advance)
-        job.write_side_files(partial)
-        statistics = job.row_statistics(partial)
-        found = None if texts is None else job.probe(partial, texts, trust=trust_remote_code)
+    with _as_folder(base, output) as folder:
+        families.open_ahead((folder, vocab))
+        job = _prepare(folder, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
+        if max_shard_size is not None:
+            job = replace(job, plan=job.plan.recut(max_shard_size))
+        texts = None if probe is None else _probe_texts(folder, probe)
+        if dry_run:
+            sizes = job.plan.sizes(link=link)
+            return job.result(output, sizes, start=start, link=link, dry_run=True)
+        with publish(output, force=force) as partial:
+            sizes = job.write(partial, link=link)
+            statistics = job.row_statistics(partial)
+            found = None if texts is None else job.probe(partial, texts, trust=trust_remote_code)
     done = job.result(output, sizes, start=start, link=link, dry_run=False)
     probing = 0.0 if found is None else found.seconds
     return replace(done, seconds=done.seconds - probing, row_statistics=statistics, probe=found)
@@ -229,6 +244,19 @@ def _probe_texts(base: Path, spec: str | Path) -> list[str]:
     from lexigraft.models.probe import probe_texts  # torch, for a probe alone
 
     return probe_texts(base, spec)
+
+
+@contextmanager
+def _as_folder(base: Path, output: Path) -> Iterator[Path]:
+    """`base`, or where it is a GGUF file a folder made of it, which goes when the work is done."""
+    if base.is_dir():
+        yield base
+        return
+    with scratch(output) as place:
+        folder = place / base.stem  # the manifest calls the base by this name
+        folder.mkdir()
+        note(f"{base.name} is {write_folder(base, folder).words}")
+        yield folder
 
 
 class _Table:
@@ -301,6 +329,20 @@ class _Job:
             plan=self.plan.to_json(link=link) if dry_run else [],
         )
 
+    def write(self, partial: Path, *, link: bool) -> tuple[int, int]:
+        """Write the whole folder; bytes copied, and bytes of weights written."""
+        total = sum(file.bytes for file in self.plan.files)
+        with progress("writing weights", total) as advance:
+            sizes = write_plan(
+                self.plan,
+                partial,
+                link=link,
+                advance=advance,
+                meanwhile=lambda: self.write_side_files(partial),
+            )
+        self.write_manifest(partial)
+        return sizes
+
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
         first_id = self.growth.first_id
@@ -342,7 +384,7 @@ class _Job:
             return f"<{data.hex().upper()}>"
 
     def write_side_files(self, partial: Path) -> None:
-        """Config, tokenizer, manifest, and what else the base holds beside its weights."""
+        """Config, tokenizer, and what else the base holds beside its weights."""
         for name in copy_side_files(self.checkpoint, partial):
             note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
         config = edit_config(
@@ -353,6 +395,10 @@ class _Job:
         )
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
+        _ = self.base_map.hash, self.extended.map.hash  # for the manifest, while others write
+
+    def write_manifest(self, partial: Path) -> None:
+        """What binds the new rows to the tokenizer; once they are written."""
         manifest = self._manifest()
         manifest.write(partial)
         path = partial / "tokenizer_config.json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,7 @@ def merge(
     *,
     output: str | Path,
     tokenizer: str | Path | None = None,
+    max_shard_size: str | int | None = None,
     prove: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -151,6 +152,8 @@ def merge(
         adapters: the adapter folder (one for now).
         output: the folder to write.
         tokenizer: the tokenizer that the adapter was trained with, where its folder has none.
+        max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
+            files stay as they are.
         prove: compare the logits of the result with those of base + adapter, unmerged.
         force: replace `output` if it exists.
         dry_run: decide everything and write nothing.
@@ -164,6 +167,8 @@ def merge(
     if not dry_run:
         refuse_existing(target, force=force)
     job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
+    if max_shard_size is not None:
+        job = replace(job, plan=job.plan.recut(max_shard_size))
     refuse_overwriting(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
     if dry_run:
         return _result(job, target, plan=job.plan.to_json())

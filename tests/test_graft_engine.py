@@ -1,0 +1,376 @@
+"""The writer behind `graft` and `merge`: sizes of shards, faults of disks, memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+import parts
+from extend import extend
+from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from lexigraft.checkpoints.header import header_bytes
+from lexigraft.checkpoints.plan import parse_size
+from lexigraft.errors import LexigraftError
+from lexigraft.families.tokenmap import TokenMap
+from lexigraft.files import publish, sha256_file
+from lexigraft.steps.graft import graft
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(BASE in six or more shards, VOCAB); no test changes them."""
+    root = tmp_path_factory.mktemp("made")
+    base = parts.write_byte_level(root / "base", vocab_size=330)
+    tokens = TokenMap.read(base).tokens
+    parts.write_model(base, tokens=tokens, layers=4, shard_size="20KB", dtype="bfloat16")
+    return base, extend(base, root / "vocab", 9, literal=1)
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    base, vocab = made
+    return Path(shutil.copytree(base, tmp_path / "base")), vocab
+
+
+def hashes(*folders: Path) -> dict[Path, str]:
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {path: sha256_file(path) for path in files}
+
+
+def refused(base: Path, vocab: Path, out: Path, **options) -> LexigraftError:
+    """The one message; inputs are untouched and nothing is left."""
+    before, names = hashes(base, vocab), set(out.parent.glob("*"))
+    with pytest.raises(LexigraftError) as fault:
+        graft(base, vocab, output=out, **options)
+    assert hashes(base, vocab) == before
+    assert set(out.parent.glob("*")) == names
+    assert fault.value.needed
+    assert fault.value.fix
+    return fault.value
+
+
+# -- sizes of shards
+
+
+@pytest.mark.parametrize("size", ["30KB", "1MB", 25_000])
+def test_weights_are_cut_anew(size, made, tmp_path):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    base, vocab = made
+    plain, cut = tmp_path / "plain", tmp_path / "cut"
+    graft(base, vocab, output=plain)
+    dry = graft(base, vocab, output=cut, max_shard_size=size, dry_run=True)
+    real = graft(base, vocab, output=cut, max_shard_size=size)
+    assert (dry.bytes_copied, dry.bytes_written) == (real.bytes_copied, real.bytes_written)
+    one, other = Checkpoint.open(plain), Checkpoint.open(cut)
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(one.read(name).tobytes() == other.read(name).tobytes() for name in one.tensors)
+    files = {entry["tensor"]: entry["file"] for entry in dry.plan}
+    assert files == {name: tensor.path.name for name, tensor in other.tensors.items()}
+
+    limit, count = parse_size(size), len(other.shards)
+    if size == "1MB":
+        assert other.shards == [SINGLE]
+        assert not (cut / INDEX).exists()
+    else:
+        expected = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        assert other.shards == expected
+        assert sorted(path.name for path in cut.glob("*.safetensors")) == expected
+        index = json.loads((cut / INDEX).read_text())
+        assert index["metadata"]["total_size"] == other.bytes
+        assert index["weight_map"] == files
+    for header in other.headers.values():
+        total = sum(tensor.bytes for tensor in header.tensors)
+        assert total <= limit or len(header.tensors) == 1
+        with safe_open(header.tensors[0].path, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+    first, second = (AutoModelForCausalLM.from_pretrained(path) for path in (plain, cut))
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_single_file_is_cut_into_several(tmp_path):
+    base = parts.write_byte_level(tmp_path / "base", vocab_size=330)
+    parts.write_model(base, tokens=TokenMap.read(base).tokens, tied=True)
+    vocab = extend(base, tmp_path / "vocab", 3)
+    graft(base, vocab, output=tmp_path / "cut", max_shard_size="30KB")
+    cut, old = Checkpoint.open(tmp_path / "cut"), Checkpoint.open(base)
+    assert len(cut.shards) > 2
+    assert cut.tensors.keys() == old.tensors.keys()
+    assert json.loads((tmp_path / "cut" / INDEX).read_text())["metadata"] == {
+        "total_size": cut.bytes
+    }
+
+
+def test_merge_cuts_too(tmp_path):
+    import adapter_parts
+    from lexigraft.steps.merge import merge
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    base, adapter = scene.start(ungrafted=True), scene.adapter
+    merge(base, adapter, output=tmp_path / "plain")
+    merge(base, adapter, output=tmp_path / "cut", max_shard_size="20KB")
+    plain, cut = Checkpoint.open(tmp_path / "plain"), Checkpoint.open(tmp_path / "cut")
+    assert len(cut.shards) > len(plain.shards)
+    assert plain.tensors.keys() == cut.tensors.keys()
+    assert all(plain.read(name).tobytes() == cut.read(name).tobytes() for name in plain.tensors)
+
+
+def test_sizes_that_are_none(made, tmp_path):
+    base, vocab = made
+    for size in ("0", "many", "-5GB", "5XB", 0, ""):
+        assert "size" in refused(base, vocab, tmp_path / "out", max_shard_size=size).found
+    fault = refused(base, vocab, tmp_path / "out", max_shard_size="1GB", link=True)
+    assert "--link" in fault.found
+
+
+# -- faults
+
+
+@contextmanager
+def file_size_limit(limit: int):
+    """Files of this process may not become larger: what a full quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("ways", ["kernel", "buffer"])
+def test_a_disk_that_fills_up_under_way(ways, copied, tmp_path, monkeypatch):
+    base, vocab = copied
+    if ways == "buffer":
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    with file_size_limit(10_000):
+        assert "full" in refused(base, vocab, tmp_path / "out").found
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_no_space_left_on_the_device(tmp_path):
+    with (
+        pytest.raises(LexigraftError, match="full"),
+        publish(tmp_path / "out") as partial,
+        Path("/dev/full").open("wb") as full,
+    ):
+        (partial / "begun").write_text("x")
+        full.write(b"x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.matrix
+def test_a_real_disk_that_others_fill(made, tmp_path):
+    """A file system of 160 MB, of which another program takes what is left while we write."""
+    base, vocab = made
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160m", "none", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs more rights")
+    try:
+        assert "GB free" in refused(holes(base, tmp_path / "big", 0.2), vocab, disk / "out").found
+        half = holes(base, tmp_path / "half", 0.09)
+        stop = threading.Event()
+
+        def fill():
+            while not list(disk.glob("out.partial-*/model*")) and not stop.is_set():
+                pass
+            with suppress(OSError), (disk / "theirs").open("wb") as stream:
+                while not stop.is_set():
+                    stream.write(bytes(2**20))
+
+        other = threading.Thread(target=fill)
+        (disk / "theirs").touch()
+        other.start()
+        try:
+            found = refused(half, vocab, disk / "out").found
+        finally:
+            stop.set()
+            other.join()
+        assert "full" in found
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_may_not_be_written(copied, tmp_path):
+    base, vocab = copied
+    parent = tmp_path / "closed"
+    parent.mkdir()
+    with closed(parent):
+        assert "cannot create" in refused(base, vocab, parent / "out").found
+        assert "cannot create" in refused(base, vocab, parent / "deep" / "out").found
+
+
+@contextmanager
+def closed(folder: Path):
+    """Nothing can be made in `folder`; permissions do not bind root, the immutable flag does."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        yield
+        folder.chmod(0o755)
+        return
+    if not shutil.which("chattr"):
+        pytest.skip("root cannot be kept from writing here")
+    if subprocess.run(["chattr", "+i", folder], capture_output=True, check=False).returncode:
+        pytest.skip("this file system has no immutable flag")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+
+
+def test_a_shard_that_may_not_be_read(made):
+    """Root reads everything: so another user looks."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        base, vocab = (Path(shutil.copytree(path, root / path.name)) for path in made)
+        shard = Checkpoint.open(base).shards[2]
+        (base / shard).chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(LexigraftError, match=os.strerror(errno.EACCES)) as fault:
+                graft(base, vocab, output=root / "out")
+        finally:
+            os.seteuid(user)
+        assert shard in fault.value.found
+        assert {path.name for path in root.iterdir()} == {"base", "vocab"}
+
+
+def test_a_shard_that_vanishes_while_others_are_copied(copied, tmp_path, monkeypatch):
+    """The first copy removes the last shard before it does its work."""
+    base, vocab = copied
+    names = Checkpoint.open(base).shards
+    assert len(names) > 4  # more than are written at a time
+    move = shutil.move
+
+    def lose(*given, copy=os.copy_file_range):
+        with suppress(FileNotFoundError):
+            move(base / names[-1], tmp_path / "elsewhere")
+        return copy(*given)
+
+    monkeypatch.setattr(os, "copy_file_range", lose)
+    with pytest.raises(LexigraftError) as fault:
+        graft(base, vocab, output=tmp_path / "out")
+    assert names[-1] in fault.value.found
+    assert os.strerror(errno.ENOENT) in fault.value.found
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "elsewhere"}
+    assert len(list(base.glob("*.safetensors"))) == len(names) - 1
+
+
+def test_a_shard_that_becomes_shorter_while_others_are_copied(copied, tmp_path, monkeypatch):
+    base, vocab = copied
+    vocabulary = {"model.embed_tokens.weight", "lm_head.weight"}
+    headers = Checkpoint.open(base).headers
+    untouched = [n for n, h in headers.items() if not vocabulary & {t.name for t in h.tensors}]
+    cut = base / untouched[-1]
+
+    def shorten(*given, copy=os.copy_file_range):
+        os.truncate(cut, 1000)
+        return copy(*given)
+
+    monkeypatch.setattr(os, "copy_file_range", shorten)
+    with pytest.raises(LexigraftError, match="became shorter") as fault:
+        graft(base, vocab, output=tmp_path / "out")
+    assert cut.name in fault.value.found
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+
+
+def damaged(base: Path, kind: str) -> str:
+    """Do one kind of damage to a checkpoint in shards; what the message must name."""
+    checkpoint = Checkpoint.open(base)
+    last = checkpoint.shards[-1]
+    if kind == "header":
+        os.truncate(base / last, 20)
+        return last
+    if kind == "truncated":
+        os.truncate(base / last, (base / last).stat().st_size - 1)
+        return "truncated"
+    if kind == "missing":
+        (base / last).unlink()
+        return last
+    index = json.loads((base / INDEX).read_text())
+    if kind == "twice":
+        first = next(name for name, h in checkpoint.headers.items() if len(h.tensors) > 1)
+        shutil.copyfile(base / first, base / "model-stale.safetensors")
+        tensor = checkpoint.headers[first].tensors[0].name
+        index["weight_map"][tensor] = "model-stale.safetensors"
+        named = f"{tensor} is both in"
+    else:
+        index["weight_map"]["model.nothing.weight"] = last
+        named = "which no shard holds"
+    (base / INDEX).write_text(json.dumps(index))
+    return named
+
+
+@pytest.mark.parametrize("kind", ["header", "truncated", "missing", "twice", "index"])
+def test_damaged_checkpoints(kind, copied, tmp_path):
+    base, vocab = copied
+    named = damaged(base, kind)
+    assert named in refused(base, vocab, tmp_path / "out").found
+
+
+# -- memory
+
+
+def holes(made: Path, base: Path, gigabytes: float) -> Path:
+    """The tokenizer of `made` with four shards of zeros, which take no room on the disk."""
+    base.mkdir(exist_ok=True)
+    for path in made.glob("tokenizer*"):
+        shutil.copyfile(path, base / path.name)
+    tokens, width = TokenMap.read(made).tokens, 1024
+    rest = int(gigabytes * 1e9 / 4) // (2 * width)
+    places = {}
+    for i in range(4):
+        name = f"model-{i + 1:05}-of-00004.safetensors"
+        tensors = [(f"model.layers.{i}.mlp.up_proj.weight", "BF16", (rest, width))]
+        if i == 0:
+            tensors.append(("model.embed_tokens.weight", "BF16", (tokens, width)))
+        head = header_bytes(tensors, {"format": "pt"})
+        (base / name).write_bytes(head)
+        os.truncate(base / name, len(head) + 2 * width * (rest + (tokens if i == 0 else 0)))
+        places |= dict.fromkeys((tensor for tensor, _, _ in tensors), name)
+    (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = {"model_type": "llama", "vocab_size": tokens, "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+@pytest.mark.matrix
+def test_memory_does_not_grow_with_the_checkpoint(made, tmp_path):
+    code = (
+        "import sys; from lexigraft.steps.graft import graft; import parts; "
+        "graft(sys.argv[1], sys.argv[2], output=sys.argv[3]); print(parts.peak_megabytes())"
+    )
+    peaks = []
+    for gigabytes in (0.5, 8):
+        if shutil.disk_usage(tmp_path).free < 1.2e9 * gigabytes:
+            pytest.skip(f"{gigabytes} GB do not fit on this disk")
+        base, out = holes(made[0], tmp_path / "big", gigabytes), tmp_path / "out"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, base, made[1], out],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        shutil.rmtree(out)
+        peaks.append(int(done.stdout))
+    assert peaks[0] <= 250
+    assert peaks[1] - peaks[0] < 64
