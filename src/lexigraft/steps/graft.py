@@ -395,7 +395,7 @@ class _Job:
         )
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
-        _ = self.base_map.hash, self.extended.map.hash  # for the manifest, while others write
+        _ = self.base.map.hash, self.extended.map.hash  # for the manifest, while others write
 
     def write_manifest(self, partial: Path) -> None:
         """What binds the new rows to the tokenizer; once they are written."""
