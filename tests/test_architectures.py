@@ -347,8 +347,10 @@ def check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path):
         assert tensor.dtype == after.tensors[name].dtype
         assert len(new) == 448
         assert old[:TOKENS].tobytes() == new[:TOKENS].tobytes()
-        mean = old[:TOKENS].astype(np.float64).mean(axis=0)
-        np.testing.assert_allclose(new[TOKENS + 70 :] - mean, 0, atol=1e-6)
+        used = old[:TOKENS].astype(np.float64)
+        if used.ndim > 1:  # classes keep the row of the padding token at zero: it is not trained
+            used = used[used.any(axis=1)]
+        np.testing.assert_allclose(new[TOKENS + 70 :] - used.mean(axis=0), 0, atol=1e-6)
         assert len(np.unique(new[TOKENS : TOKENS + 70], axis=0)) == 70
 
     kind_of_model = getattr(transformers, spec.model)
