@@ -1,13 +1,14 @@
-"""Field reports, stages 1 and 2: what users of other tools ran into does not happen here.
+"""Field reports, stages 1 to 3: what users of other tools ran into does not happen here.
 
 One test for each report, by its number, on a small real repro. Reports on other tools' internals
-are held against what `learn` and `check` do in the same situation.
+are held against what `learn`, `graft` and `check` do in the same situation.
 """
 
 # ruff: noqa: N802 - the reports are numbered with a capital B
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,15 +22,19 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
 import parts
-from lexigraft import families
+from extend import extend
+from lexigraft import LexigraftError, evaluate, families, graft, train
 from lexigraft.corpus import held_out
 from lexigraft.families import Family
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TokenMap
+from lexigraft.manifest import Manifest
 from lexigraft.selection.lists import read_special, read_words
 from lexigraft.steps.check import check
 
@@ -572,3 +577,213 @@ def test_B27_a_line_break_can_never_get_into_vocab_txt(tmp_path):
     run = lexigraft("learn", folder, "--corpus", corpus, "-o", tmp_path / "out")
     assert run.returncode == 2 and "line break" in run.stderr
     assert not (tmp_path / "out").exists() and contents(folder) == before
+
+
+# --- stage 3: resizing and starting rows ---------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """base: 330 tokens and rows, untied; vocab: the same tokenizer with 14 tokens more."""
+    base = parts.write_byte_level(tmp_path / "base", vocab_size=330)
+    parts.write_model(base, tokens=330)
+    extend(base, tmp_path / "vocab", 14, literal=1)
+    return tmp_path
+
+
+def set_config(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_B29_check_names_the_three_numbers_and_the_command(place):
+    """Only config and tokenizer were edited: weights 330, config 344, tokenizer 344."""
+    families.copy_tokenizer(place / "vocab", place / "base")
+    set_config(place / "base", vocab_size=344)
+    run = lexigraft("check", place / "base")
+    assert run.returncode == 1
+    for words in ("has 330 rows", "344 tokens", "config.json says 344", "lexigraft graft BASE"):
+        assert words in run.stdout
+
+
+def test_B29_a_half_edited_model_is_grafted_and_the_weights_are_believed(place):
+    """config.json says 344 or anything: the rows of old ids come from the weights."""
+    graft(place / "base", place / "vocab", output=place / "sound")
+    set_config(place / "base", vocab_size=344)
+    run = lexigraft("graft", place / "base", place / "vocab", "-o", place / "model")
+    assert run.returncode == 0, run.stderr
+    assert "330 rows" in run.stderr and "says 344" in run.stderr and "has 344" in run.stderr
+    assert contents(place / "model") == contents(place / "sound")
+
+
+def test_B29_where_the_tokenizer_is_gone_too_the_way_out_is_told_and_works(place):
+    shutil.copytree(place / "base", place / "original")
+    families.copy_tokenizer(place / "vocab", place / "base")
+    set_config(place / "base", vocab_size=344)
+    run = lexigraft("graft", place / "base", place / "vocab", "-o", place / "model")
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    for words in ("330 rows", "says 344", "344 tokens", "original tokenizer files"):
+        assert words in run.stderr
+    families.copy_tokenizer(place / "original", place / "base")
+    run = lexigraft("graft", place / "base", place / "vocab", "-o", place / "model")
+    assert run.returncode == 0, run.stderr
+    assert config_of(place / "model")["vocab_size"] == 384
+
+
+def test_B30_an_id_without_a_row_is_named_with_its_text_before_it_is_used(place):
+    """No assertion of a device: the text, the id and the command that adds the row."""
+    families.copy_tokenizer(place / "vocab", place / "base")
+    corpus = written(place / "text.txt", [f"the <term 343> was given {n} times" for n in range(40)])
+    for start in (
+        lambda: evaluate([place / "base"], corpus=[corpus], speed_characters=0),
+        lambda: train(place / "base", corpus=[corpus], mode="lora", output=place / "trained"),
+    ):
+        with pytest.raises(LexigraftError) as fault:
+            start()
+        assert "'<term 343>' (token id 343)" in fault.value.found
+        assert "330 rows" in fault.value.found
+        assert "lexigraft graft BASE" in fault.value.fix
+
+
+def test_B31_padded_embeddings_never_shrink_and_their_rows_are_initialised(place):
+    """358 rows for 330 tokens, and 14 new ones: the rows stay 358, ids 330 to 343 are started."""
+    from transformers import AutoModelForCausalLM
+
+    parts.write_model(place / "base", tokens=330, rows=358)
+    result = graft(place / "base", place / "vocab", output=place / "model", pad_to=1)
+    assert (result.rows_before, result.rows_after) == (358, 358)
+    old, new = weights_of(place / "base"), weights_of(place / "model")
+    for name in TABLES:
+        changed = np.flatnonzero((old[name] != new[name]).any(axis=1))
+        assert changed.tolist() == list(range(330, 344))
+    resized = AutoModelForCausalLM.from_pretrained(place / "base")
+    resized.resize_token_embeddings(344)
+    assert resized.lm_head.weight.shape[0] == 344  # what users ran into
+
+
+def test_B34_new_rows_differ_and_method_and_seed_repeat_them(place):
+    from transformers import AutoModelForCausalLM
+
+    result = graft(place / "base", place / "vocab", output=place / "model", seed=7)
+    record = Manifest.read(place / "model").last("graft")
+    assert (record.init, record.seed) == (result.init, 7)
+    graft(place / "base", place / "vocab", output=place / "again", init=record.init, seed=7)
+    new, again = weights_of(place / "model"), weights_of(place / "again")
+
+    def distances(rows):
+        apart = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+        return apart[np.triu_indices(len(rows), 1)]
+
+    for name in TABLES:
+        assert new[name].tobytes() == again[name].tobytes()
+        assert distances(new[name][330:344]).min() > 0.05 * np.median(distances(new[name][:330]))
+    resized = AutoModelForCausalLM.from_pretrained(place / "base")
+    resized.resize_token_embeddings(344)
+    theirs = resized.lm_head.weight.detach().numpy()
+    assert distances(theirs[330:]).max() < 0.01 * np.median(distances(theirs[:330]))
+
+
+def test_B35_rows_are_started_by_id_and_the_old_ones_are_hashed(place):
+    """A loop over negative indices wrote the row of token 0 and left one new token out."""
+    graft(place / "base", place / "vocab", output=place / "model")
+    old, new = weights_of(place / "base"), weights_of(place / "model")
+    record = Manifest.read(place / "model").last("graft")
+    base = families.load(place / "base")
+    extended = TokenMap.read(place / "vocab")
+    for name in TABLES:
+        assert new[name][:330].tobytes() == old[name].tobytes()
+        assert record.base_rows[name] == hashlib.sha256(old[name].tobytes()).hexdigest()
+        for token_id in range(330, 344):
+            pieces = base.pieces(extended.texts[token_id], added=token_id in extended.added)
+            expected = old[name][pieces].mean(axis=0)
+            np.testing.assert_allclose(new[name][token_id], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_B36_heads_of_remote_code_are_found_on_disk_or_asked_for(place):
+    """Baichuan's NormHead, ChatGLM's names; `--tensor` where names are unknown."""
+    weights = weights_of(place / "base")
+    known = {"embed_tokens": "transformer.embedding.word_embeddings",
+             "lm_head": "transformer.output_layer"}  # fmt: skip
+    unknown = {"embed_tokens": "trunk.words", "lm_head": "trunk.scores"}
+    for names, options in ((known, []), (unknown, ["trunk.words", "trunk.scores"])):
+        base = Path(shutil.copytree(place / "base", place / f"base{len(options)}"))
+        renamed = {
+            "model.embed_tokens.weight": f"{names['embed_tokens']}.weight",
+            "lm_head.weight": f"{names['lm_head']}.weight",
+        }
+        save_file({renamed.get(n, n): t for n, t in weights.items()}, base / "model.safetensors")
+        set_config(base, model_type="chatglm" if not options else "own")
+        out = place / f"model{len(options)}"
+        if options:
+            run = lexigraft("graft", base, place / "vocab", "-o", out)
+            assert run.returncode == 2 and "--tensor" in run.stderr and not out.exists()
+        roles = zip(options, ("embed", "head"), strict=False)
+        given = [part for n, role in roles for part in ("--tensor", f"{n}.weight={role}")]
+        run = lexigraft("graft", base, place / "vocab", "-o", out, *given)
+        assert run.returncode == 0, run.stderr
+        new = weights_of(out)
+        for old_name, name in renamed.items():
+            assert new[name].shape == (384, 32)
+            assert new[name][:330].tobytes() == weights[old_name].tobytes()
+        assert config_of(out)["vocab_size"] == 384
+
+
+@pytest.mark.parametrize(("added", "rows"), [(14, 384), (53, 384), (54, 384), (55, 448)])
+def test_B37_exact_multiples_are_not_padded_again(place, added, rows):
+    vocab = extend(place / "base", place / f"vocab{added}", added)
+    result = graft(place / "base", vocab, output=place / "model", pad_to=64)
+    assert result.rows_after == rows == config_of(place / "model")["vocab_size"]
+    assert {weights_of(place / "model")[name].shape[0] for name in TABLES} == {rows}
+    assert lexigraft("check", place / "model").returncode == 0
+
+
+def test_B38_the_loaded_head_is_the_head_of_the_file(place):
+    """Rows, out_features, bias and pad row; nothing is drawn anew on loading."""
+    import torch
+    from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    config = PhiConfig(vocab_size=330, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                       num_attention_heads=4, pad_token_id=5, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model = PhiForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+        model.model.embed_tokens.weight[5] = 0
+    model.save_pretrained(place / "base")
+    graft(place / "base", place / "vocab", output=place / "model")
+    stored = weights_of(place / "model")
+    torch.manual_seed(1)
+    after = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert after.lm_head.weight.detach().numpy().tobytes() == stored["lm_head.weight"].tobytes()
+    assert after.lm_head.bias.detach().numpy().tobytes() == stored["lm_head.bias"].tobytes()
+    assert after.lm_head.out_features == after.lm_head.bias.shape[0] == 384
+    assert after.model.embed_tokens.padding_idx == config.pad_token_id
+    assert not after.model.embed_tokens.weight[5].any()
+
+
+@pytest.mark.parametrize("what", ["embedding", "config"])
+def test_B39_weights_of_an_ungathered_save_are_named(place, what):
+    """ZeRO-3 leaves shape (0,) or vocab_size 0 behind: no size mismatch, but what happened."""
+    if what == "config":
+        set_config(place / "base", vocab_size=0)
+    else:
+        empty = {TABLES[0]: np.empty((0,), np.float32)}
+        save_file(weights_of(place / "base") | empty, place / "base" / "model.safetensors")
+    checked = lexigraft("check", place / "base")
+    assert checked.returncode == 1
+    assert ("ZeRO-3" if what == "embedding" else "vocab_size = 0") in checked.stdout
+    run = lexigraft("graft", place / "base", place / "vocab", "-o", place / "model")
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "ZeRO-3" in run.stderr and "zero_to_fp32.py" in run.stderr
+    assert not (place / "model").exists()

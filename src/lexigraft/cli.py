@@ -266,10 +266,10 @@ def _roles(pairs: list[str]) -> dict[str, str] | None:
     roles = {}
     for pair in pairs:
         name, _, role = pair.rpartition("=")
-        if not name or role not in ("embed", "head"):
+        if not name or role not in ("embed", "head", "bias"):
             raise LexigraftError(
                 f"--tensor {pair}",
-                needed="NAME=embed or NAME=head",
+                needed="NAME=embed, NAME=head or NAME=bias",
                 fix="--tensor model.embed_tokens.weight=embed",
             )
         roles[name] = role

@@ -95,6 +95,23 @@ def _require_safetensors(folder: Path) -> None:
         )
 
 
+def require_row(folder: Path, model: Any, family: Family, token_id: int) -> None:
+    """Raise, before the model meets it, if a text holds an id that the model has no row for.
+
+    Raises:
+        LexigraftError: it does; the id is named with its text.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if token_id >= rows:
+        raise LexigraftError(
+            f"the text holds {family.map.texts.get(token_id)!r} (token id {token_id}), "
+            f"the model has {rows:,} rows: its tokenizer was extended, its weights were not",
+            needed="a row for every id of the tokenizer",
+            fix=f"lexigraft graft BASE {folder} -o MODEL (BASE is this model before its tokenizer "
+            "was extended)",
+        )
+
+
 def context_limit(model: Any) -> int:
     """The most tokens that the positions of a model, or of the config in a folder, allow."""
     if isinstance(model, Path):

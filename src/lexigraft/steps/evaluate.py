@@ -17,7 +17,13 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.hub import local_folder
 from lexigraft.models.bits import Score, fitting_window, score, up_to, windows
-from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
+from lexigraft.models.load import (
+    context_limit,
+    load_model,
+    new_ids,
+    require_row,
+    start_and_end,
+)
 
 _WARM_UP = 3  # decoding steps that are not timed
 
@@ -176,6 +182,7 @@ def _score_model(
 
     def scored(found: list[str]) -> Score:
         spelled = reader.encode_batch(found)
+        require_row(folder, model, reader, max(map(max, filter(None, spelled)), default=0))
         return score(model, found, spelled, start=start, new_ids=ids, advance=advance)
 
     domain = scored(texts[0])

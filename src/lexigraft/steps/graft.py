@@ -189,7 +189,7 @@ def graft(
         link: hard-link shards that do not change; the output then shares them with the base.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
-        tensor_roles: tensor name -> `embed` or `head`, where the layout is unknown.
+        tensor_roles: tensor name -> `embed`, `head` or `bias`, where the layout is unknown.
         probe: text that the base and the result then read; a limit that is broken
             (`models.probe.refuse`) stops, and nothing is left. The models are loaded for it.
         trust_remote_code: for the probe, run Python files that the base brings.
@@ -471,8 +471,8 @@ def _prepare(
     family = families.load(base)
     extended = families.load(require_folder(vocab, "the extended tokenizer"))
     new_map = extended.map
-    require_extension(base, family.map, vocab, new_map)
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
+    require_extension(base, family.map, vocab, new_map)
     require_free_ids(checkpoint, family.map, new_map)
     mention_normalised_head(checkpoint, vocabulary)
     growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)

@@ -22,7 +22,7 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
-from lexigraft.models.load import context_limit, load_model
+from lexigraft.models.load import context_limit, load_model, require_row
 from lexigraft.models.preparation import (
     Job,
     Settings,
@@ -252,14 +252,7 @@ def _train(
 
 
 def _require_room(job: Job, model: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(job.blocks.targets.max())
-    if largest >= rows:
-        raise LexigraftError(
-            f"the text holds token id {largest}, the model has {rows:,} rows",
-            needed="a row for every id of the tokenizer",
-            fix=f"lexigraft check {job.folder}",
-        )
+    require_row(job.folder, model, job.family, int(job.blocks.targets.max()))
     limit = context_limit(model)
     if job.settings.block_size > limit:
         raise LexigraftError(
