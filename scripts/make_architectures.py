@@ -37,6 +37,7 @@ LARGER = 400_009
 # Tables beside the input embedding that are indexed by token id and grow like it.
 MORE_EMBEDDINGS = ("embed_tokens_per_layer.weight",)
 _OFFSETS = "its image and audio tokens follow the text tokens, so that no id is free"
+_HASHED = "it hashes runs of tokens by the number of its rows, so that more rows change old texts"
 _TWO_MODELS = "it joins two models, each with a vocabulary and a config of its own"
 REFUSED = {
     "gemma3n": _OFFSETS,
@@ -46,6 +47,8 @@ REFUSED = {
     "speech-encoder-decoder": _TWO_MODELS,
     "musicgen": _TWO_MODELS,
     "musicgen_melody": _TWO_MODELS,
+    "qwen4_exp": _HASHED,
+    "qwen4_exp_text": _HASHED,
     "transfo-xl": "its adaptive softmax gives ids their places by frequency",
 }
 

@@ -194,6 +194,24 @@ def test_a_stored_copy_of_the_embedding_stays_a_copy(kind, init, base, vocab, tm
     assert_same_scores(kind, before, tmp_path / "model")
 
 
+def test_a_tied_model_may_be_stored_under_the_name_of_its_head(base, vocab, tmp_path):
+    """Loaders tie in both directions: the name that is there is the source."""
+    build("llama", True, base)
+    change_tensors(
+        base,
+        lambda tensors: {
+            "lm_head.weight" if "embed" in name else name: t for name, t in tensors.items()
+        },
+    )
+    before = loaded("llama", base)
+    result = graft(base, vocab, output=tmp_path / "model")
+    assert result.tied
+    assert load_file(tmp_path / "model" / SINGLE)["lm_head.weight"].shape == (ROWS, 32)
+    assert_same_scores("llama", before, tmp_path / "model")
+    change_config(base, tie_word_embeddings=False)
+    assert "input embedding" in refusal(base, vocab, tmp_path / "untied").found
+
+
 def test_a_head_that_differs_is_kept_although_the_config_ties_it(base, vocab, tmp_path, capsys):
     """transformers 5 loads both; the config stays as it is for those who load one."""
     build("llama", False, base)
@@ -463,6 +481,7 @@ def test_ids_that_do_not_move_stay_in_every_list(base, vocab, tmp_path):
         ({"model_type": "xlm", "asm": True}, "adaptive softmax"),
         ({"model_type": "gemma3n"}, "image and audio"),
         ({"model_type": "deepseek_v4"}, "tid2eid"),
+        ({"model_type": "qwen4_exp"}, "hashes"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),

@@ -226,7 +226,7 @@ def graft(
     max_shard_size: MaxShardSize = None,
     tensor: Annotated[
         list[str],
-        typer.Option(help="NAME=embed or NAME=head, where the layout is unknown. Repeatable."),
+        typer.Option(help="NAME=embed, head or bias, where the layout is unknown. Repeatable."),
     ] = _NONE,
     probe: Annotated[
         str | None,

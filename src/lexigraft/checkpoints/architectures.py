@@ -101,7 +101,7 @@ def vocabulary_of(
     if not found:
         found = _by_table(checkpoint, entry) if entry else {}
     if "embed" not in found.values() and not roles:
-        found = _by_name_and_shape(checkpoint)
+        found = _head_alone(checkpoint, entry, found) or _by_name_and_shape(checkpoint)
     for name in checkpoint.tensors:
         if match := _COPIES.search(name):
             found.setdefault(name, "embed" if match[1] else "head")
@@ -175,6 +175,16 @@ def _by_table(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> dict[str, Rol
             if tensor.shape in shapes and _MORE_NAMES.get(_last_two(name)) == "head":
                 found[name] = "head"
     return found
+
+
+def _head_alone(
+    checkpoint: Checkpoint, entry: Mapping[str, Any] | None, found: Mapping[str, Role]
+) -> dict[str, Role]:
+    """The one matrix of a tied model that was saved under the name of its head."""
+    heads = [name for name, role in found.items() if role == "head"]
+    if len(heads) != 1 or not _states_tied(checkpoint.config, entry):
+        return {}
+    return {**found, heads[0]: "embed"}
 
 
 def _named(tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> list[str]:
