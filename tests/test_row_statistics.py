@@ -151,6 +151,20 @@ def test_graft_tells_of_its_rows(grafted):
     assert data[0]["tensor"] == EMBED and len(data[1]["examples"][0]["nearest"]) == 3
 
 
+def test_rows_that_were_never_trained_are_no_old_rows(grafted, tmp_path):
+    import shutil
+
+    base, vocab, _ = grafted
+    bare = Path(shutil.copytree(base, tmp_path / "base"))
+    tensor = Checkpoint.open(bare).tensors[EMBED]
+    with tensor.path.open("r+b") as stream:
+        stream.seek(tensor.begin + 20 * tensor.row_bytes)
+        stream.write(bytes(8 * tensor.row_bytes))
+    result = graft(bare, vocab, output=tmp_path / "model")
+    tokens = families.load(base).map.tokens
+    assert [found.old_rows for found in result.row_statistics] == [tokens - 8, tokens]
+
+
 def test_rows_of_mean_all_are_all_alike_and_said_to_be(grafted, tmp_path):
     base, vocab, _ = grafted
     result = graft(base, vocab, output=tmp_path / "model", init="mean-all")
