@@ -586,3 +586,17 @@ def test_peak_memory_does_not_grow_with_the_model(make, tmp_path):
         peaks.append(int(done.stdout) / (2**20 if sys.platform == "darwin" else 2**10))
     assert peaks[1] < peaks[0] + 20
     assert peaks[1] < 250
+
+
+def test_base_and_vocab_in_the_wrong_order_are_told_with_the_right_command(make, tmp_path):
+    base, vocab = make(3)
+    with pytest.raises(LexigraftError, match="holds no model") as fault:
+        graft(vocab, base, output=tmp_path / "model")
+    assert fault.value.fix == f"lexigraft graft {base} {vocab} -o {tmp_path / 'model'}"
+
+
+def test_a_name_that_no_tensor_has_is_answered_with_names(make, tmp_path):
+    base, vocab = make(3)
+    with pytest.raises(LexigraftError) as fault:
+        graft(base, vocab, output=tmp_path / "model", tensor_roles={"nothing": "embed"})
+    assert "model.embed_tokens.weight" in fault.value.needed

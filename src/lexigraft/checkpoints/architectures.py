@@ -148,7 +148,9 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
     found: dict[str, Role] = {}
     for name, role in roles.items():
         if name not in checkpoint.tensors:
+            # Names that end alike, else any tables.
             near = [other for other in checkpoint.tensors if other.endswith(name.split(".")[-1])]
+            near = near or [t.name for t in checkpoint.tensors.values() if len(t.shape) == 2]
             raise LexigraftError(
                 f"--tensor {name}={role}: {checkpoint.folder} holds no tensor of that name",
                 needed="a name from the weights, such as " + ", ".join(near[:3]),

@@ -205,6 +205,7 @@ def graft(
     start = time.perf_counter()
     vocab, output = local_folder(vocab), Path(output)
     base = gguf_file(Path(base).expanduser()) or local_folder(base)
+    _refuse_swapped(base, vocab, output)
     if not dry_run:
         refuse_existing(output, force=force)
         refuse_overwriting(output, [base, vocab, *([] if donor is None else [Path(donor)])])
@@ -238,6 +239,15 @@ def graft(
     done = job.result(output, sizes, start=start, link=link, dry_run=False)
     probing = 0.0 if found is None else found.seconds
     return replace(done, seconds=done.seconds - probing, row_statistics=statistics, probe=found)
+
+
+def _refuse_swapped(base: Path, vocab: Path, output: Path) -> None:
+    if base.is_dir() and not (base / "config.json").exists() and (vocab / "config.json").exists():
+        raise LexigraftError(
+            f"{base} holds no model, {vocab} does",
+            needed="first the model to grow, then the folder with the extended tokenizer",
+            fix=f"lexigraft graft {vocab} {base} -o {output}",
+        )
 
 
 def _probe_texts(base: Path, spec: str | Path) -> list[str]:
