@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from lexigraft.errors import LexigraftError
 
 LOCK_NAME = ".lexigraft-lock"
+MANIFEST = "lexigraft.json"
+NEW_TOKENS = "new_tokens.jsonl"  # beside it, one line per new token
 # What a rename meets where another run came first: something is there, or no longer there.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 # The largest JSON file we know of is a 33 MB tokenizer.json (Gemma 3); indexes stay below 10 MB.

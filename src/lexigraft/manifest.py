@@ -19,11 +19,11 @@ from pydantic import (
     model_serializer,
 )
 
+from lexigraft import files
 from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, sha256_json, write_json
 
-MANIFEST = "lexigraft.json"
-NEW_TOKENS = "new_tokens.jsonl"  # beside it, one line per new token
+MANIFEST, NEW_TOKENS = files.MANIFEST, files.NEW_TOKENS
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -10,8 +10,7 @@ from typing import Any
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
 from lexigraft.families.tokenmap import TOKENIZER_FILES
-from lexigraft.files import read_json, write_json
-from lexigraft.manifest import MANIFEST, NEW_TOKENS
+from lexigraft.files import MANIFEST, NEW_TOKENS, read_json, write_json
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),

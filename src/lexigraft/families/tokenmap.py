@@ -161,13 +161,15 @@ def _with_added(main: TokenMap, maps: Mapping[str, TokenMap]) -> TokenMap:
 
 
 def _from_pairs(pairs: Iterable[tuple[str, int]]) -> dict[int, str]:
-    texts: dict[int, str] = {}
-    for text, token_id in pairs:
+    pairs = list(pairs)
+    kinds = {(type(text), type(token_id)) for text, token_id in pairs}
+    for text, token_id in pairs if kinds - {(str, int)} else ():
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not isinstance(text, str):
             raise TypeError(f"{text!r}: {token_id!r} is not a token with an id")
+    texts = {token_id: text for text, token_id in pairs}
+    for token_id in (min(texts), max(texts)) if texts else ():
         if token_id < 0 or token_id >= 2**31:
-            raise ValueError(f"id {token_id} of {text!r}")
-        texts[token_id] = text
+            raise ValueError(f"id {token_id} of {texts[token_id]!r}")
     return texts
 
 

@@ -51,18 +51,10 @@ from lexigraft.files import (
     write_json,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import (
-    BaseTokenizer,
-    CopiedRow,
-    DonorRecord,
-    GraftRecord,
-    Manifest,
-    StartRecord,
-    versions,
-)
 from lexigraft.models.gguf_base import gguf_file, write_folder
 
 if TYPE_CHECKING:
+    from lexigraft.manifest import Manifest, StartRecord
     from lexigraft.models.probe import ProbeResult
 
 
@@ -405,7 +397,10 @@ class _Job:
         )
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
-        _ = self.base.map.hash, self.extended.map.hash  # for the manifest, while others write
+        # What the manifest will need and takes a while, while others write.
+        import lexigraft.manifest  # noqa: F401
+
+        _ = self.base.map.hash, self.extended.map.hash
 
     def write_manifest(self, partial: Path) -> None:
         """What binds the new rows to the tokenizer; once they are written."""
@@ -417,6 +412,8 @@ class _Job:
         write_json(path, settings)
 
     def _manifest(self) -> Manifest:
+        from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
+
         before = Manifest.read(self.vocab) or Manifest.read(self.checkpoint.folder) or Manifest()
         growth = self.growth
         return before.plus(
@@ -445,6 +442,8 @@ class _Job:
         return {"init": str(self.start.choice), "seed": self.start.seed}
 
     def _start(self) -> StartRecord:
+        from lexigraft.manifest import CopiedRow, DonorRecord, StartRecord
+
         donor, choice = self.start.donor, self.start.choice
         return StartRecord(
             methods={name: choice.of(role) for name, role in roles_of(self.vocabulary).items()},
