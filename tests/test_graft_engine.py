@@ -14,6 +14,8 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 import parts
@@ -334,7 +336,7 @@ def test_damaged_checkpoints(kind, copied, tmp_path):
 
 
 def holes(made: Path, base: Path, gigabytes: float) -> Path:
-    """The tokenizer of `made` with four shards of zeros, which take no room on the disk."""
+    """The tokenizer of `made` with four shards, whose layers are holes and take no room."""
     base.mkdir(exist_ok=True)
     for path in made.glob("tokenizer*"):
         shutil.copyfile(path, base / path.name)
@@ -347,8 +349,13 @@ def holes(made: Path, base: Path, gigabytes: float) -> Path:
         if i == 0:
             tensors.append(("model.embed_tokens.weight", "BF16", (tokens, width)))
         head = header_bytes(tensors, {"format": "pt"})
-        (base / name).write_bytes(head)
-        os.truncate(base / name, len(head) + 2 * width * (rest + (tokens if i == 0 else 0)))
+        with (base / name).open("wb") as stream:
+            stream.write(head)
+            stream.truncate(len(head) + 2 * width * rest)
+            if i == 0:
+                stream.seek(0, os.SEEK_END)
+                rows = np.random.default_rng(0).normal(size=(tokens, width))
+                stream.write(rows.astype(ml_dtypes.bfloat16).tobytes())
         places |= dict.fromkeys((tensor for tensor, _, _ in tensors), name)
     (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     config = {"model_type": "llama", "vocab_size": tokens, "tie_word_embeddings": True}
