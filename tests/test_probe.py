@@ -18,14 +18,12 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.manifest import Manifest
-from lexigraft.models.bits import windows
 from lexigraft.models.load import start_and_end
 from lexigraft.models.probe import (
     LEAST_SHARED,
     PROBE_BYTES,
-    WINDOW_BYTES,
     probe,
-    probe_texts,
+    probe_text,
     refuse,
 )
 from lexigraft.steps.graft import graft
@@ -61,15 +59,20 @@ def text_with(vocab: Path) -> str:
     return parts.plain_english()[:3000] + "\n" + " ".join(words * 4) + "\n"
 
 
-def run(folder: Path, model: Path | None = None, text: str | None = None):
-    base, grafted = folder / "base", model or folder / "model"
-    texts = [text] if text is not None else probe_texts(base, folder / "text.txt")
-    return probe(
-        (base, families.load(base)),
-        (grafted, families.load(grafted)),
-        texts,
-        growth=growth_of(grafted),
-    )
+def run(folder: Path, model: Path | None = None, text: Path | None = None):
+    grafted = model or folder / "model"
+    read = read_text(folder, text or folder / "text.txt")
+    return probe(read, folder / "base", grafted, growth_of(grafted))
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, "utf-8")
+    return path
+
+
+def read_text(folder: Path, text: Path):
+    base, extended = families.load(folder / "base"), families.load(folder / "vocab")
+    return probe_text(base, extended, text)
 
 
 def growth_of(model: Path) -> Growth:
@@ -100,9 +103,8 @@ def test_figures_are_those_of_transformers_by_hand(world):
     readers = [families.load(world / name) for name in ("base", "model")]
     models = [AutoModelForCausalLM.from_pretrained(reader.folder).eval() for reader in readers]
     start, _ = start_and_end(readers[0])
-    (text,) = probe_texts(world / "base", world / "text.txt")
     bits, tied_bits, shares, kl, counts, new_tokens = [0, 0], [0, 0], [], [], [0, 0], 0
-    for window in windows(text, WINDOW_BYTES):
+    for window in read_text(world, world / "text.txt").windows:
         both = [reader.encode(window) for reader in readers]
         logs = []
         for model, ids in zip(models, both, strict=True):
@@ -127,7 +129,7 @@ def test_figures_are_those_of_transformers_by_hand(world):
         )
         p, q = (x[:, :old] / x[:, :old].sum(1, keepdim=True) for x in (p, q))
         kl += (p * (p / q).log()).sum(1).tolist()
-    size = len(text.encode())
+    size = sum(len(window.encode()) for window in read_text(world, world / "text.txt").windows)
     assert found.before.bpb == pytest.approx(bits[0] / size, rel=1e-5)
     assert found.after.bpb == pytest.approx(bits[1] / size, rel=1e-5)
     assert (found.before.tokens, found.after.tokens) == tuple(counts)
@@ -156,10 +158,8 @@ def test_distributions_are_compared_at_positions_spread_evenly(world, monkeypatc
 def test_only_so_much_text_is_read(tmp_path, world):
     long = tmp_path / "long.txt"
     long.write_text("word and word\n\n" * 4000)
-    assert sum(len(text.encode()) for text in probe_texts(world / "base", long)) <= PROBE_BYTES
-    assert (
-        sum(len(text.encode()) for text in probe_texts(world / "base", long)) > 0.99 * PROBE_BYTES
-    )
+    size = sum(len(window.encode()) for window in read_text(world, long).windows)
+    assert 0.99 * PROBE_BYTES < size <= PROBE_BYTES
 
 
 # -- the limits
@@ -206,7 +206,9 @@ def test_new_rows_that_take_too_much_are_an_error(world, tmp_path):
     with pytest.raises(LexigraftError, match=r"where none belongs.* more bits") as fault:
         run(world, greedy)
     assert "--init" in fault.value.fix
-    few = run(world, greedy, text="The house. " * 8)  # too few positions to judge by
+    few = run(
+        world, greedy, written(tmp_path / "few.txt", "The house. " * 8)
+    )  # too few positions to judge by
     assert few.shared < LEAST_SHARED
 
 
@@ -228,10 +230,10 @@ def test_nan_is_an_error(world, tmp_path):
         run(world, broken)
 
 
-def test_a_text_of_new_tokens_alone_is_an_error(world):
+def test_a_text_of_new_tokens_alone_is_an_error(world, tmp_path):
     family = families.load(world / "model")
     with pytest.raises(LexigraftError, match="begins with a new token"):
-        run(world, text=family.decode([family.map.tokens - 1]))
+        read_text(world, written(tmp_path / "new.txt", family.decode([family.map.tokens - 1])))
 
 
 # -- in graft
@@ -278,6 +280,22 @@ def test_a_dry_run_looks_at_the_text_and_runs_no_model(world, tmp_path, monkeypa
         graft(world / "base", world / "vocab", output=tmp_path / "m", probe="nowhere", dry_run=True)
 
 
+def test_what_cannot_be_read_stops_before_anything_is_written(world, tmp_path):
+    (tmp_path / "o").mkdir()
+    for text in ("nowhere.txt", written(tmp_path / "empty.txt", "")):
+        with pytest.raises(LexigraftError):
+            graft(world / "base", world / "vocab", output=tmp_path / "o" / "m", probe=text)
+    base = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["eos_token"] = None
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(LexigraftError, match="neither bos nor eos"):
+        graft(base, world / "vocab", output=tmp_path / "o" / "m", probe=world / "text.txt")
+    assert not list((tmp_path / "o").iterdir())
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -287,9 +305,10 @@ def test_a_dry_run_looks_at_the_text_and_runs_no_model(world, tmp_path, monkeypa
     ],
 )
 def test_what_does_not_predict_the_next_token_is_refused(config, world, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(RefusalError, match="does not predict the next token"):
-        probe_texts(tmp_path, world / "text.txt")
+        probe_text(families.load(base), families.load(world / "vocab"), world / "text.txt")
 
 
 @pytest.mark.real

@@ -114,19 +114,53 @@ class ProbeResult:
         ]
 
 
-def probe_texts(base: Path, spec: str | Path) -> list[str]:
-    """The first `PROBE_BYTES` of the text that `spec` names; everyday text tells most.
+@dataclass(frozen=True)
+class ProbeText:
+    """What both models will read.
+
+    Attributes:
+        windows: the text in pieces that fit the model's context.
+        encoded: ids of each window, of the base's tokenizer and of the extended one.
+        shared: how many positions of each window are shared.
+        start: ids before each window.
+    """
+
+    windows: list[str]
+    encoded: tuple[list[list[int]], list[list[int]]]
+    shared: list[int]
+    start: list[int]
+
+
+def probe_text(base: Family, extended: Family, spec: str | Path) -> ProbeText:
+    """The first `PROBE_BYTES` of the text that `spec` names, as both tokenizers read it.
+
+    Args:
+        base: the tokenizer in the folder of the base.
+        extended: the one that knows the new tokens.
+        spec: a text as `--corpus` takes them; everyday text tells most.
 
     Raises:
-        RefusalError: the model in `base` is an encoder, or an encoder and decoder: it does not
-            predict the next token of a text.
-        LexigraftError: there is no text.
+        RefusalError: the model beside `base` is an encoder, or an encoder and decoder: it does
+            not predict the next token of a text.
+        LexigraftError: there is no text, nothing in it is read alike, or nothing stands before
+            a text in this tokenizer.
     """
-    _require_causal(base)
+    _require_causal(base.folder)
     texts = list(up_to(read_documents([spec]), PROBE_BYTES))
     if not texts:
         raise LexigraftError(f"--probe {spec} holds no text", needed="some text", fix=f"ls {spec}")
-    return texts
+    start, _ = start_and_end(base)
+    size = fitting_window(texts, [base.folder, base.folder], [base, extended], WINDOW_BYTES)
+    cut = [window for text in texts for window in windows(text, size)]
+    encoded = base.encode_batch(cut), extended.encode_batch(cut)
+    shared = list(map(_alike, *encoded))
+    if not sum(shared):
+        raise LexigraftError(
+            f"--probe {spec}: every part of the text, {len(cut)} in all, begins with a new token",
+            needed="text in which both tokenizers read something alike",
+            fix="--probe with everyday text",
+        )
+    return ProbeText(cut, encoded, shared, start)
 
 
 def _require_causal(folder: Path) -> None:
@@ -148,20 +182,20 @@ def _require_causal(folder: Path) -> None:
 
 
 def probe(
-    base: tuple[Path, Family],
-    grafted: tuple[Path, Family],
-    texts: Sequence[str],
-    *,
+    text: ProbeText,
+    base: Path,
+    grafted: Path,
     growth: Growth,
+    *,
     trust_remote_code: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> ProbeResult:
-    """Let both models read `texts`, one model at a time.
+    """Let both models read `text`, one model at a time.
 
     Args:
-        base: its folder and tokenizer.
-        grafted: folder and extended tokenizer of the grafted model.
-        texts: from `probe_texts`.
+        text: from `probe_text`.
+        base: its folder.
+        grafted: the folder of the grafted model.
         growth: how the rows grew.
         trust_remote_code: run the Python files that a folder brings for its architecture.
         advance: told how many bytes a model has read.
@@ -170,43 +204,39 @@ def probe(
         LexigraftError: transformers cannot load a model, or a limit of `refuse` is broken.
     """
     began = time.perf_counter()
-    folders, readers = [base[0], grafted[0]], [base[1], grafted[1]]
-    size = fitting_window(texts, [base[0], base[0]], readers, WINDOW_BYTES)
-    texts = [window for text in texts for window in windows(text, size)]
-    encoded = [reader.encode_batch(texts) for reader in readers]
-    shared = list(map(_alike, *encoded))
-    if not sum(shared):
-        raise LexigraftError(
-            f"--probe: every part of the text, {len(texts)} in all, begins with a new token",
-            needed="text in which both tokenizers read something alike",
-            fix="--probe with everyday text",
-        )
-    chosen = _spread(shared, LOGITS // growth.rows)
-    start, _ = start_and_end(readers[0])
+    chosen = _spread(text.shared, LOGITS // growth.rows)
     found: list[tuple[Score, _Watch]] = []
     kept: dict[int, Tensor] = {}
-    for folder, ids in zip(folders, encoded, strict=True):
+    for folder, ids in zip((base, grafted), text.encoded, strict=True):
         last = growth.tokens if found else growth.first_id
-        watch = _Watch(ids, shared, chosen, growth.first_id, last, kept, first=not found)
+        watch = _Watch(ids, text.shared, chosen, growth.first_id, last, kept, first=not found)
         model = load_model(folder, trust_remote_code=trust_remote_code)
-        new = range(growth.first_id, growth.tokens)
-        scored = score(model, texts, ids, start=start, new_ids=new, advance=advance, observe=watch)
+        scored = score(
+            model,
+            text.windows,
+            ids,
+            start=text.start,
+            new_ids=range(growth.first_id, growth.tokens),
+            advance=advance,
+            observe=watch,
+        )
         found.append((scored, watch))
         del model
         gc.collect()  # one model at a time: torch's modules are cycles
-    (before, old), (after, new_watch) = found
-    limit = old.padding.mean + PADDING_FACTOR * growth.new_padding / growth.rows + _ROUNDING
+    (before, old), (after, new) = found
     result = ProbeResult(
         before,
         after,
-        shared=sum(shared),
-        bits=new_watch.nats / old.nats - 1,
-        kl=sum(new_watch.kl) / len(new_watch.kl),
-        compared=len(new_watch.kl),
-        new=new_watch.new,
-        padding=new_watch.padding,
+        shared=sum(text.shared),
+        bits=(new.nats - old.nats) / max(old.nats, _ROUNDING),
+        kl=sum(new.kl) / len(new.kl),
+        compared=len(new.kl),
+        new=new.new,
+        padding=new.padding,
         padding_before=old.padding,
-        padding_limit=limit,
+        padding_limit=old.padding.mean
+        + PADDING_FACTOR * growth.new_padding / growth.rows
+        + _ROUNDING,
         guess=math.log2(growth.rows),
         seconds=time.perf_counter() - began,
     )

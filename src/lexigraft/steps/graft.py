@@ -55,7 +55,7 @@ from lexigraft.models.gguf_base import gguf_file, write_folder
 
 if TYPE_CHECKING:
     from lexigraft.manifest import Manifest, StartRecord
-    from lexigraft.models.probe import ProbeResult
+    from lexigraft.models.probe import ProbeResult, ProbeText
 
 
 @dataclass(frozen=True)
@@ -220,14 +220,14 @@ def graft(
         job = _prepare(folder, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
-        texts = None if probe is None else _probe_texts(folder, probe)
+        text = None if probe is None else job.probe_text(probe)
         if dry_run:
             sizes = job.plan.sizes(link=link)
             return job.result(output, sizes, start=start, link=link, dry_run=True)
         with publish(output, force=force) as partial:
             sizes = job.write(partial, link=link)
             statistics = job.row_statistics(partial)
-            found = None if texts is None else job.probe(partial, texts, trust=trust_remote_code)
+            found = None if text is None else job.probe(partial, text, trust=trust_remote_code)
     done = job.result(output, sizes, start=start, link=link, dry_run=False)
     probing = 0.0 if found is None else found.seconds
     return replace(done, seconds=done.seconds - probing, row_statistics=statistics, probe=found)
@@ -240,12 +240,6 @@ def _refuse_swapped(base: Path, vocab: Path, output: Path) -> None:
             needed="first the model to grow, then the folder with the extended tokenizer",
             fix=f"lexigraft graft {vocab} {base} -o {output}",
         )
-
-
-def _probe_texts(base: Path, spec: str | Path) -> list[str]:
-    from lexigraft.models.probe import probe_texts  # torch, for a probe alone
-
-    return probe_texts(base, spec)
 
 
 @contextmanager
@@ -362,17 +356,23 @@ class _Job:
         )
         return tuple(statistics for statistics in found if statistics is not None)
 
-    def probe(self, model: Path, texts: list[str], *, trust: bool) -> ProbeResult:
-        """What base and written folder `model` say of `texts`."""
+    def probe_text(self, spec: str | Path) -> ProbeText:
+        """What base and result will read."""
+        from lexigraft.models.probe import probe_text  # torch, for a probe alone
+
+        return probe_text(self.base, self.extended, spec)
+
+    def probe(self, model: Path, text: ProbeText, *, trust: bool) -> ProbeResult:
+        """What base and written folder `model` say of `text`."""
         from lexigraft.models.probe import probe
 
-        total = 2 * sum(len(text.encode()) for text in texts)
+        total = 2 * sum(len(window.encode()) for window in text.windows)
         with progress("probing base and result", total) as advance:
             return probe(
-                (self.checkpoint.folder, self.base),
-                (model, self.extended),
-                texts,
-                growth=self.growth,
+                text,
+                self.checkpoint.folder,
+                model,
+                self.growth,
                 trust_remote_code=trust,
                 advance=advance,
             )
