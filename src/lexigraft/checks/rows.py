@@ -226,7 +226,8 @@ def _neighbours(
     rows = read_ids(tensor, new).astype(np.float32)
     heads = rows / np.maximum(_lengths(rows), np.finfo(np.float32).tiny)[:, None]
     lengths, cosines = _against(tensor, sample, heads)
-    own = np.setdiff1d([piece for ids in spelt for piece in ids], sample).astype(np.int64)
+    others = {piece for ids in spelt for piece in ids} - set(sample.tolist())
+    own = np.array(sorted(others), np.int64)
     _, of_pieces = _against(tensor, own, heads)
     ids, cosines = np.concatenate([sample, own]), np.concatenate([cosines, of_pieces])
     examples = []
@@ -261,8 +262,9 @@ def _equal_old(tensor: Tensor, old: Ids, hashes: Counter[int], keys: Array) -> i
         nearest = wanted[np.minimum(np.searchsorted(wanted, own), len(wanted) - 1)]
         for place in np.flatnonzero(nearest == own):
             found.add((start + int(place), hash(window[place].tobytes())))
-    used = set(np.intersect1d(old, [row for row, _ in found]).tolist())
-    return sum(hashes[value] for value in {value for row, value in found if row in used})
+    used = np.zeros(int(old[-1]) + 1 if len(old) else 0, bool)
+    used[old] = True
+    return sum(hashes[value] for value in {value for row, value in found if used[row]})
 
 
 def _windows(tensor: Tensor, rows: int) -> Iterator[tuple[int, Array]]:

@@ -342,7 +342,7 @@ class _Job:
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
         first_id = self.growth.first_id
-        used = np.array(sorted(i for i in self.base.map.texts if i < first_id), np.int64)
+        used = np.sort(np.fromiter(self.base.map.texts, np.int64))
         tensors = Checkpoint.open(model).tensors
         found = (
             row_statistics(
