@@ -64,6 +64,21 @@ def test_dry_run_writes_nothing(made, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_starts_of_new_rows_can_be_named(made, tmp_path):
+    first = (made / "vocab" / "new_tokens.jsonl").read_text().splitlines()[0]
+    token = json.loads(first)["token"]
+    (tmp_path / "list.tsv").write_text(f"{token}\tĠgarden\n", "utf-8")
+    done = lexigraft("graft", made / "base", made / "vocab", "--init-from", tmp_path / "list.tsv",
+                     "--json", "-o", tmp_path / "copied")  # fmt: skip
+    assert json.loads(done.stdout)["init"] == "copy"
+    done = lexigraft("graft", made / "base", made / "vocab", "--donor", made / "model", "--json",
+                     "-o", tmp_path / "given")  # fmt: skip
+    assert json.loads(done.stdout)["init"] == "donor"
+    assert "20 of the 20 new tokens" in done.stderr
+    shown = " ".join(lexigraft("graft", "--help").stdout.split())
+    assert "--init-from" in shown and "--donor" in shown and "exponential" in shown
+
+
 def test_version_and_help():
     from lexigraft import __version__
 
@@ -96,6 +111,16 @@ FAULTS = [
         "full",
         ["train", "{root}/model", "--corpus", "{root}/c.txt", "--mode", "full", "-o", "{out}/o"],
         "full",
+    ),
+    (
+        "no method",
+        ["graft", "{root}/base", "{root}/vocab", "--init", "best", "-o", "{out}/o"],
+        "no method 'best'",
+    ),
+    (
+        "no donor",
+        ["graft", "{root}/base", "{root}/vocab", "--donor", "{root}/none", "-o", "{out}/o"],
+        "none",
     ),
     ("output exists", ["graft", "{root}/base", "{root}/vocab", "-o", "{root}/model"], "exists"),
 ]

@@ -160,3 +160,14 @@ def test_a_wrong_key_or_value_is_one_message(project, learn_part, words):
     with pytest.raises(LexigraftError) as caught:
         Recipe.read(project / "recipe.yaml")
     assert all(word in str(caught.value) for word in words)
+
+
+def test_files_of_a_graft_lie_beside_the_recipe(tmp_path):
+    (tmp_path / "big").mkdir()
+    data = {"base": "owner/base", "corpus": "c.txt"}
+    graft = {"init": "mean,copy", "init_from": "list.tsv", "donor": "big"}
+    part = Recipe.parse({**data, "graft": graft}, where="r").beside(tmp_path).graft
+    assert (part.init_from, part.donor) == (str(tmp_path / "list.tsv"), str(tmp_path / "big"))
+    assert part.choices == {"init": "mean,copy", "pad_to": 64}
+    hub = Recipe.parse({**data, "graft": {"donor": "owner/other"}}, where="r").beside(tmp_path)
+    assert (hub.graft.donor, hub.graft.init_from) == ("owner/other", None)

@@ -18,12 +18,14 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_rows, widened
+from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
 from lexigraft.checkpoints.untrained import Ids, RowSizes, read_in_blocks
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
 NewRows = Callable[[int, int], Array]  # (start, stop) -> that stretch of the new rows
+
+_PART_VALUES = 2**17
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
         for start in range(0, tokens, step):
             block = read_rows(tensor, start, min(start + step, tokens))
             state.update(raw(block))
-            rows = widened(block)
-            total += rows.sum(axis=0, dtype=np.float64)
-            if sizes is None:
-                broken += (start + np.flatnonzero(~np.isfinite(rows))).tolist()
-            else:
-                sizes.see(start, rows)
+            for first, rows in _wide_parts(block):
+                total += rows.sum(axis=0, dtype=np.float64)
+                if sizes is None:
+                    broken += (start + first + np.flatnonzero(~np.isfinite(rows))).tolist()
+                else:
+                    sizes.see(start + first, rows)
         if sizes is None:
             return Survey(state.hexdigest(), total / max(1, tokens), np.empty(0, np.int64), broken)
         broken = sizes.broken()
@@ -106,6 +108,20 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
             total -= rows.astype(np.float64).sum(axis=0)
     mean = total / max(1, tokens - len(untrained))
     return Survey(state.hexdigest(), mean, untrained, broken)
+
+
+def _wide_parts(block: Array) -> Iterator[tuple[int, Array]]:
+    """(first row, rows) of a block in float32 or float64, a few at a time, in one small buffer.
+
+    What is widened stays in the processor's cache until it is summed.
+    """
+    step = max(1, _PART_VALUES // max(1, block[:1].size))
+    kind = np.float64 if block.dtype == np.float64 else np.float32
+    buffer = np.empty((min(step, len(block)), *block.shape[1:]), kind)
+    for first in range(0, len(block), step):
+        rows = buffer[: len(block) - first]
+        rows[...] = block[first : first + len(rows)]
+        yield first, rows
 
 
 def require_finite(tensor: Tensor, known: Survey) -> None:

@@ -43,7 +43,7 @@ class _Padding(NamedTuple):
 
 
 class RowSizes:
-    """Norms of the used rows of a table, and their distances from its padding rows.
+    """Norms of the used rows of a table, and where they lie beside its padding rows.
 
     Args:
         tensor: shape (R, D).
@@ -54,15 +54,14 @@ class RowSizes:
         self._tensor = tensor
         self._padding = _padding(tensor, tokens)
         self._squares = np.zeros(tokens)
-        self._distances = np.zeros(tokens if self._padding else 0)
+        self._along = np.zeros(tokens if self._padding else 0)
 
     def see(self, start: int, rows: Array) -> None:
         """Take in rows from `start` on, shape (n, D), float32 or float64."""
         here = slice(start, start + len(rows))
         self._squares[here] = np.einsum("ij,ij->i", rows, rows)
         if self._padding:
-            away = rows - self._padding.center.astype(rows.dtype)
-            self._distances[here] = np.sqrt(np.einsum("ij,ij->i", away, away))
+            self._along[here] = np.einsum("ij,j->i", rows, self._padding.center.astype(rows.dtype))
 
     def broken(self) -> list[int]:
         """Ids of rows that hold NaN or infinity, ascending."""
@@ -81,11 +80,25 @@ class RowSizes:
         found = norms <= VANISHED * usual
         found[self._copies()] = True
         if self._padding:
-            usual = float(np.median(self._distances))
-            if self._padding.radius <= TIGHT * usual:
-                # Padding lies nearer to its own mean than other rows of its kind do.
-                found |= self._distances <= 2 * self._padding.radius
+            found[self._among(self._padding)] = True
         return np.flatnonzero(found) if not found.all() else np.empty(0, np.int64)
+
+    def _among(self, padding: _Padding) -> Ids:
+        """Ids of rows that lie among the padding rows, if these lie close together."""
+        size = float(padding.center @ padding.center)
+        squares = self._squares - 2 * self._along + size
+        usual = float(np.sqrt(np.maximum(np.median(squares), 0)))
+        if padding.radius > TIGHT * usual:
+            return np.empty(0, np.int64)
+        # Padding lies nearer to its own mean than other rows of its kind do.
+        limit = 2 * padding.radius
+        # A difference of squares in float32 is not exact: near rows are measured again.
+        near = np.flatnonzero(squares <= limit**2 + 1e-4 * (self._squares + size))
+        found = [
+            ids[np.sqrt(((widened(rows) - padding.center) ** 2).sum(axis=1)) <= limit]
+            for ids, rows in self._read(near)
+        ]
+        return np.concatenate(found) if found else near
 
     def _copies(self) -> Ids:
         """Ids of rows whose bits `COPIES` rows have: told by equal norms, proved by the bits."""
