@@ -44,18 +44,8 @@ def _extend_json(path: Path, added: int, literal: int) -> None:
         token = {"id": token_id, "content": f"<term {token_id}>", "special": False}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         data["added_tokens"].append({**token, **flags})
-        _list_in_settings(path.parent / "tokenizer_config.json", {**token, **flags})
         vocabulary[token["content"]] = token_id
     path.write_text(json.dumps(data, ensure_ascii=False))
-
-
-def _list_in_settings(path: Path, token: dict) -> None:
-    """Where the settings list the added tokens, transformers believes them alone."""
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    if "added_tokens_decoder" in settings:
-        entry = {key: value for key, value in token.items() if key != "id"}
-        settings["added_tokens_decoder"][str(token["id"])] = entry
-        path.write_text(json.dumps(settings))
 
 
 def _extend_sentencepiece(path: Path, added: int) -> None:

@@ -127,6 +127,20 @@ KINDS = {
     "mixtral": Kind("MixtralForCausalLM", "MixtralConfig", LLAMA | {"num_local_experts": 2}),
     "qwen2_moe": Kind("Qwen2MoeForCausalLM", "Qwen2MoeConfig", QWEN_MOE, tied=(False, True)),
     "qwen3_moe": Kind("Qwen3MoeForCausalLM", "Qwen3MoeConfig", QWEN_MOE, tied=(None, True)),
+    "glm4_moe": Kind(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        LLAMA | {"moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1,
+                 "n_shared_experts": 1, "head_dim": 8},
+        tied=(None,),
+    ),
+    "qwen3_next": Kind(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        QWEN_MOE | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        tied=(False,),
+    ),
     "deepseek_v3": Kind("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, tied=(False, None)),
     "gemma2": Kind("Gemma2ForCausalLM", "Gemma2Config", GEMMA, tied=(True, None)),
     "gemma3_text": Kind("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA, tied=(None,)),
@@ -147,6 +161,14 @@ KINDS = {
         },
         tied=(False, True),
         text=LLAMA | {"model_type": "llama"},
+    ),
+    "paligemma": Kind(
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        {"vision_config": VISION | {"model_type": "siglip_vision_model", "projection_dim": 32},
+         "image_token_index": 7, "projection_dim": 32},
+        tied=(None,),
+        text=GEMMA | {"model_type": "gemma"},
     ),
     "qwen2_vl": Kind(
         "Qwen2VLForConditionalGeneration",
@@ -178,6 +200,20 @@ KINDS = {
         },
         tied=(None, False),
     ),
+    "opt-350m": Kind(  # an embedding that is narrower than the layers
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "hidden_size": HIDDEN,
+            "word_embed_proj_dim": 16,
+            "do_layer_norm_before": False,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+        tied=(None,),
+    ),
     "falcon": Kind(
         "FalconForCausalLM",
         "FalconConfig",
@@ -205,10 +241,28 @@ KINDS = {
     "bart": Kind(  # final_logits_bias
         "BartForConditionalGeneration", "BartConfig", BART, tied=(None, True), inputs=DECODER
     ),
+    "mbart": Kind(
+        "MBartForConditionalGeneration", "MBartConfig", BART, tied=(None,), inputs=DECODER
+    ),
     "marian": Kind(  # a second number of rows, decoder_vocab_size
         "MarianMTModel", "MarianConfig", BART, tied=(True,), inputs=DECODER
     ),
     "bert": Kind("BertLMHeadModel", "BertConfig", BERT | {"is_decoder": True}, tied=(None, False)),
+    "albert": Kind(
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        BERT | {"embedding_size": 16},
+        tied=(None,),
+        generates=False,
+    ),
+    "roberta": Kind("RobertaForCausalLM", "RobertaConfig", BERT | {"is_decoder": True}),
+    "xlm": Kind(  # a second name for the number of rows, n_words
+        "XLMWithLMHeadModel",
+        "XLMConfig",
+        {"emb_dim": HIDDEN, "n_layers": 2, "n_heads": 4, "pad_index": 2, "n_langs": 1},
+        tied=(None,),
+        generates=False,
+    ),
     "distilbert": Kind(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
@@ -289,7 +343,7 @@ def build(kind: str, tied: bool | None, folder: Path, *, rows: int = TOKENS, sha
     with torch.no_grad():  # a bias of zeros could be lost without a trace
         for name, tensor in model.state_dict().items():
             if name.endswith(("lm_head.bias", "final_logits_bias", "predictions.bias",
-                              "projector.bias", "decoder.bias")):  # fmt: skip
+                              "projector.bias", "pred_layer.proj.bias", "decoder.bias")):  # fmt: skip
                 tensor.normal_()
     model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
     if tied is None:

@@ -269,6 +269,30 @@ def test_sentencepiece_tokenizers_without_a_fast_file(tmp_path):
     assert not (tmp_path / "model" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("settings_of_vocab", [True, False])
+def test_an_added_token_is_read_by_classes_that_believe_their_settings(
+    settings_of_vocab, make, tmp_path
+):
+    """VOCAB may come from a tool that writes tokenizer.json alone."""
+    from transformers import AutoTokenizer
+
+    base, vocab = make(5)
+    known = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in known}
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": listed}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (vocab / "tokenizer_config.json").unlink()
+    if settings_of_vocab:
+        shutil.copyfile(base / "tokenizer_config.json", vocab / "tokenizer_config.json")
+    graft(base, vocab, output=tmp_path / "model")
+    last = TokenMap.read(vocab).tokens - 1
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert loaded(f"<term {last}>")["input_ids"] == [last]
+    after = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert after["added_tokens_decoder"].items() >= listed.items()
+
+
 def test_no_stale_tokenizer_file_is_left(tmp_path):
     base = parts.write_sentencepiece(tmp_path / "base", fast=True)
     parts.write_model(base, tokens=400, eos=2)

@@ -101,8 +101,9 @@ def refusal(base: Path, vocab: Path, out: Path, **options) -> LexigraftError:
 # -- copies of both tables in layers that transformers drops on loading
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3"])
-def test_prediction_layers_are_kept_and_their_copies_grow(kind, base, vocab, tmp_path):
+@pytest.mark.parametrize("init", ["mean", "exponential"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_prediction_layers_are_kept_and_their_copies_grow(kind, init, base, vocab, tmp_path):
     """DeepSeek-V3 stores layer 61 with copies of embedding and head; so does GLM-4-MoE."""
     build(kind, False, base)
 
@@ -117,7 +118,7 @@ def test_prediction_layers_are_kept_and_their_copies_grow(kind, base, vocab, tmp
 
     change_tensors(base, with_prediction_layer)
     before = loaded(kind, base)
-    graft(base, vocab, output=tmp_path / "model")
+    graft(base, vocab, output=tmp_path / "model", init=init)
     new = load_file(tmp_path / "model" / SINGLE)
     assert new.keys() == load_file(base / SINGLE).keys()
     for copy, source in (
@@ -177,7 +178,7 @@ def test_a_tensor_on_its_side_is_refused():
 # -- the tie: flag against tensors
 
 
-@pytest.mark.parametrize("init", ["mean", "first", "last", "random"])
+@pytest.mark.parametrize("init", ["mean", "exponential", "gaussian", "random"])
 @pytest.mark.parametrize("kind", ["llama", "bart"])
 def test_a_stored_copy_of_the_embedding_stays_a_copy(kind, init, base, vocab, tmp_path):
     """The .bin files that older conversions came from held both."""

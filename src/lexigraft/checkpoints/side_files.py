@@ -57,6 +57,7 @@ def place_tokenizer(base: Path, vocab: Path, target: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (target / name).exists() and (base / name).is_file():
             (target / name).write_bytes((base / name).read_bytes())
+    _list_added_tokens(target)
     if (vocab / NEW_TOKENS).is_file():
         (target / NEW_TOKENS).write_bytes((vocab / NEW_TOKENS).read_bytes())
     if not _chat_template(target):
@@ -67,6 +68,28 @@ def place_tokenizer(base: Path, vocab: Path, target: Path) -> None:
                 write_json(path, {**settings, "chat_template": content})
             else:
                 (target / name).write_bytes(content)
+
+
+def _list_added_tokens(folder: Path) -> None:
+    """Where the settings list added tokens, the list names all of tokenizer.json.
+
+    Classes such as Qwen2Tokenizer of transformers 5 believe the list alone, and read the text of a
+    token that it lacks as ordinary text.
+    """
+    tokenizer, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not (tokenizer.is_file() and path.is_file()):
+        return
+    settings = read_json(path)
+    listed = settings.get("added_tokens_decoder")
+    if not isinstance(listed, dict) or not listed:
+        return
+    missing = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in read_json(tokenizer).get("added_tokens") or ()
+        if str(token["id"]) not in listed
+    }
+    if missing:
+        write_json(path, {**settings, "added_tokens_decoder": {**listed, **missing}})
 
 
 def _chat_template(folder: Path) -> dict[str, Any]:
