@@ -209,6 +209,27 @@ def test_tokens_are_matched_by_text_across_families(tmp_path):
     assert module._by_text(pieces)[b"a"] == pieces.map.ids["a"]  # the letter, not the byte
 
 
+def test_a_byte_level_donor_for_a_sentencepiece_base(tmp_path):
+    base = parts.write_sentencepiece(tmp_path / "base", vocab_size=400)
+    donor = parts.write_byte_level(tmp_path / "donor", vocab_size=700)
+    mine, theirs = (module._by_text(families.load(folder)) for folder in (base, donor))
+    lacking = [text.decode() for text in theirs.keys() - mine.keys() if text[:1] == b" "]
+    words = sorted(text for text in lacking if text[1:].isalpha() and len(text) > 5)
+    assert words
+    parts.write_model(base, tokens=400, eos=2)
+    parts.write_model(donor, tokens=families.load(donor).map.tokens, hidden=64)
+    parts.lengthen(base, vocab := tmp_path / "vocab", [word * 3 for word in words] * 20)
+    graft(base, vocab, output=tmp_path / "model", donor=donor)
+    graft(base, vocab, output=tmp_path / "mean", init="mean")
+    new = families.load(vocab)
+    made, mean = (Checkpoint.open(tmp_path / name).read(EMBED) for name in ("model", "mean"))
+    moved = [i for i in range(400, new.map.tokens) if (made[i] != mean[i]).any()]
+    assert {new.token_bytes(i) for i in moved} == {
+        text for i in range(400, new.map.tokens) if (text := new.token_bytes(i)) in theirs
+    }
+    assert {new.token_bytes(i).decode() for i in moved} >= set(words[:1])
+
+
 def test_a_head_alone_and_a_tied_donor(scene, tmp_path):
     _, base, vocab, donor, tokens = scene
     tied = copy_of(donor, tmp_path / "tied")

@@ -161,7 +161,7 @@ def _require_different(tensor: Tensor, name: str, spelled: Spelled, rows: Array)
 def _stored(tensor: Tensor, name: str, ids: Sequence[int], rows: Array) -> Array:
     with np.errstate(over="ignore"):  # found below, by name
         stored = rows.astype(numpy_dtype(tensor.dtype))
-    finite = np.isfinite(stored.astype(np.float64)).reshape(len(stored), -1).all(axis=1)
+    finite = np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if not finite.all():
         bad = [ids[int(row)] for row in np.flatnonzero(~finite)]
         raise LexigraftError(
