@@ -108,9 +108,9 @@ class ProbeResult:
             f"probe, {self.after.bytes:,} bytes in {self.seconds:.0f} s: bits per byte "
             f"{self.before.bpb:.4f} -> {self.after.bpb:.4f}; "
             f"{self.after.new_tokens:,} of {self.after.tokens:,} tokens are new",
-            f"where both read the same tokens ({self.shared:,} positions): bits {self.bits:+.3%}, "
-            f"old ids moved by {self.kl:.1e} nats, new ids take {self.new.mean:.3%} "
-            f"(at most {self.new.most:.1%}), padding ids {self.padding.mean:.1e}",
+            f"where both read the same tokens ({self.shared:,} positions): bits {self.bits:+.2%}, "
+            f"old ids moved by {self.kl:.1g} nats (KL), new ids take {_percent(self.new.mean)} "
+            f"(at most {_percent(self.new.most)}), padding ids {_percent(self.padding.mean)}",
         ]
 
 
@@ -248,6 +248,15 @@ def _alike(old: Sequence[int], new: Sequence[int]) -> int:
     """How many ids two lists begin with alike."""
     pairs = enumerate(zip(old, new, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+
+
+def _percent(share: float) -> str:
+    """Two digits, however small.
+
+    >>> _percent(0.0000123), _percent(0.25)
+    ('0.0012%', '25%')
+    """
+    return f"{100 * share:.2g}%" if share >= _ROUNDING else "0.0001% or less"
 
 
 def _spread(shared: Sequence[int], count: int) -> dict[int, list[int]]:
