@@ -10,7 +10,13 @@ from lexigraft import families
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.spelling import is_word, may_join
-from lexigraft.families.tokenmap import TokenMap, first_difference, read_token_maps
+from lexigraft.families.tokenmap import (
+    TokenMap,
+    first_difference,
+    prefix_hash,
+    read_token_maps,
+)
+from lexigraft.files import sha256_json
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +131,11 @@ def test_characters_are_completed_before_they_are_joined():
     assert not may_join(whole, other[:1])
     assert not may_join(whole[1:], other)
     assert may_join(b" " + whole[:2], whole[2:])
+
+
+def test_the_hash_of_a_token_map_is_that_of_its_canonical_json():
+    odd = {7: 'a"b\\', 1: "\n\x01\x7f\u2028/", 3: "结😀", 9: "\ud800"}
+    pairs = [[token_id, text] for token_id, text in sorted(odd.items())]
+    assert TokenMap(odd).hash == sha256_json(pairs)
+    assert prefix_hash(TokenMap(odd), 7) == sha256_json(pairs[:2])
+    assert TokenMap({}).hash == sha256_json([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -383,3 +384,31 @@ def test_memory_does_not_grow_with_the_checkpoint(made, tmp_path):
         peaks.append(int(done.stdout))
     assert peaks[0] <= 250
     assert peaks[1] - peaks[0] < 64
+
+
+# -- what a person sees
+
+
+def test_progress_shows_bytes_rate_and_time_left():
+    """On a real terminal: a pseudo-terminal of our own."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+    code = (
+        "import time; from lexigraft.console import progress\n"
+        "with progress('writing weights', 10**9) as advance:\n"
+        "    for _ in range(8): advance(10**8); time.sleep(0.15)\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a pseudo-terminal ends
+            while data := os.read(ours, 65_536):
+                shown += data
+    os.close(ours)
+    assert child.returncode == 0
+    text = shown.decode()
+    assert "writing weights" in text
+    assert re.search(r"\d+/1\.0 GB|\d+\.\d+/1\.0 GB", text)
+    assert re.search(r"[\d.]+ [MG]B/s", text)
+    assert re.search(r"0:00:0\d", text)
