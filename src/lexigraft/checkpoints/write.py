@@ -21,6 +21,8 @@ from lexigraft.files import require_free_space, write_json
 # What a call copies stays in the processor's cache: 64 MB at a time cost twice the CPU seconds.
 COPY_STEP_BYTES = 4 * 2**20
 BUFFER_BYTES = 2**20
+# How far copies run ahead of the disk before it is told to begin.
+FLUSH_STEP_BYTES = 32 * 2**20
 WRITERS = 4
 # Room for tokenizer, config and the like beside the weights.
 SIDE_FILES_BYTES = 64 * 2**20
@@ -72,7 +74,9 @@ def write_plan(
 
     workers = max(1, min(threads or WRITERS, WRITERS, len(plan.files)))
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_write_file, file, out, link, step) for file in plan.files]
+        # Computed values take longest: they come first, so that they are not what is waited for.
+        files = sorted(plan.files, key=lambda file: file.verbatim is not None)
+        jobs = [pool.submit(_write_file, file, out, link, step) for file in files]
         try:
             if meanwhile is not None:
                 meanwhile()
@@ -202,7 +206,7 @@ def _copy(path: Path, begin: int, count: int, stream: BinaryIO, advance: Advance
     """Append `count` bytes of `path` from byte `begin` on to `stream`."""
     with path.open("rb", buffering=0) as source:
         source.seek(begin)
-        ways = _ways()
+        ways, begun, place = _ways(), stream.tell(), stream.tell()
         while count:
             try:
                 done = ways[0](source, stream, min(count, COPY_STEP_BYTES))
@@ -214,7 +218,21 @@ def _copy(path: Path, begin: int, count: int, stream: BinaryIO, advance: Advance
             if not done:
                 raise _changed(path, "became shorter")
             count -= done
+            place += done
+            if place - begun >= FLUSH_STEP_BYTES or not count:
+                _begin_flush(stream, begun, place)
+                begun = place
             advance(done)
+
+
+def _begin_flush(stream: BinaryIO, begin: int, end: int) -> None:
+    """Let the disk write bytes [begin, end) while more is copied or computed.
+
+    On Linux this advice starts the writing of what is not yet on the disk and drops what is; just
+    written pages are of the first kind, so they stay at hand. The fsync at the end waits less.
+    """
+    if sys.platform.startswith("linux"):
+        os.posix_fadvise(stream.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _ways() -> list[Callable[[BinaryIO, BinaryIO, int], int]]:
