@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -344,16 +345,13 @@ class _Job:
         first_id = self.growth.first_id
         used = np.sort(np.fromiter(self.base.map.texts, np.int64))
         tensors = Checkpoint.open(model).tensors
-        found = (
-            row_statistics(
-                tensors[name],
-                first_id,
-                self.start.pieces,
-                np.setdiff1d(used, table.survey.untrained, assume_unique=True),
-                self.text,
-            )
-            for name, table in self.tables.items()
-        )
+
+        def of(name: str) -> RowStatistics | None:
+            old = np.setdiff1d(used, self.tables[name].survey.untrained, assume_unique=True)
+            return row_statistics(tensors[name], first_id, self.start.pieces, old, self.text)
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(of, self.tables))
         return tuple(statistics for statistics in found if statistics is not None)
 
     def probe_text(self, spec: str | Path) -> ProbeText:
