@@ -230,7 +230,9 @@ def graft(
     ] = _NONE,
     probe: Annotated[
         str | None,
-        typer.Option(help="Everyday text that base and result then read: stops where it hurt."),
+        typer.Option(
+            help="Run base and result on this everyday text; keep nothing if it got worse."
+        ),
     ] = None,
     trust_remote_code: Trust = False,
     seed: Seed = 0,

@@ -32,7 +32,7 @@ from lexigraft.models.load import load_model, start_and_end
 PROBE_BYTES = 16 * 1024
 WINDOW_BYTES = 1024
 # Old ids must keep their distribution among each other. Float32 rounds by 1e-7 nats, 16-bit logits
-# by some 1e-3; wrong rows or a damaged body move it by whole nats.
+# by some 1e-3 (estimated); wrong rows or a damaged body move it by whole nats.
 KL_LIMIT = 0.01
 # What new ids take from text that does not hold them: general text may lose 1% (train's target).
 # A few positions say nothing of a mean.

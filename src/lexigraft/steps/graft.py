@@ -124,7 +124,9 @@ class GraftResult:
             f"{self.bytes_copied / 1e6:,.1f} MB copied, {self.bytes_written / 1e6:,.1f} MB written"
         )
         if self.plan:
-            return [*map(_plan_line, self.plan), rows, f"would be: {sizes} to {self.output}"]
+            # What changes comes last, where a reader's eye is after a long list.
+            plan = sorted(self.plan, key=lambda entry: bool(entry["shape"] != entry["old_shape"]))
+            return [*map(_plan_line, plan), rows, f"would be: {sizes} to {self.output}"]
         return [
             rows,
             *(found.line() for found in self.row_statistics),
