@@ -14,7 +14,7 @@ import parts
 from extend import extend
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.families.tokenmap import TokenMap
+from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 from lexigraft.manifest import Manifest
 from lexigraft.models import gguf_base, smollm
 from lexigraft.steps.graft import graft
@@ -29,7 +29,6 @@ def write_gguf(path: Path, tokenizer: Path, kind: str, *, pre: str = "gpt-2") ->
     """A tiny Llama as llama.cpp's converter writes it, padding rows `[PAD<id>]` included."""
     import gguf
 
-    data = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
     tokens = TokenMap.read(tokenizer)
     rows = tokens.tokens + PADDING
     writer = gguf.GGUFWriter(path, "llama")
@@ -43,16 +42,7 @@ def write_gguf(path: Path, tokenizer: Path, kind: str, *, pre: str = "gpt-2") ->
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(rows)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    texts = [tokens.texts.get(i, f"[PAD{i}]") for i in range(rows)]
-    writer.add_token_list(texts)
-    kinds = [3 if i in tokens.special else 1 if i in tokens.texts else 5 for i in range(rows)]
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in data["model"]["merges"]])
-    ends = tokens.ids["<|endoftext|>"]
-    writer.add_bos_token_id(ends)
-    writer.add_eos_token_id(ends)
+    _add_tokenizer(writer, tokenizer, tokens, rows, pre)
     rng = np.random.default_rng(0)
     stored = {"F32": np.float32, "F16": np.float16}.get(kind)
     shapes = {"token_embd": (rows, WIDTH), "output": (rows, WIDTH)}
@@ -76,6 +66,31 @@ def write_gguf(path: Path, tokenizer: Path, kind: str, *, pre: str = "gpt-2") ->
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_tokenizer(writer, folder: Path, tokens: TokenMap, rows: int, pre: str) -> None:
+    """SentencePiece where the folder has a tokenizer.model, else byte-level BPE."""
+    texts = [tokens.texts.get(i, f"[PAD{i}]") for i in range(rows)]
+    unused, model = 5, folder / "tokenizer.model"
+    if model.exists():
+        pieces = parse_sentencepiece(model.read_bytes(), model).pieces
+        padding = rows - len(pieces)
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([piece.score for piece in pieces] + [-1000.0] * padding)
+        writer.add_token_types([piece.type for piece in pieces] + [unused] * padding)
+        start, end = tokens.ids["<s>"], tokens.ids["</s>"]
+    else:
+        data = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(pair) for pair in data["model"]["merges"]])
+        kinds = (3 if i in tokens.special else 1 if i in tokens.texts else 5 for i in range(rows))
+        writer.add_token_types(list(kinds))
+        start = end = tokens.ids["<|endoftext|>"]
+    writer.add_token_list(texts)
+    writer.add_bos_token_id(start)
+    writer.add_eos_token_id(end)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +203,21 @@ def test_a_tokenizer_of_another_model_is_named(tokenizer, tmp_path):
     other = parts.write_byte_level(tmp_path / "other", vocab_size=360)
     foreign = extend(other, tmp_path / "foreign", 3)
     assert "id" in refused(source, foreign, tmp_path / "out").found
+
+
+def test_a_sentencepiece_tokenizer_in_a_gguf_file(tmp_path):
+    """As of Llama 2 and Mistral: VOCAB has a tokenizer.model, the GGUF file pieces and scores."""
+    folder = parts.write_sentencepiece(tmp_path / "folder", fast=False)
+    vocab = extend(folder, tmp_path / "vocab", 9)
+    source = write_gguf(tmp_path / "tiny.gguf", folder, "F16")
+    result = graft(source, vocab, output=tmp_path / "out")
+    old = TokenMap.read(folder)
+    assert (result.tokens, result.rows_before) == (old.tokens + 9, old.tokens + PADDING)
+    record = Manifest.read(tmp_path / "out").last("graft")
+    assert record.base.token_map == old.hash
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (
+        vocab / "tokenizer.model"
+    ).read_bytes()
 
 
 @pytest.mark.matrix
