@@ -149,6 +149,18 @@ def test_copies_are_found_wherever_they_lie(model_type, copy):
     assert not found.tied
 
 
+def test_a_bias_under_an_older_name_is_found():
+    """DeBERTa's own files keep the one of their head elsewhere than its class."""
+    tensors = {
+        "deberta.embeddings.word_embeddings.weight": (96, 32),
+        "lm_predictions.lm_head.bias": (96,),
+        "lm_predictions.lm_head.dense.weight": (32, 32),
+    }
+    found = vocabulary_of(fake(tensors, {"model_type": "deberta-v2", "vocab_size": 96}))
+    assert found.biases == ("lm_predictions.lm_head.bias",)
+    assert found.tied
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("model.odd.weight", (96, 32)), ("model.odd.weight", (96, 7)), ("model.odd", (96,))],
@@ -269,6 +281,8 @@ def test_the_tie_is_where_loaders_look_for_it(model_type, top, nested, tied):
         ({"model_type": "xlm", "n_words": 96, "vocab_size": 96}, ["vocab_size", "n_words"]),
         ({"model_type": "marian", "vocab_size": 96, "decoder_vocab_size": 96},
          ["vocab_size", "decoder_vocab_size"]),
+        ({"model_type": "hunyuan_vl", "vocab_size": 96, "text_config": {"org_vocab_size": 96}},
+         ["vocab_size", "text_config.org_vocab_size"]),
         ({"model_type": "llama", "vocab_size": 96, "type_vocab_size": 2,
           "audio_config": {"vocab_size": 96}}, ["vocab_size"]),
     ],

@@ -43,7 +43,14 @@ _COPY_NAMES = (
 # Keys that count rows wherever their value is the number of rows.
 _SIZE_KEYS = (
     *("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "n_words", "n_token"),
-    *("padded_vocab_size", "text_vocab_size", "n_vocab", "num_embeddings", "embedding_size"),
+    *(
+        "padded_vocab_size",
+        "text_vocab_size",
+        "org_vocab_size",
+        "n_vocab",
+        "num_embeddings",
+        "embedding_size",
+    ),
 )
 
 
