@@ -224,8 +224,8 @@ def ratios(size: str, found: dict[str, Timing], vocabulary: float, neighbours: f
         ),
     ]
     peers = {
-        "transformers' default": ("True", ">= 40"),
-        "transformers without mean": ("False", ">= 5"),
+        "transformers' default": ("True", ">= 40 at 2 GB"),
+        "transformers without mean": ("False", ">= 5 at 2 GB"),
     }
     for name, (mean, target) in peers.items():
         peer = found.get(f"transformers, mean_resizing={mean}")
