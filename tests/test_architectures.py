@@ -23,6 +23,7 @@ from lexigraft.checkpoints.config import config_rows, edit_config
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap
+from lexigraft.steps.check import check
 from lexigraft.steps.graft import graft
 
 TOKENS = 330
@@ -422,6 +423,8 @@ def check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path):
     assert new.shape[-1] == 448
     np.testing.assert_allclose(new[..., :TOKENS], old[..., :TOKENS], rtol=1e-4, atol=1e-5)
 
+    errors = [f.line() for f in check(tmp_path / "model").findings if f.severity == "error"]
+    assert not errors
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     fresh = loaded(f"<term {TOKENS + 69}>", add_special_tokens=False)["input_ids"]
     assert fresh == [TOKENS + 69]
