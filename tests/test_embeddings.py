@@ -46,6 +46,27 @@ def test_each_method_by_hand():
     assert (start("mean-all", pieces) == CENTER).all()
 
 
+def test_half_first_is_half_way_between_the_first_piece_and_the_mean():
+    rows = start("half-first", [[1, 3, 5], [5], []])
+    assert (rows == np.array([(ROWS[1] + ROWS[3]) / 2, ROWS[5], CENTER])).all()
+    bias = start("half-first", [[0, 1], []], rows=np.float32([2, 6]), center=np.float32(9))
+    assert bias.tolist() == [3, 9]
+
+
+def test_outward_takes_the_distance_from_the_center_half_of_the_way_that_the_mean_lost():
+    rows = np.float32([[3, 1, 1], [1, 3, 1], [1, -1, 1]])
+    center = np.float32([1, 1, 1])
+    found = start("outward", [[0, 1], [0], [], [1, 2], [0, 0]], rows=rows, center=center)
+    # Pieces are 2 away, their mean the root of 2: the geometric mean of both is 2 ** 0.75.
+    away = 2**0.75 / 2**0.5
+    wanted = [[1 + away, 1 + away, 1], rows[0], center, center, rows[0]]
+    assert np.allclose(found, np.float32(wanted), rtol=0, atol=1e-6)
+    moved = start("outward", [[0, 1]], rows=rows + 50, center=center + 50)
+    assert np.allclose(moved, found[:1] + 50, rtol=0, atol=1e-5)  # a constant changes nothing
+    bias = start("outward", [[0, 1], []], rows=np.float32([2, 6]), center=np.float32(9))
+    assert bias.tolist() == [4, 9]
+
+
 def test_longer_pieces_weigh_more_by_their_characters():
     pieces, characters = [[1, 3], [5], [], [0, 2]], [[1, 3], [2], [], [0, 0]]
     rows = start("char-weighted", pieces, characters=characters)

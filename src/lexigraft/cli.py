@@ -208,7 +208,8 @@ def graft(
         str,
         typer.Option(
             help="How new rows start: auto, mean, char-weighted, exponential, first, last, "
-            "mean-all, gaussian, random, or module:function; EMBEDDING,HEAD for two."
+            "half-first, outward, mean-all, gaussian, random, or module:function; "
+            "EMBEDDING,HEAD for two."
         ),
     ] = "auto",
     init_from: Annotated[

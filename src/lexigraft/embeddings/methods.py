@@ -170,6 +170,43 @@ def first_piece(spelled: Spelled) -> Array:
     return _one_piece(spelled, 0)
 
 
+def half_first(spelled: Spelled) -> Array:
+    """Start half-way between the first piece and the mean of the pieces.
+
+    In a head the first piece says where the token may come, but all tokens that begin alike would
+    share one row, and its probability each; the mean tells them apart.
+
+    Shapes: -> (N, D). Source: measured, bench/results/init.md (the half-way of EEVE and FVT).
+    """
+    half = spelled.rows.dtype.type(0.5)
+    result: Array = half * first_piece(spelled) + half * mean_of_pieces(spelled)
+    return result
+
+
+def outward(spelled: Spelled) -> Array:
+    """Start at the mean of the pieces, moved away from the mean of all rows.
+
+    Pieces point different ways from the mean of all, so that their mean lies nearer to it than
+    any of them: the token comes out too unlikely where it belongs and too likely elsewhere. The
+    distance becomes the geometric mean of what it is and of what the pieces have on average.
+    Unlike a longer row this does not depend on the constant that a model adds to all its logits.
+
+    Shapes: -> (N, D); a bias, of one number a row, starts at the mean. Sums run in float64.
+    Source: measured, bench/results/init.md.
+    """
+    result = mean_of_pieces(spelled)
+    if result.ndim == 1:
+        return result
+    center = spelled.center.astype(np.float64)
+    far = np.linalg.norm(spelled.rows - center, axis=1)
+    for row, pieces in enumerate(spelled.pieces):
+        moved = result[row] - center
+        distance = np.linalg.norm(moved)
+        if len(pieces) > 1 and distance > 0:
+            result[row] = center + np.sqrt(far[list(pieces)].mean() / distance) * moved
+    return result
+
+
 def last_piece(spelled: Spelled) -> Array:
     """Start at the last piece, whose position the model would have read last."""
     return _one_piece(spelled, -1)
@@ -234,6 +271,8 @@ METHODS: dict[str, Method] = {
     "exponential": exponential,
     "first": first_piece,
     "last": last_piece,
+    "half-first": half_first,
+    "outward": outward,
     "mean-all": mean_of_all,
     "gaussian": gaussian,
     "random": normal,
