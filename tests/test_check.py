@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lexigraft.checks.findings import CODES
+from lexigraft.checks.codes import CODES, explain, markdown_table
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.manifest import BaseTokenizer, GraftRecord, LearnRecord, Manifest
@@ -503,15 +503,34 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def test_codes_are_used_and_have_the_severity_they_state():
-    """Every code that is documented is raised somewhere, and none is raised undocumented."""
+def test_every_code_in_the_source_has_a_story_and_every_story_is_raised():
     import re
 
     import lexigraft.checks
 
     folder = Path(lexigraft.checks.__file__).parent
-    text = "".join(p.read_text() for p in folder.glob("*.py") if p.name != "findings.py")
+    text = "".join(p.read_text() for p in folder.glob("*.py") if p.name != "codes.py")
     assert set(re.findall(r"LG\d\d\d", text)) == set(CODES)
+    for code, story in CODES.items():
+        assert all((story.meaning, story.cause, story.example, story.mend)), code
+        assert explain(code.lower())[0] == f"{code} ({story.severity}): {story.meaning}"
+
+
+def test_the_docs_hold_the_table_of_codes():
+    text = (Path(__file__).parents[1] / "docs" / "check.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| LG")]
+    assert rows == markdown_table()
+
+
+def test_explain_needs_no_folder():
+    from typer.testing import CliRunner
+
+    from lexigraft.cli import app
+
+    told = CliRunner().invoke(app, ["check", "--explain", "LG302"])
+    assert told.exit_code == 0 and "lexigraft graft BASE VOCAB" in told.output
+    for wrong in (["check"], ["check", "--explain", "LG999"]):
+        assert isinstance(CliRunner().invoke(app, wrong).exception, LexigraftError)
 
 
 def test_origin_case_with_the_real_tokenizer(tmp_path):

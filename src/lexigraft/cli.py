@@ -375,13 +375,30 @@ def merge(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Model, vocabulary or adapter folder.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="Model, vocabulary or adapter folder.")
+    ] = None,
+    *,
     base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter to be used on PATH.")] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="CODE", help="Tell what a code such as LG302 means.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare tokenizer, config, weights and adapter; exit 1 with the fault and a command."""
+    if explain is not None:
+        from lexigraft.checks.codes import explain as story
+
+        print("\n".join(story(explain)))
+        raise typer.Exit
+    if path is None:
+        raise LexigraftError(
+            "no folder to check",
+            needed="a model, vocabulary or adapter",
+            fix="lexigraft check MODEL",
+        )
     from lexigraft.steps.check import check as verb
 
     result = verb(path, base=base, adapter=adapter)

@@ -3,49 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+from lexigraft.checks.codes import CODES, Severity
 from lexigraft.errors import LexigraftError
-
-Severity = Literal["error", "warning", "note"]
-
-# Codes are stable: scripts may rely on them. The table with explanations is docs/files.md.
-CODES: dict[str, Severity] = {
-    "LG101": "error",  # a tokenizer file cannot be read
-    "LG102": "error",  # two tokenizer files give an id different texts, or one lacks tokens
-    "LG103": "error",  # added tokens leave a hole after the vocabulary
-    "LG104": "note",  # added_tokens.json repeats tokens of the vocabulary
-    "LG105": "warning",  # an added token is in tokenizer_config.json only
-    "LG106": "note",  # words are added tokens instead of tokens of the model
-    "LG201": "error",  # config.vocab_size is not the number of rows
-    "LG202": "error",  # a special id of a config has no row
-    "LG203": "warning",  # a special id of a config means another token than the tokenizer says
-    "LG204": "error",  # a config cannot be read
-    "LG301": "error",  # the weights cannot be read
-    "LG302": "error",  # fewer rows than tokens
-    "LG303": "note",  # padding rows
-    "LG304": "error",  # vocabulary tensors disagree, or there are none
-    "LG305": "error",  # untied by the config, but no output head is stored
-    "LG306": "note",  # tied by the config, but an output head is stored
-    "LG307": "error",  # a vocabulary tensor is empty
-    "LG401": "error",  # the adapter has more rows than the model
-    "LG402": "warning",  # the adapter has fewer rows than the model
-    "LG403": "error",  # a tensor of the adapter is empty
-    "LG404": "error",  # the adapter's tokenizer is no extension of the model's
-    "LG405": "error",  # the adapter's new rows belong to unknown tokens
-    "LG406": "warning",  # the adapter was trained on more tokens than the model's tokenizer has
-    "LG407": "error",  # the adapter's tokenizer has more tokens than anything holds rows
-    "LG408": "error",  # the adapter's tensors do not fit the model's
-    "LG409": "error",  # the adapter cannot be read
-    "LG410": "warning",  # a kind of adapter that merge refuses
-    "LG501": "error",  # the manifest cannot be read
-    "LG502": "error",  # the tokenizer is not the one of the manifest
-    "LG503": "error",  # the weights have other rows than the manifest says
-    "LG504": "warning",  # the tokenizer comes from another manifest
-    "LG601": "error",  # ids of the base mean other tokens here
-    "LG602": "error",  # fewer rows than the base
-    "LG603": "error",  # a tensor of the base is missing or has another shape
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +43,7 @@ class Finding:
 
 def finding(code: str, where: str, found: str, *, needed: str = "", fix: str = "") -> Finding:
     """A finding with the severity of its code."""
-    return Finding(code, CODES[code], where, found, needed, fix)
+    return Finding(code, CODES[code].severity, where, found, needed, fix)
 
 
 def from_error(code: str, where: str, fault: LexigraftError) -> Finding:

@@ -1,0 +1,336 @@
+"""Every code of `check`, with its story: one table for findings, `--explain` and docs/check.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lexigraft.errors import LexigraftError
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a code stands for.
+
+    Attributes:
+        severity: `error` makes a check fail; `warning` and `note` do not.
+        meaning: what is wrong, in one clause.
+        cause: how it usually comes about, and what follows from it.
+        example: such a case, with numbers.
+        mend: the command or action that mends it; nothing to mend for most notes.
+    """
+
+    severity: Severity
+    meaning: str
+    cause: str
+    example: str
+    mend: str
+
+
+# Codes are stable: scripts may rely on them.
+CODES: dict[str, Code] = {
+    "LG101": Code(
+        "error",
+        "a tokenizer file cannot be read",
+        "A download was cut off, git fetched a Git LFS pointer instead of the file, or the file "
+        "was edited by hand. No id can be told from it.",
+        "tokenizer.model has 130 bytes that begin with `version https://git-lfs`.",
+        "hf download NAME --local-dir MODEL",
+    ),
+    "LG102": Code(
+        "error",
+        "two tokenizer files give an id different texts, or one lacks tokens",
+        "One file was extended or replaced and the other was left as it was. Which of them counts "
+        "depends on the loader: transformers reads tokenizer.json first, llama.cpp's converter "
+        "tokenizer.model, so one model reads a text in two ways.",
+        "tokenizer.model has 33,296 pieces, the old tokenizer.json beside it 32,000: for id 32,000 "
+        "one says `▁angina`, the other nothing.",
+        "mv MODEL/tokenizer.json MODEL/tokenizer.json.stale",
+    ),
+    "LG103": Code(
+        "error",
+        "added tokens leave a hole after the vocabulary",
+        "added_tokens.json was written when the vocabulary was longer than the model file that "
+        "lies beside it now. Slow loaders stop with `Non-consecutive added token`, others give "
+        "these tokens new ids.",
+        "added_tokens.json gives `<human>` the id 480, tokenizer.model ends at 359.",
+        "cp SOURCE/tokenizer.model MODEL/ (SOURCE: where added_tokens.json came from)",
+    ),
+    "LG104": Code(
+        "note",
+        "added_tokens.json repeats tokens of the vocabulary",
+        "Older versions of transformers wrote the base's special tokens into it. Loaders take no "
+        "harm; old converters to GGUF did.",
+        'added_tokens.json holds {"<unk>": 0, "<s>": 1, "</s>": 2}.',
+        "nothing to mend",
+    ),
+    "LG105": Code(
+        "warning",
+        "an added token is in tokenizer_config.json only",
+        "Two runs of a trainer wrote one file each. Loaders that read tokenizer.json alone do not "
+        "know the token, and split it.",
+        "tokenizer_config.json adds `<|call|>` as id 151,669, tokenizer.json ends at 151,668.",
+        "copy tokenizer.json and tokenizer_config.json from one folder",
+    ),
+    "LG106": Code(
+        "note",
+        "words are added tokens instead of tokens of the model",
+        "`add_tokens` was called with a list of words. Added tokens are matched before the "
+        "tokenizer's model reads a text, also inside other words (`cat` in `concatenate`), and "
+        "old readers take minutes to load thousands of them.",
+        "5,000 added tokens that are not special.",
+        "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+    ),
+    "LG201": Code(
+        "error",
+        "config.json does not state the number of rows that the weights have",
+        "vocab_size was raised by hand, or is of another model; or an exporter wrote the base's "
+        "number. Loaders build tables of the stated size and stop at the weights.",
+        "config.json says vocab_size = 63,872, embed_tokens has 32,000 rows.",
+        "set vocab_size in config.json to the number of rows",
+    ),
+    "LG202": Code(
+        "error",
+        "an id that a config names has no row",
+        "eos, pad or a list such as suppress_tokens was taken from another tokenizer. Generation "
+        "ends in an index error, on a GPU in `device-side assert`.",
+        "generation_config.json says pad_token_id = 32,000, there are 32,000 rows (0 to 31,999).",
+        "set that key to the tokenizer's id",
+    ),
+    "LG203": Code(
+        "warning",
+        "a special id of a config is another token than the tokenizer's",
+        "A chat template or a merge changed the tokenizer's eos or pad and not the config. A model "
+        "whose eos is stale never stops.",
+        "eos_token_id = 2 is `</s>`, the tokenizer's eos_token is `<|im_end|>` (id 32,001).",
+        "set that key to the tokenizer's id",
+    ),
+    "LG204": Code(
+        "error",
+        "a config cannot be read",
+        "A cut download or an edit by hand.",
+        "generation_config.json ends in the middle of a line.",
+        "hf download NAME --local-dir MODEL",
+    ),
+    "LG301": Code(
+        "error",
+        "the weights cannot be read",
+        "A shard is missing, cut off, or named by an index that belongs to other shards; two "
+        "shards hold the same tensor; or the weights are a pickle, which is never opened.",
+        "the index names model-00002-of-00002.safetensors, which is not there.",
+        "hf download NAME --local-dir MODEL",
+    ),
+    "LG302": Code(
+        "error",
+        "fewer rows than tokens",
+        "The tokenizer was extended and the model was not. The first new token ends in an index "
+        "error, on a GPU in `device-side assert triggered`.",
+        "embed_tokens has 32,000 rows, the tokenizer 33,296 tokens.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG303": Code(
+        "note",
+        "more rows than tokens: padding",
+        "Tables are padded to a multiple of 64 or 128 for speed. That is as it should be, and "
+        "nothing may cut them off.",
+        "Qwen3 has 151,936 rows and 151,669 tokens.",
+        "nothing to mend",
+    ),
+    "LG304": Code(
+        "error",
+        "vocabulary tensors have different numbers of rows, or cannot be told",
+        "Embedding and head were resized by different code, or the weights were saved half-way; or "
+        "the layout is not known and has to be named.",
+        "embed_tokens has 32,016 rows, lm_head 32,000.",
+        "train and save it with one tokenizer; of an unknown layout, lexigraft graft ... --tensor "
+        "NAME=embed, which records what it was told",
+    ),
+    "LG305": Code(
+        "error",
+        "untied by the config, but no output head is stored",
+        "A tied model was saved with tie_word_embeddings = false, or its head was lost. Loaders "
+        "fill the head with noise and only warn.",
+        "tie_word_embeddings is false, no tensor is called lm_head.weight.",
+        "set tie_word_embeddings to true in config.json, if this model ties them",
+    ),
+    "LG306": Code(
+        "note",
+        "tied by the config, but an output head is stored",
+        "Harmless where both hold the same. Where they differ, one of them is lost on loading, "
+        "and which depends on the loader: `--deep` compares them (LG705).",
+        "tie_word_embeddings is true, and lm_head.weight is in the file.",
+        "lexigraft check MODEL --deep",
+    ),
+    "LG307": Code(
+        "error",
+        "a tensor of the weights is empty",
+        "DeepSpeed ZeRO-3 cuts every tensor into one part per rank; the model was saved without "
+        "gathering them.",
+        "embed_tokens has shape [0].",
+        "python zero_to_fp32.py CHECKPOINT OUT, in the training folder",
+    ),
+    "LG401": Code(
+        "error",
+        "the adapter has more rows than the model",
+        "Tokens were added before the adapter was trained, and the adapter is used on the base as "
+        "it was. PEFT says `size mismatch ... torch.Size([33296, 4096]) from checkpoint, the shape "
+        "in current model is torch.Size([32000, 4096])`.",
+        "the adapter has 33,296 rows, the model 32,000.",
+        "lexigraft merge BASE ADAPTER -o MERGED",
+    ),
+    "LG402": Code(
+        "warning",
+        "the adapter has fewer rows than the model",
+        "The trainer resized the model to the length of its tokenizer and cut padding rows off, or "
+        "the model was extended after the training. PEFT stops with a size mismatch.",
+        "the adapter has 151,666 rows, the model 151,936.",
+        "lexigraft merge MODEL ADAPTER -o MERGED",
+    ),
+    "LG403": Code(
+        "error",
+        "a tensor of the adapter is empty",
+        "It was saved from one rank of DeepSpeed ZeRO-3 without gathering the others.",
+        "lora_A of embed_tokens has shape [0].",
+        "python zero_to_fp32.py CHECKPOINT OUT, or save with "
+        "stage3_gather_16bit_weights_on_model_save",
+    ),
+    "LG404": Code(
+        "error",
+        "the adapter's tokenizer is no extension of the model's",
+        "Model and adapter were extended by different lists of tokens, or a tokenizer was copied "
+        "into the wrong folder. Sizes may agree; the rows belong to other words all the same.",
+        "id 32,000 is `▁angina` in the adapter and `▁tensor` in the model.",
+        "lexigraft check OTHER --adapter ADAPTER (OTHER: the model it was trained on)",
+    ),
+    "LG405": Code(
+        "error",
+        "the adapter's new rows belong to unknown tokens",
+        "The training script saved no tokenizer beside the adapter. Its rows can be counted, but "
+        "not read.",
+        "the adapter has 33,296 rows, the model 32,000, and no tokenizer file lies beside it.",
+        "lexigraft merge BASE ADAPTER --tokenizer TOKENIZER -o MERGED",
+    ),
+    "LG406": Code(
+        "warning",
+        "the adapter was trained on more tokens than the model's tokenizer has",
+        "The new tokens took padding rows of the base, so that sizes agree. With the base's "
+        "tokenizer they never occur, and what they learned is not used.",
+        "the adapter's tokenizer has 151,700 tokens, the model's 151,669, both have 151,936 rows.",
+        "lexigraft merge BASE ADAPTER -o MERGED",
+    ),
+    "LG407": Code(
+        "error",
+        "the adapter's tokenizer has more tokens than anything holds rows for",
+        "The embedding was resized for the training but not saved: PEFT's save_embedding_layers "
+        "was off, or another tokenizer was copied beside the adapter.",
+        "the tokenizer has 33,296 tokens, model and adapter hold 32,000 rows.",
+        "merge it into the resized model that it was trained on",
+    ),
+    "LG408": Code(
+        "error",
+        "the adapter's tensors do not fit the model's",
+        "It was trained on a model of another size or another kind.",
+        "lora_A of q_proj has 4,096 columns, q_proj has 2,048.",
+        "see base_model_name_or_path in adapter_config.json",
+    ),
+    "LG409": Code(
+        "error",
+        "the adapter cannot be read",
+        "A cut download, or an adapter_model.bin, a pickle, which is never opened.",
+        "adapter_model.safetensors announces more bytes than it has.",
+        "save the adapter with a current version of PEFT",
+    ),
+    "LG410": Code(
+        "warning",
+        "a kind of adapter that merge refuses",
+        "DoRA, LoRA on experts and others need the model to be merged. The adapter itself may "
+        "be sound.",
+        "adapter_config.json says use_dora = true.",
+        "merge it with PEFT: PeftModel(...).merge_and_unload()",
+    ),
+    "LG501": Code(
+        "error",
+        "the manifest cannot be read",
+        "lexigraft.json was edited, cut off, or written by a newer version.",
+        "lexigraft.json is of format 99.",
+        "copy lexigraft.json again from the step that wrote it, or update lexigraft",
+    ),
+    "LG502": Code(
+        "error",
+        "the tokenizer is not the one of the manifest",
+        "Tokenizer files of another step or model were copied into the folder. The rows belong "
+        "to the words of the manifest's tokenizer.",
+        "token map 1f0c..., the manifest was written with 9ab2...",
+        "copy the tokenizer files of the step that wrote this folder into it again",
+    ),
+    "LG503": Code(
+        "error",
+        "the weights have other rows than the manifest says",
+        "Weights were resized, or copied from another step, after the manifest was written.",
+        "the manifest says 32,016 rows, the weights have 32,064.",
+        "copy the weights and the manifest from one folder",
+    ),
+    "LG504": Code(
+        "warning",
+        "the tokenizer comes from another manifest",
+        "tokenizer_config.json carries the hash of the manifest it was written with, and that is "
+        "no earlier state of the manifest beside it.",
+        "tokenizer of run A and weights of run B, which learned the same number of tokens.",
+        "copy the tokenizer files and the manifest from one folder",
+    ),
+    "LG601": Code(
+        "error",
+        "ids of the base mean other tokens here",
+        "The tokenizer was trained anew, sorted, or belongs to another model, instead of being "
+        "extended at its end. Every old row belongs to another word then.",
+        "id 300 is `the` in the base and `ing` here.",
+        "lexigraft learn BASE --corpus TEXT -o VOCAB",
+    ),
+    "LG602": Code(
+        "error",
+        "fewer rows than the base",
+        "`resize_token_embeddings(len(tokenizer))` shrinks a padded table.",
+        "the base has 151,936 rows, the result 151,669.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG603": Code(
+        "error",
+        "a tensor of the base is missing or has another shape",
+        "A merge or an export left it out, or the folder holds another model.",
+        "model.norm.weight is missing.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+}
+
+
+def explain(code: str) -> list[str]:
+    """The story of a code, for a person to read.
+
+    Raises:
+        LexigraftError: there is no such code.
+    """
+    story = CODES.get(code.upper())
+    if story is None:
+        raise LexigraftError(
+            f"no code {code}",
+            needed=f"one of {', '.join(CODES)}",
+            fix="lexigraft check --explain LG302",
+        )
+    return [
+        f"{code.upper()} ({story.severity}): {story.meaning}",
+        "",
+        story.cause,
+        "",
+        f"example: {story.example}",
+        f"mend:    {story.mend}",
+    ]
+
+
+def markdown_table() -> list[str]:
+    """The rows of the table in docs/check.md."""
+    return [
+        f"| {code} | {story.severity} | {story.meaning} | {story.cause} | {story.mend} |"
+        for code, story in CODES.items()
+    ]
