@@ -12,6 +12,7 @@ import parts
 HAN = "患者冠状动脉潜伏性感染急慢性肺炎支气管糖尿病高血压心肌梗死"
 TOKENS, ADDED = 372, 12
 LINEAR = ["q_proj", "v_proj", "down_proj"]
+TAKEN_APART = ("lora-embed", "lora-head", "lora-both", "lora-shared")
 NEW = tuple(range(TOKENS, TOKENS + ADDED))
 # form -> the trainable part besides LoRA; None is an adapter without LoRA
 FORMS = {
@@ -21,6 +22,13 @@ FORMS = {
     "saved-embed": {"modules_to_save": ["embed_tokens"]},
     "saved-head": {"modules_to_save": ["lm_head"]},
     "saved-shared": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "lora-embed": {"target_modules": [*LINEAR, "embed_tokens"]},
+    "lora-head": {"target_modules": [*LINEAR, "lm_head"]},
+    "lora-both": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
+    "lora-shared": {
+        "target_modules": [*LINEAR, "embed_tokens", "lm_head"],
+        "ensure_weight_tying": True,
+    },
     "rows": {"trainable_token_indices": [3, *NEW]},
     "rows-both": {"trainable_token_indices": {"embed_tokens": [*NEW], "lm_head": [*NEW]}},
     "rows-only": None,
@@ -155,6 +163,33 @@ def unmerged(grafted: Path, adapter: Path, dtype: str = "auto"):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load(grafted, dtype), adapter).eval()
+
+
+def merged_by_peft(grafted: Path, adapter: Path, form: str, *, tied: bool) -> dict:
+    """The tensors of PEFT's own merge, made to be right where head and embedding are tied.
+
+    There PEFT adds what was trained on either to the one matrix that both share: so the two are
+    taken apart first, and a LoRA that both share is merged into one of them and copied.
+    """
+    import torch
+
+    model, apart = load(grafted), tied and form in TAKEN_APART
+    if apart:
+        model.config.tie_word_embeddings = False
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    if form == "lora-shared":
+        adapter = shutil.copytree(adapter, adapter.parent / "both")
+        targets = FORMS["lora-both"]["target_modules"]
+        edit_adapter_config(adapter, ensure_weight_tying=False, target_modules=targets)
+    from peft import PeftModel
+
+    with torch.no_grad():
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    # On a 16-bit base PEFT casts the two apart and trains two.
+    if form == "lora-shared" and model.dtype == torch.float32:
+        merged["lm_head.weight"] = merged["model.embed_tokens.weight"]
+    return merged
 
 
 def logits(model, rows: int):

@@ -38,6 +38,8 @@ EMBED = "model.embed_tokens"
         (f"base_model.model.{EMBED}.trainable_tokens_delta", "rows", EMBED),
         (f"base_model.model.{EMBED}.token_adapter.base_layer.weight", "base", f"{EMBED}.weight"),
         (f"base_model.model.{EMBED}.base_layer.weight", "base", f"{EMBED}.weight"),
+        (f"base_model.model.{EMBED}.lora_embedding_A", "embedding_A", EMBED),
+        (f"base_model.model.{EMBED}.lora_embedding_B.default", "embedding_B", EMBED),
     ],
 )
 def test_each_layout_of_peft_is_read(name, part, target):
@@ -48,7 +50,6 @@ def test_each_layout_of_peft_is_read(name, part, target):
 @pytest.mark.parametrize(
     ("ending", "form"),
     [
-        ("lora_embedding_A", "LoRA on an embedding"),
         ("lora_magnitude_vector", "DoRA"),
         ("lora_magnitude_vector.default.weight", "DoRA"),
         ("lora_B.bias", "LoRA with a bias"),
@@ -266,7 +267,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, dtype,
     from safetensors.torch import save_file
 
     from lexigraft.adapters import delta
-    from lexigraft.adapters.folder import LowRank
+    from lexigraft.adapters.folder import Addition, LowRank
     from lexigraft.checkpoints.header import read_header
 
     torch.manual_seed(0)
@@ -277,9 +278,9 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, dtype,
     }
     save_file(values, tmp_path / "x.safetensors")
     tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors").tensors}
-    low_rank = LowRank("m", tensors["a"], tensors["b"])
+    addition = Addition(LowRank("m", tensors["a"], tensors["b"]), 0.3, transposed)
     monkeypatch.setattr(delta, "BLOCK_BYTES", 1)
-    blocks = list(merged_blocks(tensors["w"], low_rank, 0.3, transposed=transposed))
+    blocks = list(merged_blocks(tensors["w"], addition))
     change = values["b"] @ values["a"]
     expected = values["w"].clone()
     expected += (change.T if transposed else change) * 0.3
@@ -293,7 +294,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, dtype,
 def test_a_result_beyond_the_type_is_an_error(tmp_path):
     from safetensors.torch import save_file
 
-    from lexigraft.adapters.folder import LowRank
+    from lexigraft.adapters.folder import Addition, LowRank
     from lexigraft.checkpoints.header import read_header
 
     values = {
@@ -303,6 +304,6 @@ def test_a_result_beyond_the_type_is_an_error(tmp_path):
     }
     save_file(values, tmp_path / "x.safetensors")
     tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors").tensors}
-    low_rank = LowRank("m", tensors["a"], tensors["b"])
+    addition = Addition(LowRank("m", tensors["a"], tensors["b"]), 1.0)
     with pytest.raises(LexigraftError, match="not finite"):
-        list(merged_blocks(tensors["w"], low_rank, 1.0, transposed=False))
+        list(merged_blocks(tensors["w"], addition))

@@ -180,7 +180,8 @@ def refusal(path: Path, kind: str) -> RefusalError:
     """The refusal of one kind of adapter."""
     return RefusalError(
         f"{path} describes {kind}",
-        needed="LoRA on linear layers, modules_to_save, saved embeddings or trained token rows",
+        needed="LoRA on linear layers and embeddings, modules_to_save, saved embeddings or trained "
+        "token rows",
         fix="merge it with PEFT on the grafted model: PeftModel(...).merge_and_unload()",
     )
 

@@ -1,13 +1,15 @@
-"""What a LoRA adds to a linear layer, computed as PEFT computes it, in blocks of rows.
+"""What a LoRA adds to a matrix, computed as PEFT computes it, in blocks of rows.
 
-Formula (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A. PEFT 0.21 multiplies in float32 and
-adds to the stored type, so each element is rounded once; this module does the same operations in
-the same order and is bit-identical where a whole tensor fits into one block.
+Formula (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A. PEFT 0.21 multiplies in float32. For a
+linear layer it adds the product to the stored type, so that each element is rounded once; for an
+embedding it casts the product to the stored type first. This module does the same operations in
+the same order and is bit-identical to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.folder import LowRank
+from lexigraft.adapters.folder import Addition
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError
@@ -27,33 +29,71 @@ BLOCK_BYTES = 8 * 2**20
 TILE_ROWS = 64
 
 
-def merged_blocks(
-    weight: Tensor, low_rank: LowRank, scaling: float, *, transposed: bool
-) -> Iterator[npt.NDArray[Any]]:
-    """The rows of W + scaling * B A in the type of W, block by block.
+class Delta:
+    """The change that a LoRA makes to a matrix."""
+
+    def __init__(self, addition: Addition) -> None:
+        """Nothing is read yet."""
+        self._low_rank = addition.low_rank
+        self._scaling = addition.scaling
+        self._transposed = addition.transposed
+
+    def onto(self, rows: npt.NDArray[Any], dtype: str, start: int) -> npt.NDArray[Any]:
+        """`rows` of safetensors type `dtype`, the first of which is row `start`, changed.
+
+        Args:
+            rows: a block of the matrix, which is overwritten.
+            dtype: its safetensors type.
+            start: a number below the rows of the matrix.
+        """
+        block = to_torch(rows, dtype)
+        change = self._rows(start, start + len(rows))
+        block += change.to(block.dtype) if self._low_rank.of_embedding else change
+        return to_numpy(block, dtype)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of s B A, float32, in the layout of the matrix."""
+        if self._transposed:
+            return self._whole[start:stop].mul(self._scaling)
+        first = start - start % TILE_ROWS
+        last = stop + -stop % TILE_ROWS
+        if self._low_rank.of_embedding:
+            product = (self._left @ self._right[:, first:last]).T
+        else:
+            product = self._left[first:last] @ self._right
+        return product[start - first : stop - first].mul_(self._scaling)
+
+    @cached_property
+    def _whole(self) -> torch.Tensor:
+        # The product is formed as B A and then transposed, so that sums run in PEFT's order.
+        return (self._left @ self._right).T
+
+    @cached_property
+    def _left(self) -> torch.Tensor:
+        return _matrix(self._low_rank.b)
+
+    @cached_property
+    def _right(self) -> torch.Tensor:
+        return _matrix(self._low_rank.a)
+
+
+def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[Any]]:
+    """The rows of W + s B A in the type of W, block by block.
 
     Args:
-        weight: W on disk, shape (out, in), or (in, out) if `transposed`.
-        low_rank: A, shape (r, in), and B, shape (out, r).
-        scaling: s.
-        transposed: W is stored (in, out), as GPT-2's Conv1D does.
+        weight: W on disk, shape (out, in), or (in, out) if transposed; of an embedding (V, D).
+        addition: s, A and B.
 
     Raises:
         LexigraftError: the result is not finite.
     """
-    left, right = _matrix(low_rank.b), _matrix(low_rank.a)
-    if transposed:
-        # The product is formed as B A and then transposed, so that sums run in PEFT's order.
-        whole = (left @ right).T
+    delta = Delta(addition)
     step = max(1, BLOCK_BYTES // (4 * weight.shape[1] * TILE_ROWS)) * TILE_ROWS
     for start in range(0, weight.rows, step):
-        stop = min(start + step, weight.rows)
-        change = whole[start:stop] if transposed else left[start:stop] @ right
-        block = to_torch(read_rows(weight, start, stop), weight.dtype)
-        block += change.mul(scaling) if transposed else change.mul_(scaling)
-        merged = to_numpy(block, weight.dtype)
+        block = read_rows(weight, start, min(start + step, weight.rows))
+        merged = delta.onto(block, weight.dtype, start)
         if not all_finite(merged, weight.dtype):
-            raise not_finite(weight.name, low_rank.a.path)
+            raise not_finite(weight.name, addition.low_rank.a.path)
         yield merged
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+import numpy as np
 
 from lexigraft.adapters.config import AdapterConfig
 from lexigraft.adapters.folder import Adapter
@@ -21,9 +23,9 @@ from lexigraft.adapters.vocabulary import (
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, survey
-from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.rows import read_rows
 from lexigraft.checkpoints.tying import is_stored_twice
-from lexigraft.errors import LexigraftError
+from lexigraft.errors import LexigraftError, RefusalError
 
 NOTHING = Change()
 
@@ -121,8 +123,8 @@ def expand(
 
 
 def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change]) -> int:
-    """The rows of the adapter's whole matrices; 0 where it holds none."""
-    counts = {n: by_row(c.full).rows for n, c in changes.items() if c.full is not None}
+    """The rows of the adapter's whole matrices and of its LoRA; 0 where it holds none."""
+    counts = {name: change.rows for name, change in changes.items() if change.rows}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name}: {count:,}" for name, count in sorted(counts.items()))
         raise LexigraftError(
@@ -192,22 +194,71 @@ def _settle_ties(
 
     In a tied model an adapter may hold one of the two or both. One alone stands for both, unless
     it was trained as a copy of its own (`modules_to_save` without `ensure_weight_tying`, or rows
-    of the head only).
+    of the head only). LoRA is added to the one that it was trained on; with
+    `ensure_weight_tying` one LoRA is that of both, and is added once.
     """
     written = {name: changes.get(name, NOTHING) for name in vocabulary.names}
     if not vocabulary.tied:
         return written, False
     embedding, head = vocabulary.embeds[0], vocabulary.head_name
     in_embedding, in_head = written[embedding], changes.get(head, NOTHING)
+    shared = _shared_change(vocabulary, in_embedding, in_head, config)
+    if shared is not None:
+        return {**written, embedding: shared}, True
+    one, other = _separate_changes(in_embedding, in_head, config)
+    return {**written, embedding: one, head: other}, False
+
+
+def _shared_change(
+    vocabulary: VocabularyTensors, in_embedding: Change, in_head: Change, config: AdapterConfig
+) -> Change | None:
+    """The one change of an embedding and the head that is tied to it; None where they differ."""
+    embedding, head = vocabulary.embeds[0], vocabulary.head_name
+    if in_embedding.added or in_head.added:
+        if not _is_one(in_embedding, in_head, config):
+            return None
+        return in_embedding if in_embedding.added else in_head
     if not in_head:
-        if _is_copy(embedding, config) and in_embedding and not _is_copy(head, config):
-            return {**written, head: NOTHING}, False
-        return written, True
+        is_own = in_embedding and _is_copy(embedding, config) and not _is_copy(head, config)
+        return None if is_own else in_embedding
     if not in_embedding and not _is_copy(head, config) and in_head.full is not None:
-        return {**written, embedding: in_head}, True
-    if in_embedding == in_head:
-        return written, True
-    return {**written, head: in_head}, False
+        return in_head
+    return in_embedding if in_embedding == in_head else None
+
+
+def _separate_changes(
+    in_embedding: Change, in_head: Change, config: AdapterConfig
+) -> tuple[Change, Change]:
+    """The changes of an embedding and of the head that was tied to it, each complete.
+
+    PEFT stores the weight that LoRA was trained on where the vocabulary was resized: here it is
+    the other's weight too.
+    """
+    added = [change for change in (in_embedding, in_head) if change.added]
+    if added and (in_embedding.values or in_head.values):
+        raise RefusalError(
+            f"{config.path}: LoRA and trained rows on an embedding and the head tied to it",
+            needed="one of the two",
+            fix="untie the base before the training",
+        )
+    before = next((change.full for change in added if change.full is not None), None)
+    one, other = (replace(change, full=change.full or before) for change in (in_embedding, in_head))
+    return one, other
+
+
+def _is_one(in_embedding: Change, in_head: Change, config: AdapterConfig) -> bool:
+    """True when one LoRA was trained for both.
+
+    With `ensure_weight_tying` PEFT stores it twice. On a 16-bit base the two are cast apart and
+    trained apart nevertheless: then each counts where it is.
+    """
+    if not config.shared_when_tied or in_embedding.added is None or in_head.added is None:
+        return config.shared_when_tied
+    one, other = in_embedding.added.low_rank, in_head.added.low_rank
+    return all(
+        np.array_equal(read_rows(this).T, read_rows(that))
+        for this, that in ((one.a, other.b), (one.b, other.a))
+    )
 
 
 def _is_copy(name: str, config: AdapterConfig) -> bool:

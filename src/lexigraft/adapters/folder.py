@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +26,45 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRA of one linear layer: the weight grows by scaling * B A.
+    """LoRA of one linear layer or embedding: the weight grows by scaling * B A.
 
     Attributes:
         module: the layer.
-        a: A, shape (r, in).
-        b: B, shape (out, r).
+        a: A, shape (r, in); of an embedding (r, V).
+        b: B, shape (out, r); of an embedding (D, r).
+        of_embedding: the layer is an embedding, whose rows grow by the transposed product.
     """
 
     module: str
     a: Tensor
     b: Tensor
+    of_embedding: bool = False
 
     @property
     def rank(self) -> int:
         """r."""
         return self.a.rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that it was trained on: rows, width."""
+        inner, outer = self.a.shape[1], self.b.shape[0]
+        return (inner, outer) if self.of_embedding else (outer, inner)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a LoRA adds to one matrix of the base.
+
+    Attributes:
+        low_rank: its factors.
+        scaling: what their product is multiplied with.
+        transposed: the matrix is stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    low_rank: LowRank
+    scaling: float
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,7 @@ class Adapter:
         folder: where it lies.
         config: its `adapter_config.json`.
         manifest: its `lexigraft.json`, None for an adapter that others saved.
-        low_rank: module -> LoRA.
+        low_rank: module -> LoRA, of linear layers and of embeddings.
         full: name of a tensor of the model -> the values that replace it.
         rows: module of a vocabulary tensor -> values of the trained rows, shape (n, D).
         copies: name of a tensor of the model -> an untrained copy of it, which PEFT stores where
@@ -92,7 +116,7 @@ class Adapter:
             folder,
             config,
             Manifest.read(folder),
-            _low_rank(_by_target(keys, tensors, "lora_A"), _by_target(keys, tensors, "lora_B")),
+            _all_low_rank(keys, tensors),
             _replacements(keys, tensors),
             _by_target(keys, tensors, "rows"),
             _by_target(keys, tensors, "base"),
@@ -149,6 +173,21 @@ def _by_target(keys: Iterable[Key], tensors: Mapping[str, Tensor], part: str) ->
     return found
 
 
+def _all_low_rank(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    linear, embedding = (
+        _low_rank(_by_target(keys, tensors, f"{kind}_A"), _by_target(keys, tensors, f"{kind}_B"))
+        for kind in ("lora", "embedding")
+    )
+    for module in sorted(linear.keys() & embedding.keys()):
+        raise LexigraftError(
+            f"{module} has LoRA of a linear layer and of an embedding",
+            needed="one of the two",
+            fix="save the adapter again",
+        )
+    of_embedding = {n: dataclasses.replace(one, of_embedding=True) for n, one in embedding.items()}
+    return linear | of_embedding
+
+
 def _low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, LowRank]:
     for module in sorted(a.keys() ^ b.keys()):
         there, lost = ("A", "B") if module in a else ("B", "A")
@@ -161,7 +200,7 @@ def _low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Low
         if len(a[module].shape) != 2 or len(b[module].shape) != 2:
             raise RefusalError(
                 f"LoRA of {module} has shapes {list(a[module].shape)}, {list(b[module].shape)}",
-                needed="matrices: LoRA on linear layers",
+                needed="matrices: LoRA on linear layers and embeddings",
                 fix="merge it with PEFT on the grafted model: PeftModel(...).merge_and_unload()",
             )
         if a[module].shape[0] != b[module].shape[1]:

@@ -10,7 +10,18 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["lora_A", "lora_B", "full", "saved", "original", "base", "rows", "refused"]
+Part = Literal[
+    "lora_A",
+    "lora_B",
+    "embedding_A",
+    "embedding_B",
+    "full",
+    "saved",
+    "original",
+    "base",
+    "rows",
+    "refused",
+]
 
 _PREFIX = "base_model.model."
 # A name inside the adapter file -> the part it plays. `.default` is the adapter's own name, which
@@ -18,6 +29,8 @@ _PREFIX = "base_model.model."
 _PARTS: tuple[tuple[str, Part], ...] = (
     (r"\.lora_A(\.default)?\.weight$", "lora_A"),
     (r"\.lora_B(\.default)?\.weight$", "lora_B"),
+    (r"\.lora_embedding_A(\.default)?$", "embedding_A"),
+    (r"\.lora_embedding_B(\.default)?$", "embedding_B"),
     (r"\.(token_adapter\.)?trainable_tokens_delta(\.default)?$", "rows"),
     (r"(\.token_adapter)?\.base_layer\.(?P<leaf>weight)$", "base"),
     (r"\.modules_to_save(\.default)?\.(?P<leaf>.+)$", "saved"),
@@ -25,8 +38,6 @@ _PARTS: tuple[tuple[str, Part], ...] = (
 )
 # Parts of forms that are refused by name: (what is in the key, how it is called).
 REFUSED_FORMS = (
-    ("lora_embedding_A", "LoRA on an embedding"),
-    ("lora_embedding_B", "LoRA on an embedding"),
     ("lora_magnitude_vector", "DoRA"),
     ("lora_B.bias", "LoRA with a bias"),
     ("lora_B.default.bias", "LoRA with a bias"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lexigraft.adapters.config import AdapterConfig, refusal
-from lexigraft.adapters.folder import Adapter, LowRank
+from lexigraft.adapters.folder import Adapter, Addition, LowRank
 from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -32,12 +32,12 @@ class Matched:
     """An adapter sorted by the tensors of the base.
 
     Attributes:
-        linear: name of a weight -> the LoRA that is added to it.
+        linear: name of a weight outside the vocabulary -> the LoRA that is added to it.
         replaced: name of a tensor outside the vocabulary -> its new values.
         vocabulary: name of a vocabulary tensor -> its change; only those that change.
     """
 
-    linear: Mapping[str, LowRank]
+    linear: Mapping[str, Addition]
     replaced: Mapping[str, Tensor]
     vocabulary: Mapping[str, Change]
 
@@ -56,16 +56,18 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
         vocabulary: the base's vocabulary tensors.
 
     Raises:
-        RefusalError: LoRA on a vocabulary tensor, or a weight that is quantised.
+        RefusalError: a weight that is quantised, or a combination of forms that has no one meaning.
         LexigraftError: a tensor fits nothing in the base, or has another shape.
     """
     # A tied head is not stored, but an adapter may hold it.
     unstored = {vocabulary.head_name} if vocabulary.tied else set()
     vocabulary_names = {*vocabulary.names, *unstored}
     find = _Finder(checkpoint, unstored)
-    linear = _linear(adapter, checkpoint, find, vocabulary_names)
+    added = _additions(adapter, checkpoint, find, vocabulary_names)
     full = find.all(adapter.full)
-    changes = _vocabulary_changes(adapter, find, full, vocabulary_names)
+    _require_one_change(added.keys() & full.keys(), adapter, "replaces")
+    changes = _vocabulary_changes(adapter, find, full, added, vocabulary_names)
+    linear = {n: addition for n, addition in added.items() if n not in vocabulary_names}
     replaced = {n: tensor for n, tensor in full.items() if n not in vocabulary_names}
     for name, tensor in replaced.items():
         _require_shape(tensor, checkpoint.tensors[name].shape, name)
@@ -73,13 +75,6 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     for name, change in changes.items():
         base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
         _require_width(change, base, name)
-    twice = linear.keys() & replaced.keys()
-    if twice:
-        raise LexigraftError(
-            f"{adapter.weights} both replaces {min(twice)} and adds LoRA to it",
-            needed="one change per tensor",
-            fix="save the adapter again",
-        )
     return Matched(linear, replaced, changes)
 
 
@@ -131,39 +126,55 @@ def _spellings(target: str) -> Iterable[str]:
             yield old + target.removeprefix(new)
 
 
-def _linear(
+def _require_one_change(twice: Iterable[str], adapter: Adapter, what: str) -> None:
+    for name in sorted(twice):
+        raise LexigraftError(
+            f"{adapter.weights} both {what} {name} and adds LoRA to it",
+            needed="one change per tensor",
+            fix="save the adapter again",
+        )
+
+
+def _additions(
     adapter: Adapter, checkpoint: Checkpoint, find: _Finder, vocabulary: set[str]
-) -> dict[str, LowRank]:
-    found: dict[str, LowRank] = {}
+) -> dict[str, Addition]:
+    found: dict[str, Addition] = {}
     for module, low_rank in adapter.low_rank.items():
         name = find.name(f"{module}.weight", low_rank.a.name)
-        if name in vocabulary:
-            raise refusal(adapter.weights, f"LoRA on a vocabulary tensor ({module})")
-        weight = checkpoint.tensors[name]
-        _require_float(weight)
-        _require_linear(low_rank, weight, adapter.config, checkpoint)
+        transposed = False
+        if name not in vocabulary:  # whose rows may be more or fewer
+            weight = checkpoint.tensors[name]
+            _require_float(weight)
+            transposed = _is_transposed(low_rank, weight, adapter.config, checkpoint)
         if name in found:
-            raise _claimed_twice(name, low_rank.a, found[name].a)
-        found[name] = low_rank
+            raise _claimed_twice(name, low_rank.a, found[name].low_rank.a)
+        scaling = adapter.config.scaling(module, low_rank.rank)
+        found[name] = Addition(low_rank, scaling, transposed)
     return found
 
 
-def _require_linear(
+def _is_transposed(
     low_rank: LowRank, weight: Tensor, config: AdapterConfig, checkpoint: Checkpoint
-) -> None:
-    out_in = (low_rank.b.shape[0], low_rank.a.shape[1])
-    expected = out_in[::-1] if config.transposed else out_in
-    if weight.shape != expected:
+) -> bool:
+    """True when the base stores this weight (in, out).
+
+    PEFT turns fan_in_fan_out on and off by the class of each layer and saves only the last state:
+    the config's word counts where neither the shape nor the architecture tells.
+    """
+    shape = low_rank.shape
+    may_be = not low_rank.of_embedding and (config.transposed or _has_conv1d(checkpoint))
+    if weight.shape not in ({shape, shape[::-1]} if may_be else {shape}):
         raise LexigraftError(
-            f"LoRA of {low_rank.module} changes a matrix of shape {list(expected)}, the base "
+            f"LoRA of {low_rank.module} changes a matrix of shape {list(shape)}, the base "
             f"has {list(weight.shape)}",
             needed=_THE_BASE,
             fix=_NAME_IT,
         )
-    # PEFT turns fan_in_fan_out off, without a note in the config, for a layer that is no Conv1D;
-    # a square matrix does not tell.
-    if config.transposed and out_in[0] == out_in[1] and not _has_conv1d(checkpoint):
+    if not may_be or shape[0] != shape[1]:
+        return weight.shape != shape
+    if not _has_conv1d(checkpoint):
         raise refusal(config.path, f"fan_in_fan_out on the square matrix {low_rank.module}")
+    return True
 
 
 def _has_conv1d(checkpoint: Checkpoint) -> bool:
@@ -171,14 +182,18 @@ def _has_conv1d(checkpoint: Checkpoint) -> bool:
 
 
 def _vocabulary_changes(
-    adapter: Adapter, find: _Finder, full: Mapping[str, Tensor], vocabulary: set[str]
+    adapter: Adapter,
+    find: _Finder,
+    full: Mapping[str, Tensor],
+    added: Mapping[str, Addition],
+    vocabulary: set[str],
 ) -> dict[str, Change]:
     copies = find.all(adapter.copies)
     rows = find.all({f"{module}.weight": tensor for module, tensor in adapter.rows.items()})
     modules = {rows_name: module for module, rows_name in zip(adapter.rows, rows, strict=True)}
     for name, tensor in copies.items():
-        if name not in rows:
-            raise refusal(adapter.weights, f"LoRA on a vocabulary tensor ({tensor.name})")
+        if name not in vocabulary or name not in {*rows, *added}:
+            raise refusal(adapter.weights, f"a copy of a weight that it does not change ({name})")
         if name in full and not same_values(full[name], tensor):
             raise LexigraftError(
                 f"{tensor.name} and {full[name].name} are two different copies of {name}",
@@ -187,9 +202,10 @@ def _vocabulary_changes(
             )
     for name in sorted(rows.keys() - vocabulary):
         raise refusal(adapter.weights, f"trained rows of {name}, which is no vocabulary tensor")
+    _require_one_change(added.keys() & rows.keys(), adapter, "trains rows of")
     changes = {}
-    for name in sorted(vocabulary & (full.keys() | rows.keys())):
-        change = Change(full.get(name, copies.get(name)))
+    for name in sorted(vocabulary & {*full, *rows, *added}):
+        change = Change(full.get(name, copies.get(name)), added=added.get(name))
         if name in rows:
             ids = adapter.config.ids_of(modules[name]) or _shared_ids(adapter)
             single = single_rows(modules[name], rows[name], ids, adapter.config.path)
@@ -223,6 +239,8 @@ def _require_width(change: Change, base: Tensor, name: str) -> None:
     for tensor in (change.full, change.values):
         if tensor is not None and by_row(tensor).shape[1:] != width:
             raise _other_base(tensor, name, base.shape)
+    if change.added is not None and change.added.low_rank.shape[1:] != width:
+        raise _other_base(change.added.low_rank.b, name, base.shape)
 
 
 def _require_float(tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lexigraft.adapters.expand import Expansion
-from lexigraft.adapters.folder import Adapter, LowRank
+from lexigraft.adapters.folder import Addition
 from lexigraft.adapters.match import Matched
 from lexigraft.adapters.vocabulary import replaced_blocks
 from lexigraft.checkpoints.architectures import VocabularyTensors
@@ -22,7 +22,6 @@ from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 def merged_plan(
     checkpoint: Checkpoint,
     vocabulary: VocabularyTensors,
-    adapter: Adapter,
     matched: Matched,
     expansion: Expansion,
 ) -> Plan:
@@ -31,14 +30,12 @@ def merged_plan(
     Args:
         checkpoint: the base.
         vocabulary: its vocabulary tensors.
-        adapter: whose config gives the scaling.
         matched: the adapter by tensors of the base.
         expansion: the vocabulary tensors of the result.
     """
     plan = Plan.of(checkpoint)
     changed = [
-        _with_lora(checkpoint.tensors[name], low_rank, adapter)
-        for name, low_rank in matched.linear.items()
+        _with_lora(checkpoint.tensors[name], addition) for name, addition in matched.linear.items()
     ]
     changed += [
         _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
@@ -55,14 +52,11 @@ def merged_plan(
     return plan.replace(changed)
 
 
-def _with_lora(weight: Tensor, low_rank: LowRank, adapter: Adapter) -> PlannedTensor:
-    scaling = adapter.config.scaling(low_rank.module, low_rank.rank)
-    transposed = adapter.config.transposed
-
+def _with_lora(weight: Tensor, addition: Addition) -> PlannedTensor:
     def blocks() -> Iterator[npt.NDArray[Any]]:
         from lexigraft.adapters.delta import merged_blocks
 
-        return merged_blocks(weight, low_rank, scaling, transposed=transposed)
+        return merged_blocks(weight, addition)
 
     return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
 

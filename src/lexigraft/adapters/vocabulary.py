@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
+from lexigraft.adapters.folder import Addition
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
 from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
 from lexigraft.errors import LexigraftError
+
+if TYPE_CHECKING:
+    from lexigraft.adapters.delta import Delta
 
 Array = npt.NDArray[Any]
 RowReader = Callable[[int, int], Array]
@@ -35,14 +39,23 @@ class Change:
         full: values of every row that the adapter knows, None where it holds none.
         ids: token ids whose rows were trained singly, in the order of `values`.
         values: those rows, shape (len(ids), D).
+        added: LoRA that is added to the rows, those of `full` where there are some.
     """
 
     full: Tensor | None = None
     ids: tuple[int, ...] = ()
     values: Tensor | None = None
+    added: Addition | None = None
 
     def __bool__(self) -> bool:
-        return self.full is not None or self.values is not None
+        return any(part is not None for part in (self.full, self.values, self.added))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model that it was trained on; 0 where it does not tell."""
+        if self.added is not None:
+            return self.added.low_rank.shape[0]
+        return 0 if self.full is None else by_row(self.full).rows
 
 
 @dataclass(frozen=True)
@@ -72,13 +85,15 @@ class VocabularyRows:
         name: under which it is written.
         base: the base tensor that it takes type and width from.
         spans: its rows, in order, without a hole.
-        change: whose single rows lie over the spans.
+        change: whose single rows lie over the spans, and whose LoRA is added to them.
+        added_rows: how many rows LoRA is added to, from the first.
     """
 
     name: str
     base: Tensor
     spans: tuple[Span, ...]
     change: Change
+    added_rows: int = 0
 
     @property
     def rows(self) -> int:
@@ -109,7 +124,7 @@ class VocabularyRows:
         row_bytes = by_row(self.base).row_bytes
         parts = tuple(
             CopyRows(span.copied, span.start, span.stop)
-            if span.copied is not None and not self._touched(span.start, span.stop).size
+            if span.copied is not None and not self._is_changed(span)
             else Compute((span.stop - span.start) * row_bytes, partial(self._blocks, span))
             for span in self.spans
         )
@@ -122,7 +137,8 @@ class VocabularyRows:
         """Where each row comes from, for a person to read."""
         spans = ", ".join(f"{_ids(span.start, span.stop)} {span.origin}" for span in self.spans)
         single = f"; {len(self.change.ids):,} single rows the adapter's" if self.change.ids else ""
-        return f"{self.name}: {self.rows:,} rows: {spans}{single}"
+        added = f"; LoRA on rows {_ids(0, self.added_rows)}" if self.added_rows else ""
+        return f"{self.name}: {self.rows:,} rows: {spans}{single}{added}"
 
     def _blocks(self, span: Span) -> Iterator[Array]:
         step = block_rows(by_row(self.base))
@@ -134,13 +150,26 @@ class VocabularyRows:
         with np.errstate(over="ignore"):  # found below, with the name of the file
             rows = np.array(span.read(start, stop), dtype=dtype)
             self._lay_single_rows(rows, start, stop)
-        if span.copied is None and not all_finite(rows, self.base.dtype):
+            if self.change.added is not None and start < self.added_rows:
+                changed = rows[: self.added_rows - start]
+                changed[:] = self._delta.onto(changed, self.base.dtype, start)
+        if (span.copied is None or self.added_rows) and not all_finite(rows, self.base.dtype):
             raise LexigraftError(
                 f"{self.name}: rows {_ids(start, stop)} are not finite after the merge",
                 needed=f"finite numbers within the range of {self.base.dtype}",
                 fix="look at the training run of the adapter: its loss became NaN or infinite",
             )
         return rows
+
+    @cached_property
+    def _delta(self) -> Delta:
+        from lexigraft.adapters.delta import Delta
+
+        assert self.change.added is not None
+        return Delta(self.change.added)
+
+    def _is_changed(self, span: Span) -> bool:
+        return bool(self._touched(span.start, span.stop).size) or span.start < self.added_rows
 
     def _touched(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Places in `change.ids` whose id lies in [start, stop), ascending."""
@@ -182,7 +211,7 @@ def vocabulary_rows(
         base: the base's tensor, R rows before.
         change: what the adapter does to it; its single ids must lie below `growth.tokens`.
         growth: from how many rows to how many.
-        full_rows: how many rows of `change.full` count.
+        full_rows: how many rows of `change.full` and of its LoRA count.
         rebuilt: gives rows [start, stop) of the new ones, counted from 0, where they can be
             made again exactly.
         lost: what a manifest names as their source and does not hold, if any.
@@ -212,7 +241,7 @@ def vocabulary_rows(
             add(growth.tokens, origin, read)
     add(growth.rows_before, "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: _repeated(mean(), stop - start))
-    return VocabularyRows(name, base, tuple(spans), change)
+    return VocabularyRows(name, base, tuple(spans), change, full_rows if change.added else 0)
 
 
 def _new_rows(

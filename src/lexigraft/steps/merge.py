@@ -203,7 +203,7 @@ def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
         adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
     )
     _say_if_other_base(checkpoint, adapter, tokenizer)
-    plan = merged_plan(checkpoint, vocabulary, adapter, matched, expansion)
+    plan = merged_plan(checkpoint, vocabulary, matched, expansion)
     return _Job(checkpoint, adapter, vocabulary, tokenizer, matched, expansion, plan)
 
 
