@@ -38,6 +38,8 @@ EMBED = "model.embed_tokens"
         (f"base_model.model.{EMBED}.trainable_tokens_delta", "rows", EMBED),
         (f"base_model.model.{EMBED}.token_adapter.base_layer.weight", "base", f"{EMBED}.weight"),
         (f"base_model.model.{EMBED}.base_layer.weight", "base", f"{EMBED}.weight"),
+        (f"base_model.model.{LAYER}.lora_B.bias", "lora_bias", LAYER),
+        (f"base_model.model.{LAYER}.base_layer.bias", "full", f"{LAYER}.bias"),
         (f"base_model.model.{EMBED}.lora_embedding_A", "embedding_A", EMBED),
         (f"base_model.model.{EMBED}.lora_embedding_B.default", "embedding_B", EMBED),
     ],
@@ -52,8 +54,6 @@ def test_each_layout_of_peft_is_read(name, part, target):
     [
         ("lora_magnitude_vector", "DoRA"),
         ("lora_magnitude_vector.default.weight", "DoRA"),
-        ("lora_B.bias", "LoRA with a bias"),
-        ("base_layer.bias", "a trained bias"),
         ("base_layer.lora_A.weight", "LoRA on bare parameters (experts)"),
         ("lora_E", "AdaLoRA"),
         ("ia3_l", "IA3"),
@@ -75,8 +75,6 @@ def config(tmp_path, **values):
     ("values", "named"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "biases"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "replicates layers"),
         ({"use_qalora": True}, "QALoRA"),

@@ -172,36 +172,67 @@ def test_scaling_of_embedding_and_head_is_peft_s(tmp_path, dtype):
     assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
 
 
-@pytest.mark.parametrize("fan_in_fan_out", [True, False])
-@pytest.mark.parametrize("more", ["c_proj", "wpe"])
-def test_conv1d_weights_are_changed_transposed(tmp_path, more, fan_in_fan_out):
-    from peft import LoraConfig, PeftModel, get_peft_model
+def gpt2_with_adapter(root, dtype="float32", **lora):
+    """A tiny GPT-2, whose linear layers are Conv1D with biases, and an adapter of it."""
+    from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    base = adapter_parts.parts.write_byte_level(tmp_path / "base", vocab_size=TOKENS)
-    GPT2LMHeadModel(config).save_pretrained(base)
-    lora = LoraConfig(
-        r=4,
-        target_modules=["c_attn", more],
-        fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(adapter_parts.load(base), lora)
+    base = adapter_parts.parts.write_byte_level(root / "base", vocab_size=TOKENS)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    model.to(getattr(torch, dtype)).save_pretrained(base)
+    options = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, **lora}
+    model = get_peft_model(adapter_parts.load(base), LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "adapter")
-    adapter_parts.edit_adapter_config(tmp_path / "adapter", fan_in_fan_out=fan_in_fan_out)
-    result = merge(base, tmp_path / "adapter", output=tmp_path / "merged", prove=True)
-    assert result.difference < 1e-4
-    peft = PeftModel.from_pretrained(adapter_parts.load(base), tmp_path / "adapter")
+    model.save_pretrained(root / "adapter")
+    return base, root / "adapter"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"target_modules": ["c_attn", "wpe"]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+    ],
+    ids=lambda lora: "-".join(map(str, lora.values())),
+)
+def test_conv1d_and_biases_are_peft_s(tmp_path, lora, dtype):
+    from peft import PeftModel
+
+    base, adapter = gpt2_with_adapter(tmp_path, dtype, **lora)
+    result = merge(base, adapter, output=tmp_path / "merged", prove=True)
+    assert result.difference < (1e-4 if dtype == "float32" else result.limit)
+    peft = PeftModel.from_pretrained(adapter_parts.load(base), adapter)
     with torch.no_grad():
         expected = peft.merge_and_unload().state_dict()
     ours = adapter_parts.load(tmp_path / "merged").state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    old = adapter_parts.load(base).state_dict()
+    moved = {name.split(".")[-1] for name in old if not torch.equal(old[name], ours[name])}
+    assert moved == ({"weight", "bias"} if {"bias", "lora_bias"} & lora.keys() else {"weight"})
+
+
+def test_the_layers_tell_what_is_transposed_not_the_config(tmp_path):
+    """PEFT saves the option of the layer that it adapted last."""
+    base, adapter = gpt2_with_adapter(tmp_path)
+    merge(base, adapter, output=tmp_path / "on")
+    adapter_parts.edit_adapter_config(adapter, fan_in_fan_out=False)
+    merge(base, adapter, output=tmp_path / "off")
+    assert weights(tmp_path / "on").keys() == weights(tmp_path / "off").keys()
+    for name, tensor in weights(tmp_path / "on").items():
+        assert torch.equal(tensor, weights(tmp_path / "off")[name])
 
 
 def image_text_model(folder):
@@ -690,7 +721,7 @@ def refused(base, adapter, output, match):
     ("lora", "named"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "biases"),
+        ({"lora_bias": True}, "it has none"),
         ({"init_lora_weights": "olora"}, "olora"),
     ],
     ids=["dora", "bias", "olora"],

@@ -20,6 +20,7 @@ CONFIG = "adapter_config.json"
 # Options that change how an adapter was found or trained, never what its tensors mean.
 _HARMLESS = {
     "auto_mapping",
+    "bias",  # the file holds the biases that were trained
     "base_model_name_or_path",
     "corda_config",  # read only with init_lora_weights=corda, which is refused
     "enable_lora",  # PEFT 0.2, always null
@@ -49,6 +50,7 @@ _READ = {
     "fan_in_fan_out",
     "init_lora_weights",
     "lora_alpha",
+    "lora_bias",
     "r",
     "rank_pattern",
     "token_indices",
@@ -58,10 +60,8 @@ _READ = {
 _REFUSED = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which acts on some positions only",
     "arrow_config": "an Arrow router over several adapters",
-    "bias": "an adapter that trains biases",
     "kasa_config": "KaSA",
     "layer_replication": "an adapter that replicates layers",
-    "lora_bias": "LoRA with a bias (lora_bias)",
     "megatron_config": "a Megatron adapter",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters (target_parameters, used for experts)",

@@ -53,20 +53,14 @@ class Delta:
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of s B A, float32, in the layout of the matrix."""
-        if self._transposed:
-            return self._whole[start:stop].mul(self._scaling)
         first = start - start % TILE_ROWS
         last = stop + -stop % TILE_ROWS
-        if self._low_rank.of_embedding:
+        if self._low_rank.of_embedding or self._transposed:
+            # Formed as B A and then transposed, so that sums run in PEFT's order.
             product = (self._left @ self._right[:, first:last]).T
         else:
             product = self._left[first:last] @ self._right
         return product[start - first : stop - first].mul_(self._scaling)
-
-    @cached_property
-    def _whole(self) -> torch.Tensor:
-        # The product is formed as B A and then transposed, so that sums run in PEFT's order.
-        return (self._left @ self._right).T
 
     @cached_property
     def _left(self) -> torch.Tensor:
@@ -95,6 +89,21 @@ def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[An
         if not all_finite(merged, weight.dtype):
             raise not_finite(weight.name, addition.low_rank.a.path)
         yield merged
+
+
+def merged_bias(bias: Tensor, addition: Addition) -> npt.NDArray[Any]:
+    """The bias of a layer, shape (out,), plus s times the bias of its LoRA.
+
+    Raises:
+        LexigraftError: the result is not finite.
+    """
+    assert addition.low_rank.bias is not None
+    block = to_torch(read_rows(bias), bias.dtype)
+    block += _matrix(addition.low_rank.bias).mul_(addition.scaling)
+    merged = to_numpy(block, bias.dtype)
+    if not all_finite(merged, bias.dtype):
+        raise not_finite(bias.name, addition.low_rank.bias.path)
+    return merged
 
 
 def not_finite(name: str, path: Any) -> LexigraftError:

@@ -33,12 +33,14 @@ class LowRank:
         a: A, shape (r, in); of an embedding (r, V).
         b: B, shape (out, r); of an embedding (D, r).
         of_embedding: the layer is an embedding, whose rows grow by the transposed product.
+        bias: the layer's bias grows by scaling * this, shape (out,); None without `lora_bias`.
     """
 
     module: str
     a: Tensor
     b: Tensor
     of_embedding: bool = False
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -184,8 +186,16 @@ def _all_low_rank(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, L
             needed="one of the two",
             fix="save the adapter again",
         )
-    of_embedding = {n: dataclasses.replace(one, of_embedding=True) for n, one in embedding.items()}
-    return linear | of_embedding
+    found = linear | {n: dataclasses.replace(x, of_embedding=True) for n, x in embedding.items()}
+    for module, bias in _by_target(keys, tensors, "lora_bias").items():
+        if module not in linear or bias.shape != linear[module].b.shape[:1]:
+            raise LexigraftError(
+                f"{bias.name} has shape {list(bias.shape)} and belongs to no LoRA of that size",
+                needed="both halves of a LoRA, and its bias",
+                fix="save the adapter again",
+            )
+        found[module] = dataclasses.replace(found[module], bias=bias)
+    return found
 
 
 def _low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, LowRank]:

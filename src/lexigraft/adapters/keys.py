@@ -15,6 +15,7 @@ Part = Literal[
     "lora_B",
     "embedding_A",
     "embedding_B",
+    "lora_bias",
     "full",
     "saved",
     "original",
@@ -29,6 +30,8 @@ _PREFIX = "base_model.model."
 _PARTS: tuple[tuple[str, Part], ...] = (
     (r"\.lora_A(\.default)?\.weight$", "lora_A"),
     (r"\.lora_B(\.default)?\.weight$", "lora_B"),
+    (r"\.lora_B(\.default)?\.bias$", "lora_bias"),
+    (r"\.base_layer\.(?P<leaf>bias)$", "full"),
     (r"\.lora_embedding_A(\.default)?$", "embedding_A"),
     (r"\.lora_embedding_B(\.default)?$", "embedding_B"),
     (r"\.(token_adapter\.)?trainable_tokens_delta(\.default)?$", "rows"),
@@ -39,9 +42,6 @@ _PARTS: tuple[tuple[str, Part], ...] = (
 # Parts of forms that are refused by name: (what is in the key, how it is called).
 REFUSED_FORMS = (
     ("lora_magnitude_vector", "DoRA"),
-    ("lora_B.bias", "LoRA with a bias"),
-    ("lora_B.default.bias", "LoRA with a bias"),
-    ("base_layer.bias", "a trained bias"),
     ("base_layer.lora_", "LoRA on bare parameters (experts)"),
     ("lora_diag", "KaSA"),
     ("lora_E", "AdaLoRA"),

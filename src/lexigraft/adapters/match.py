@@ -33,18 +33,20 @@ class Matched:
 
     Attributes:
         linear: name of a weight outside the vocabulary -> the LoRA that is added to it.
+        biases: name of a bias -> the LoRA whose bias is added to it.
         replaced: name of a tensor outside the vocabulary -> its new values.
         vocabulary: name of a vocabulary tensor -> its change; only those that change.
     """
 
     linear: Mapping[str, Addition]
+    biases: Mapping[str, Addition]
     replaced: Mapping[str, Tensor]
     vocabulary: Mapping[str, Change]
 
     @property
     def tensors(self) -> int:
         """How many tensors of the base change."""
-        return len(self.linear) + len(self.replaced) + len(self.vocabulary)
+        return len(self.linear) + len(self.biases) + len(self.replaced) + len(self.vocabulary)
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Matched:
@@ -65,7 +67,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     find = _Finder(checkpoint, unstored)
     added = _additions(adapter, checkpoint, find, vocabulary_names)
     full = find.all(adapter.full)
-    _require_one_change(added.keys() & full.keys(), adapter, "replaces")
+    biases = _biases(added, checkpoint, find, vocabulary_names)
+    _require_one_change({*added, *biases} & full.keys(), adapter, "replaces")
     changes = _vocabulary_changes(adapter, find, full, added, vocabulary_names)
     linear = {n: addition for n, addition in added.items() if n not in vocabulary_names}
     replaced = {n: tensor for n, tensor in full.items() if n not in vocabulary_names}
@@ -75,7 +78,7 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     for name, change in changes.items():
         base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
         _require_width(change, base, name)
-    return Matched(linear, replaced, changes)
+    return Matched(linear, biases, replaced, changes)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,10 @@ class _Finder:
             needed=_THE_BASE,
             fix=_NAME_IT,
         )
+
+    def has(self, target: str) -> bool:
+        """True when the base has a tensor called `target`."""
+        return any(self._has(name) for name in _spellings(target))
 
     def _has(self, name: str) -> bool:
         return name in self.checkpoint.tensors or name in self.unstored
@@ -150,6 +157,29 @@ def _additions(
             raise _claimed_twice(name, low_rank.a, found[name].low_rank.a)
         scaling = adapter.config.scaling(module, low_rank.rank)
         found[name] = Addition(low_rank, scaling, transposed)
+    return found
+
+
+def _biases(
+    added: Mapping[str, Addition], checkpoint: Checkpoint, find: _Finder, vocabulary: set[str]
+) -> dict[str, Addition]:
+    found = {}
+    for weight, addition in added.items():
+        bias, module = addition.low_rank.bias, addition.low_rank.module
+        if bias is None:
+            continue
+        if weight in vocabulary:
+            raise refusal(bias.path, f"LoRA with a bias on the head ({bias.name})")
+        if not find.has(f"{module}.bias"):
+            raise RefusalError(
+                f"{bias.name} in {bias.path} is added to the bias of {module}, and it has none",
+                needed="a base whose layer has a bias: PEFT does not merge this either",
+                fix="train without lora_bias, or keep base and adapter apart",
+            )
+        name = find.name(f"{module}.bias", bias.name)
+        _require_shape(bias, checkpoint.tensors[name].shape, name)
+        _require_float(checkpoint.tensors[name])
+        found[name] = addition
     return found
 
 

@@ -38,6 +38,10 @@ def merged_plan(
         _with_lora(checkpoint.tensors[name], addition) for name, addition in matched.linear.items()
     ]
     changed += [
+        _with_lora_bias(checkpoint.tensors[name], addition)
+        for name, addition in matched.biases.items()
+    ]
+    changed += [
         _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
     ]
     if expansion.tied and expansion.tensors and vocabulary.head_name in checkpoint.tensors:
@@ -59,6 +63,15 @@ def _with_lora(weight: Tensor, addition: Addition) -> PlannedTensor:
         return merged_blocks(weight, addition)
 
     return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
+
+
+def _with_lora_bias(bias: Tensor, addition: Addition) -> PlannedTensor:
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        from lexigraft.adapters.delta import merged_bias
+
+        yield merged_bias(bias, addition)
+
+    return PlannedTensor(bias.name, bias.dtype, bias.shape, (Compute(bias.bytes, blocks),))
 
 
 def _replaced(weight: Tensor, values: Tensor) -> PlannedTensor:
