@@ -20,6 +20,8 @@ from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from lexigraft.checkpoints.config import config_rows
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap
+from lexigraft.manifest import Manifest
+from lexigraft.steps.check import check
 from lexigraft.steps.graft import graft
 from test_architectures import KINDS, TOKENS, build, fake, scores
 
@@ -410,6 +412,11 @@ def test_an_unknown_layout_needs_names_and_takes_them(base, vocab, tmp_path):
     roles = {"wat.weight": "embed", "huh.weight": "head"}
     result = graft(base, vocab, output=tmp_path / "model", tensor_roles=roles)
     assert (result.rows_after, result.tied) == (ROWS, False)
+    # What was told is in the manifest, so that nobody is asked again.
+    model = Checkpoint.open(tmp_path / "model")
+    assert Manifest.read(tmp_path / "model").last("graft").roles == roles
+    assert vocabulary_of(model).heads == ("huh.weight",)
+    assert check(tmp_path / "model").ok
 
 
 # -- biases

@@ -116,7 +116,7 @@ class StartRecord(_Data):
 class GraftRecord(_Data):
     """`graft`: new rows in a checkpoint.
 
-    Without `start`, a record is from before it existed, and keeps its hash.
+    Without `start` or `roles`, a record is as it was before they existed, and keeps its hash.
     """
 
     stage: Literal["graft"] = "graft"
@@ -134,11 +134,17 @@ class GraftRecord(_Data):
     new_rows: dict[str, str] = Field(description="tensor -> sha256 of rows [first_id, tokens)")
     versions: dict[str, str]
     start: StartRecord | None = None
+    roles: dict[str, str] | None = Field(
+        default=None, description="tensor -> role, where `--tensor` named them"
+    )
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
-        return {key: value for key, value in data.items() if key != "start" or value is not None}
+        optional = ("start", "roles")
+        return {
+            key: value for key, value in data.items() if key not in optional or value is not None
+        }
 
 
 class TrainRecord(_Data):

@@ -21,6 +21,7 @@ from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import MANIFEST
 
 Role = Literal["embed", "head", "bias"]
 
@@ -97,14 +98,19 @@ def vocabulary_of(
 
     Args:
         checkpoint: an open one; only headers and config are looked at.
-        roles: tensor name -> `embed`, `head` or `bias`; they win over everything else.
+        roles: tensor name -> `embed`, `head` or `bias`; they win over everything else. Without,
+            those are taken that the folder's manifest holds, if a graft was told them.
 
     Raises:
         RefusalError: rows cannot be added to this model type.
         LexigraftError: nothing found, several candidates, or rows that differ.
     """
     entry = _entry(checkpoint)
-    found = _given(checkpoint, roles or {})
+    recorded = _recorded_roles(checkpoint) if roles is None else {}
+    found = _given(checkpoint, roles or recorded)
+    roles = roles or recorded
+    if recorded and "head" not in found.values():
+        found |= _untied_later(checkpoint, entry, found)
     if not found:
         found = _by_table(checkpoint, entry) if entry else {}
     if "embed" not in found.values() and not roles:
@@ -171,6 +177,29 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
             )
         found[name] = role  # type: ignore[assignment]
     return found
+
+
+def _recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
+    """What `graft --tensor` was told, as far as the tensors are still there."""
+    from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
+
+    if not (checkpoint.folder / MANIFEST).is_file():
+        return {}
+    manifest = Manifest.read(checkpoint.folder)
+    record = manifest.last("graft") if manifest else None
+    told = (record.roles if record else None) or {}
+    return {name: role for name, role in told.items() if name in checkpoint.tensors}
+
+
+def _untied_later(
+    checkpoint: Checkpoint, entry: Mapping[str, Any] | None, found: Mapping[str, Role]
+) -> dict[str, Role]:
+    """The head that a merge has given to a model which was tied when its roles were told."""
+    embeds = _with_role(found, "embed")
+    name = _head_name((), embeds, entry)
+    shapes = {checkpoint.tensors[embed].shape for embed in embeds}
+    head = checkpoint.tensors.get(name)
+    return {name: "head"} if head is not None and head.shape in shapes else {}
 
 
 def _by_table(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> dict[str, Role]:

@@ -129,7 +129,9 @@ def _read_weights(facts: Facts) -> None:
     if any(0 in tensor.shape for tensor in facts.checkpoint.tensors.values()):
         return  # rows of empty tensors mean nothing; LG307 names them
     try:
-        facts.vocabulary = vocabulary_of(facts.checkpoint)
+        # A manifest that cannot be read is a finding already.
+        roles: dict[str, str] | None = {} if facts.manifest is None else None
+        facts.vocabulary = vocabulary_of(facts.checkpoint, roles)
     except LexigraftError as fault:
         facts.unreadable.append(from_error("LG304", "weights", fault))
 

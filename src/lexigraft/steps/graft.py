@@ -310,6 +310,7 @@ class _Job:
     pad_to: int
     plan: Plan
     tables: Mapping[str, _Table]
+    told: Mapping[str, str] | None
 
     def result(
         self, output: Path, sizes: tuple[int, int], *, start: float, link: bool, dry_run: bool
@@ -435,6 +436,7 @@ class _Job:
                 new_rows={name: table.new.hexdigest() for name, table in self.tables.items()},
                 versions=versions(["lexigraft", "numpy"]),
                 start=self._start(),
+                roles=dict(self.told) if self.told else None,
             )
         )
 
@@ -501,6 +503,7 @@ def _prepare(
         pad_to=pad_to,
         plan=Plan.of(checkpoint).replace(planned),
         tables=tables,
+        told=tensor_roles,
     )
 
 
