@@ -63,6 +63,8 @@ def extend(source: Path, target: Path, *, added: int = ADDED, skip: int = 0) -> 
     plain = [t for t in sorted(vocabulary, key=vocabulary.get) if t.isalpha() and len(t) == 2]
     pairs = [(a, b) for a in plain for b in plain if a + b not in vocabulary][skip : skip + added]
     first = TokenMap.read(source).tokens
+    # Loaders number added tokens behind the vocabulary: old ones have to be in it from now on.
+    vocabulary |= {token["content"]: token["id"] for token in data["added_tokens"]}
     for place, (a, b) in enumerate(pairs):
         vocabulary[a + b] = first + place
         data["model"]["merges"].append([a, b])

@@ -138,6 +138,14 @@ def _own_rows(adapter: Facts, needed: AdapterRows) -> Iterator[Finding]:
             needed=f"the tokenizer that it was trained with, of at most {lengths[-1]:,} tokens",
             fix=f"copy that tokenizer into {adapter.folder}",
         )
+    elif adapter.tokens and needed.last_id >= tokens:
+        yield finding(
+            "LG411",
+            ADAPTER_CONFIG,
+            f"trains the row of id {needed.last_id:,}, its tokenizer has {tokens:,} tokens",
+            needed=f"ids below {tokens:,}",
+            fix="train again with the ids of the new tokens",
+        )
 
 
 def _strangers(model: Facts, adapter: Facts) -> Iterator[Finding]:

@@ -83,6 +83,66 @@ CODES: dict[str, Code] = {
         "5,000 added tokens that are not special.",
         "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
     ),
+    "LG107": Code(
+        "warning",
+        "added_tokens_decoder lacks added tokens of tokenizer.json",
+        "A tool edited tokenizer.json alone. transformers 5 builds the tokenizers of Qwen2 and "
+        "GPT-2 kinds from vocabulary and merges, adds what tokenizer_config.json lists, and reads "
+        "every other added token as plain text.",
+        "tokenizer.json has `<|diagnosis|>` as id 151,669, added_tokens_decoder ends at 151,668.",
+        "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json",
+    ),
+    "LG108": Code(
+        "warning",
+        "words are flagged special",
+        "Words were added with `add_special_tokens`. `skip_special_tokens=True`, which every chat "
+        "program sets, leaves them out of what it shows.",
+        "`angina` is a special token: `acute angina` is decoded as `acute`.",
+        "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+    ),
+    "LG109": Code(
+        "note",
+        "a byte-level tokenizer is declared as Llama's",
+        "The class was copied from another model. Some versions of transformers 5 build a "
+        "SentencePiece tokenizer from it and garble every text "
+        "(huggingface/transformers#46686); later ones tell, and read tokenizer.json.",
+        "tokenizer_class is LlamaTokenizerFast, tokenizer.json has a ByteLevel pre-tokenizer.",
+        "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json",
+    ),
+    "LG110": Code(
+        "error",
+        "loaders will give an added token another id than the file",
+        "tokenizer.json was written by hand, or by a tool that leaves holes. Loaders number added "
+        "tokens one after another behind the vocabulary, without a word, so that the token gets "
+        "the row of another.",
+        "`<|call|>` has the id 400 in the file, the vocabulary 360 tokens: it is loaded as 360.",
+        "copy tokenizer.json again from the model, or fill the hole with named tokens",
+    ),
+    "LG111": Code(
+        "warning",
+        "the chat template writes some markers that are no tokens",
+        "The template is of another model, or of another version of this one. Such a marker is "
+        "read in pieces that the model was not trained on.",
+        "the template writes `<|im_start|>` and `<|im_end|>`, only the latter is a token.",
+        "copy the template and the tokenizer from one model",
+    ),
+    "LG112": Code(
+        "error",
+        "a special token is named that the tokenizer does not have",
+        "A trainer or a template set eos or pad in tokenizer_config.json alone. Loaders add the "
+        "token at the end, where the model may have no row.",
+        "pad_token is `[PAD]`, no file has it: it is loaded as id 32,000, there are 32,000 rows.",
+        "set it to a token of the vocabulary, or lexigraft learn BASE --corpus TEXT --special LIST "
+        "-o VOCAB",
+    ),
+    "LG113": Code(
+        "note",
+        "the chat template writes markers of which none is a token",
+        "Some models are trained so (Zephyr), and all is well. Else the template is of another "
+        "model.",
+        "the template writes `<|user|>`, which is read as `<`, `|`, `user`, `|`, `>`.",
+        "nothing to mend, if the model was trained with this template",
+    ),
     "LG201": Code(
         "error",
         "config.json does not state the number of rows that the weights have",
@@ -171,6 +231,23 @@ CODES: dict[str, Code] = {
         "embed_tokens has shape [0].",
         "python zero_to_fp32.py CHECKPOINT OUT, in the training folder",
     ),
+    "LG308": Code(
+        "warning",
+        "the index disagrees with its shards",
+        "A tool replaced a shard and not the index, or the other way round. Loaders that read the "
+        "index alone miss tensors, or reserve memory for too few.",
+        "total_size is 13,476,839,424, the tensors have 13,487,463,424 bytes.",
+        'write the index again: python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('MODEL').save_pretrained('NEW')\"",
+    ),
+    "LG309": Code(
+        "warning",
+        "a shard lies in the folder that the index does not name",
+        "An earlier save was cut into more files. Programs that read every file of a folder take "
+        "its old tensors.",
+        "model-00003-of-00003.safetensors lies beside the index of two shards.",
+        "rm MODEL/model-00003-of-00003.safetensors",
+    ),
     "LG401": Code(
         "error",
         "the adapter has more rows than the model",
@@ -249,6 +326,14 @@ CODES: dict[str, Code] = {
         "be sound.",
         "adapter_config.json says use_dora = true.",
         "merge it with PEFT: PeftModel(...).merge_and_unload()",
+    ),
+    "LG411": Code(
+        "warning",
+        "the adapter trained rows of ids that have no token",
+        "trainable_token_indices was counted from len(tokenizer) of another tokenizer, or from the "
+        "rows of a padded model. What was trained is never used.",
+        "trainable_token_indices ends at 32,040, its tokenizer has 32,016 tokens.",
+        "train again with the ids of the new tokens",
     ),
     "LG501": Code(
         "error",

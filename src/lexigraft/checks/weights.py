@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,12 @@ from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Ids that generation uses, also in lists and lists of lists.
+GENERATION = (
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens", "force_words_ids"),
+)
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def weight_findings(facts: Facts) -> Iterator[Finding]:
@@ -18,6 +25,7 @@ def weight_findings(facts: Facts) -> Iterator[Finding]:
     if facts.checkpoint is None:
         return
     yield from _empty(facts.checkpoint)
+    yield from _index(facts.checkpoint)
     if facts.rows is None:
         return
     yield from _rows(facts, facts.rows)
@@ -37,6 +45,43 @@ def _empty(checkpoint: Checkpoint) -> Iterator[Finding]:
             fix="python zero_to_fp32.py in the training folder, or save with "
             "stage3_gather_16bit_weights_on_model_save",
         )
+
+
+def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The index and the files beside it, against the shards that it names."""
+    index, where = checkpoint.index, "model.safetensors.index.json"
+    fix = "write the index again: load the model with transformers and save it to a new folder"
+    if index is not None:
+        unnamed = [name for name in checkpoint.tensors if name not in index["weight_map"]]
+        metadata = index.get("metadata")
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if unnamed:
+            yield finding(
+                "LG308",
+                where,
+                f"does not name {len(unnamed)} tensors that its shards hold, such as {unnamed[0]}",
+                needed="every tensor in weight_map",
+                fix=fix,
+            )
+        elif isinstance(stated, int | float) and stated != checkpoint.bytes:
+            yield finding(
+                "LG308",
+                where,
+                f"says total_size = {stated:,}, the tensors have {checkpoint.bytes:,} bytes",
+                needed=f"total_size = {checkpoint.bytes:,}",
+                fix=f"set total_size to {checkpoint.bytes} in {checkpoint.folder / where}",
+            )
+    for path in sorted(checkpoint.folder.iterdir()):
+        if _SHARD.fullmatch(path.name) and path.name not in checkpoint.headers:
+            named = "the index" if index is not None else "model.safetensors beside it"
+            yield finding(
+                "LG309",
+                path.name,
+                f"is a shard that {named} does not know: it is of another save",
+                needed="the shards of one save",
+                fix=f"rm {path}",
+            )
+            return
 
 
 def stated_rows(config: dict[str, Any]) -> dict[str, int]:
@@ -131,7 +176,7 @@ def _has_head(config: dict[str, Any]) -> bool:
 
 def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
     """Ids in config.json and generation_config.json, against rows and against the tokenizer."""
-    for key in SPECIAL:
+    for key in (*SPECIAL, *GENERATION):
         named = {
             file: _as_ids(facts.config.get(file, {}).get(key))
             for file in ("config.json", "generation_config.json")
@@ -146,12 +191,15 @@ def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
                     needed=f"an id below {rows:,}",
                     fix=f"set {key} in {facts.folder / file} to the tokenizer's id",
                 )
-        yield from _other_meaning(facts, key, {i for ids in named.values() for i in ids})
+        if key in SPECIAL:
+            yield from _other_meaning(facts, key, {i for ids in named.values() for i in ids})
 
 
 def _as_ids(value: Any) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    if isinstance(value, list):
+        return [i for part in value for i in _as_ids(part)]
+    is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return [value] if is_id else []
 
 
 def _other_meaning(facts: Facts, key: str, ids: set[int]) -> Iterator[Finding]:

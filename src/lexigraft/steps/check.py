@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.checks.adapters import adapter_findings, adapter_rows
+from lexigraft.checks.added import added_findings
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
 from lexigraft.checks.findings import Finding
 from lexigraft.checks.lineage import base_findings, manifest_findings
@@ -127,6 +128,7 @@ def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iter
         if part is not None:
             yield from part.unreadable
             yield from tokenizer_findings(part)
+            yield from added_findings(part)
             yield from weight_findings(part)
             yield from manifest_findings(part)
     if subject.is_adapter:

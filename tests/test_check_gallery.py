@@ -1,0 +1,748 @@
+"""A gallery for `check`: each broken folder gives exactly its finding, no healthy one any above a note.
+
+All are made of two tiny real models and one adapter, saved once; files are edited in copies.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import test_check as small
+from lexigraft.manifest import Manifest
+from lexigraft.steps.check import CheckResult, check
+from parts import write_byte_level, write_model, write_sentencepiece
+from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows, write_manifest
+
+ROWS = TOKENS + ADDED
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Broken = Callable[["Ground"], CheckResult]
+BROKEN: dict[str, tuple[str, Broken]] = {}
+HEALTHY: dict[str, Broken] = {}
+
+
+class Ground:
+    """Fresh copies of healthy folders, made when they are asked for."""
+
+    def __init__(self, source: Path, place: Path) -> None:
+        self._source, self._place = source, place
+
+    def copy(self, name: str) -> Path:
+        target = self._place / name
+        return target if target.exists() else Path(shutil.copytree(self._source / name, target))
+
+    @property
+    def base(self) -> Path:
+        """A tied byte-level model of 360 tokens and rows."""
+        return self.copy("base")
+
+    @property
+    def sp(self) -> Path:
+        """An untied SentencePiece model of 360 tokens and rows, with both tokenizer files."""
+        return self.copy("sp")
+
+    @property
+    def model(self) -> Path:
+        """The byte-level base, extended and grafted, with its manifest."""
+        return self.copy("model")
+
+    @property
+    def adapter(self) -> Path:
+        """An adapter of `sp`, trained with six tokens more, embedding and head saved whole."""
+        return self.copy("adapter")
+
+    @property
+    def shards(self) -> Path:
+        """The byte-level base in two shards with an index."""
+        return self.copy("shards")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("gallery")
+    base, sp = place / "base", place / "sp"
+    write_byte_level(base, vocab_size=TOKENS)
+    write_model(base, tokens=TOKENS, tied=True, eos=TOKENS - 2)
+    write_sentencepiece(sp, vocab_size=TOKENS)
+    write_model(sp, tokens=TOKENS, tied=False, eos=2)
+    edit(base / "config.json", bos_token_id=None)
+    for name in ("config.json", "generation_config.json"):
+        edit(sp / name, bos_token_id=1)
+    model = Path(shutil.copytree(base, place / "model"))
+    extend(base, model)
+    grow_rows(model, ROWS)
+    write_manifest(base, model, rows=ROWS)
+    write_adapter(place / "adapter", extend(sp, place / "vocab"), ROWS)
+    write_shards(Path(shutil.copytree(base, place / "shards")))
+    return place
+
+
+@pytest.fixture
+def ground(source, tmp_path) -> Ground:
+    return Ground(source, tmp_path)
+
+
+def lora(layer: str = "q_proj", inner: int = 32, outer: int = 32) -> dict[str, torch.Tensor]:
+    name = f"base_model.model.model.layers.0.self_attn.{layer}"
+    return {
+        f"{name}.lora_A.weight": torch.ones(2, inner),
+        f"{name}.lora_B.weight": torch.ones(outer, 2),
+    }
+
+
+def saved(rows: int) -> dict[str, torch.Tensor]:
+    return {f"base_model.model.{name}": torch.ones(rows, 32) for name in (EMBED, HEAD)}
+
+
+def write_adapter(folder: Path, vocab: Path | None, rows: int | None, **config: object) -> Path:
+    """An adapter as PEFT lays it out; `rows` of embedding and head, or none of them."""
+    folder.mkdir()
+    save_file(lora() | (saved(rows) if rows else {}), folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    for name in ("tokenizer.json", "tokenizer_config.json") if vocab else ():
+        shutil.copyfile(vocab / name, folder / name)
+    return folder
+
+
+def write_shards(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"1": names[: len(names) // 2], "2": names[len(names) // 2 :]}
+    weight_map, size = {}, 0
+    for part, own in halves.items():
+        shard = f"model-0000{part}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in own}, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(own, shard)
+        size += sum(tensors[name].nbytes for name in own)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change(folder: Path, name: str = "model.safetensors", **made: object) -> None:
+    """Replace tensors of a file; None removes one. `__` in a key stands for a dot."""
+    tensors = load_file(folder / name)
+    for key, value in made.items():
+        full = key.replace("__", ".")
+        full = next((n for n in tensors if n.endswith(full)), full)
+        if value is None:
+            del tensors[full]
+        else:
+            tensors[full] = value(tensors.get(full)) if callable(value) else value
+    save_file(tensors, folder / name, {"format": "pt"})
+
+
+def add_token(folder: Path, text: str, token_id: int, *, special: bool = True) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    data["added_tokens"].append({"id": token_id, "content": text, **flags, "special": special})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def index_of(folder: Path, **values: object) -> None:
+    edit(folder / "model.safetensors.index.json", **values)
+
+
+def broken(code: str) -> Callable[[Broken], Broken]:
+    def keep(make: Broken) -> Broken:
+        BROKEN[make.__name__] = (code, make)
+        return make
+
+    return keep
+
+
+def healthy(make: Broken) -> Broken:
+    HEALTHY[make.__name__] = make
+    return make
+
+
+# -- tokenizer files
+
+
+@broken("LG101")
+def tokenizer_json_cut_off(ground):
+    path = ground.base / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:500])
+    return check(ground.base)
+
+
+@broken("LG101")
+def a_git_lfs_pointer_for_the_model_file(ground):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n"
+    (ground.sp / "tokenizer.model").write_text(pointer)
+    return check(ground.sp)
+
+
+@broken("LG101")
+def a_token_whose_id_is_text(ground):
+    data = json.loads((ground.base / "tokenizer.json").read_text())
+    data["model"]["vocab"]["a"] = "7"
+    (ground.base / "tokenizer.json").write_text(json.dumps(data))
+    return check(ground.base)
+
+
+@broken("LG102")
+def a_stale_tokenizer_json_beside_a_grown_model_file(ground):
+    add_pieces(ground.sp / "tokenizer.model", ["▁hospital", "▁patient"])
+    return check(ground.sp)
+
+
+@broken("LG102")
+def a_stale_model_file_beside_a_grown_tokenizer_json(ground):
+    extend(ground.sp, ground.sp)
+    grow_rows(ground.sp, ROWS)
+    return check(ground.sp)
+
+
+@broken("LG102")
+def added_tokens_that_contradict_the_vocabulary(ground):
+    (ground.sp / "added_tokens.json").write_text(json.dumps({"<human>": 7}))
+    return check(ground.sp)
+
+
+@broken("LG102")
+def settings_that_contradict_the_vocabulary(ground):
+    listed = {"358": {"content": "<|other|>", "special": True}}
+    edit(ground.base / "tokenizer_config.json", added_tokens_decoder=listed)
+    return check(ground.base)
+
+
+@broken("LG103")
+def added_tokens_behind_a_shorter_model_file(ground):
+    (ground.sp / "tokenizer.json").unlink()
+    (ground.sp / "added_tokens.json").write_text(json.dumps({"<human>": TOKENS + 23}))
+    grow_rows(ground.sp, TOKENS + 24)
+    return check(ground.sp)
+
+
+@broken("LG105")
+def an_added_token_that_only_the_settings_know(ground):
+    listed = {"360": {"content": "<new>", "special": True}}
+    edit(ground.base / "tokenizer_config.json", added_tokens_decoder=listed)
+    grow_rows(ground.base, 361)
+    return check(ground.base)
+
+
+@broken("LG106")
+def words_by_the_hundred_as_added_tokens(ground):
+    for place in range(501):
+        add_token(ground.base, f"word{place}", TOKENS + place, special=False)
+    grow_rows(ground.base, TOKENS + 501)
+    return check(ground.base)
+
+
+@broken("LG107")
+def an_added_token_that_the_settings_of_qwen_lack(ground):
+    old = {"358": {"content": "<|endoftext|>"}, "359": {"content": "<|im_end|>"}}
+    edit(
+        ground.base / "tokenizer_config.json",
+        tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=old,
+    )  # fmt: skip
+    add_token(ground.base, "<|diagnosis|>", TOKENS)
+    grow_rows(ground.base, TOKENS + 1)
+    return check(ground.base)
+
+
+@broken("LG108")
+def a_word_flagged_special(ground):
+    add_token(ground.base, "angina", TOKENS)
+    grow_rows(ground.base, TOKENS + 1)
+    return check(ground.base)
+
+
+@broken("LG109")
+def a_byte_level_tokenizer_declared_as_llama(ground):
+    edit(ground.base / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    return check(ground.base)
+
+
+@broken("LG110")
+def an_added_token_beyond_a_hole(ground):
+    add_token(ground.base, "<|call|>", TOKENS + 40)
+    grow_rows(ground.base, TOKENS + 41)
+    return check(ground.base)
+
+
+@broken("LG111")
+def a_template_with_a_marker_of_another_model(ground):
+    template = "{{ '<|im_start|>' + message.content + '<|im_end|>' }}"
+    (ground.base / "chat_template.jinja").write_text(template)
+    return check(ground.base)
+
+
+@broken("LG112")
+def a_pad_token_that_no_file_has(ground):
+    edit(ground.base / "tokenizer_config.json", pad_token="[PAD]")
+    return check(ground.base)
+
+
+@broken("LG113")
+def a_template_whose_markers_are_all_unknown(ground):
+    template = "{{ '<|user|>' + message.content }}"
+    edit(ground.base / "tokenizer_config.json", chat_template=template)
+    return check(ground.base)
+
+
+# -- configs
+
+
+@broken("LG201")
+def vocab_size_raised_by_hand(ground):
+    edit(ground.base / "config.json", vocab_size=TOKENS + 64)
+    return check(ground.base)
+
+
+@broken("LG201")
+def vocab_size_zero_of_an_ungathered_resize(ground):
+    edit(ground.base / "config.json", vocab_size=0)
+    return check(ground.base)
+
+
+@broken("LG201")
+def a_nested_vocab_size_left_behind(ground):
+    edit(ground.base / "config.json", text_config={"vocab_size": 7})
+    return check(ground.base)
+
+
+@broken("LG202")
+def eos_beyond_the_rows(ground):
+    edit(ground.base / "config.json", eos_token_id=[TOKENS - 2, TOKENS])
+    return check(ground.base)
+
+
+@broken("LG202")
+def a_suppressed_id_beyond_the_rows(ground):
+    edit(ground.base / "generation_config.json", suppress_tokens=[3, 50257])
+    return check(ground.base)
+
+
+@broken("LG202")
+def bad_words_of_another_tokenizer(ground):
+    edit(ground.base / "generation_config.json", bad_words_ids=[[3], [4, 32000]])
+    return check(ground.base)
+
+
+@broken("LG203")
+def eos_that_the_tokenizer_calls_otherwise(ground):
+    for name in ("config.json", "generation_config.json"):
+        edit(ground.base / name, eos_token_id=5)
+    return check(ground.base)
+
+
+@broken("LG204")
+def a_config_that_is_a_list(ground):
+    (ground.base / "generation_config.json").write_text("[]")
+    return check(ground.base)
+
+
+@broken("LG204")
+def a_config_nested_beyond_reason(ground):
+    (ground.base / "generation_config.json").write_text("[" * 100_000)
+    return check(ground.base)
+
+
+# -- weights
+
+
+@broken("LG301")
+def weights_cut_off(ground):
+    path = ground.base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return check(ground.base)
+
+
+@broken("LG301")
+def weights_as_a_pickle(ground):
+    (ground.base / "model.safetensors").rename(ground.base / "pytorch_model.bin")
+    return check(ground.base)
+
+
+@broken("LG301")
+def a_header_of_exabytes(ground):
+    path = ground.base / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
+    return check(ground.base)
+
+
+@broken("LG301")
+def a_shard_that_is_missing(ground):
+    (ground.shards / "model-00002-of-00002.safetensors").unlink()
+    return check(ground.shards)
+
+
+@broken("LG301")
+def an_index_that_leads_out_of_the_folder(ground):
+    shutil.copyfile(ground.base / "model.safetensors", ground.base.parent / "out.safetensors")
+    index_of(ground.shards, weight_map={EMBED: "../out.safetensors"})
+    return check(ground.shards)
+
+
+@broken("LG301")
+def a_tensor_in_two_shards(ground):
+    one, two = (ground.shards / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    name, tensor = next(iter(load_file(one).items()))
+    save_file(load_file(two) | {name: tensor}, two, {"format": "pt"})
+    return check(ground.shards)
+
+
+@broken("LG301")
+def an_index_beside_the_single_file(ground):
+    shutil.copyfile(ground.base / "model.safetensors", ground.shards / "model.safetensors")
+    return check(ground.shards)
+
+
+@broken("LG301")
+def an_index_that_names_a_tensor_nobody_has(ground):
+    path = ground.shards / "model.safetensors.index.json"
+    shards = json.loads(path.read_text())["weight_map"]
+    index_of(ground.shards, weight_map=shards | {"lm_head.weight": next(iter(shards.values()))})
+    return check(ground.shards)
+
+
+@broken("LG302")
+def a_grown_tokenizer_without_rows(ground):
+    extend(ground.base, ground.base)
+    return check(ground.base)
+
+
+@broken("LG303")
+def padding(ground):
+    grow_rows(ground.base, 384)
+    return check(ground.base)
+
+
+@broken("LG304")
+def embedding_and_head_of_different_length(ground):
+    change(ground.sp, lm_head__weight=lambda head: head[:-3].clone())
+    return check(ground.sp)
+
+
+@broken("LG305")
+def an_untied_model_without_its_head(ground):
+    change(ground.sp, lm_head__weight=None)
+    return check(ground.sp)
+
+
+@broken("LG306")
+def a_tied_model_with_a_head(ground):
+    edit(ground.sp / "config.json", tie_word_embeddings=True)
+    return check(ground.sp)
+
+
+@broken("LG307")
+def an_embedding_saved_by_one_rank(ground):
+    change(ground.base, model__embed_tokens__weight=torch.zeros(0))
+    return check(ground.base)
+
+
+@broken("LG308")
+def an_index_with_the_size_of_the_base(ground):
+    index_of(ground.shards, metadata={"total_size": 1234})
+    return check(ground.shards)
+
+
+@broken("LG308")
+def an_index_that_lacks_a_tensor(ground):
+    path = ground.shards / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    del weight_map["model.norm.weight"]
+    index_of(ground.shards, weight_map=weight_map)
+    return check(ground.shards)
+
+
+@broken("LG309")
+def a_shard_of_an_earlier_save(ground):
+    save_file({"old": torch.ones(2)}, ground.shards / "model-00003-of-00003.safetensors")
+    return check(ground.shards)
+
+
+# -- adapters
+
+
+@broken("LG401")
+def the_origin_case(ground):
+    return check(ground.sp, adapter=ground.adapter)
+
+
+@broken("LG402")
+def an_adapter_whose_trainer_cut_padding_off(ground):
+    extend(ground.sp, ground.sp)
+    (ground.sp / "tokenizer.model").unlink()
+    grow_rows(ground.sp, ROWS)
+    edit(ground.sp / "config.json", vocab_size=ROWS)
+    grow_rows(ground.sp, 384)
+    result = check(ground.sp, adapter=ground.adapter)
+    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+
+
+@broken("LG403")
+def an_adapter_saved_by_one_rank(ground):
+    change(ground.adapter, "adapter_model.safetensors", q_proj__lora_A__weight=torch.zeros(0))
+    return check(ground.adapter)
+
+
+@broken("LG404")
+def an_adapter_of_another_extension(ground):
+    extend(ground.sp, ground.sp, skip=ADDED)
+    (ground.sp / "tokenizer.model").unlink()
+    grow_rows(ground.sp, ROWS)
+    return check(ground.sp, adapter=ground.adapter)
+
+
+@broken("LG405")
+def an_adapter_without_its_tokenizer(ground):
+    (ground.adapter / "tokenizer.json").unlink()
+    (ground.adapter / "tokenizer_config.json").unlink()
+    return check(ground.sp, adapter=ground.adapter)
+
+
+@broken("LG406")
+def new_tokens_on_padding_rows(ground):
+    grow_rows(ground.sp, ROWS)
+    result = check(ground.sp, adapter=ground.adapter)
+    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+
+
+@broken("LG407")
+def new_rows_that_nobody_saved(ground):
+    adapter = write_adapter(ground.base.parent / "a", ground.copy("vocab"), None)
+    return check(ground.sp, adapter=adapter)
+
+
+@broken("LG407")
+def a_longer_tokenizer_copied_beside_an_adapter(ground):
+    adapter = write_adapter(ground.base.parent / "a", ground.copy("vocab"), TOKENS)
+    return check(adapter)
+
+
+@broken("LG408")
+def an_adapter_of_a_wider_model(ground):
+    change(
+        ground.adapter, "adapter_model.safetensors",
+        q_proj__lora_A__weight=torch.ones(2, 48), embed_tokens__weight=None, lm_head__weight=None,
+    )  # fmt: skip
+    shutil.copyfile(ground.sp / "tokenizer.json", ground.adapter / "tokenizer.json")
+    return check(ground.sp, adapter=ground.adapter)
+
+
+@broken("LG408")
+def an_adapter_whose_two_tables_differ(ground):
+    change(ground.adapter, "adapter_model.safetensors", lm_head__weight=torch.ones(TOKENS, 32))
+    return check(ground.adapter)
+
+
+@broken("LG409")
+def an_adapter_as_a_pickle(ground):
+    (ground.adapter / "adapter_model.safetensors").rename(ground.adapter / "adapter_model.bin")
+    return check(ground.adapter)
+
+
+@broken("LG410")
+def an_adapter_with_dora(ground):
+    edit(ground.adapter / "adapter_config.json", use_dora=True)
+    return check(ground.adapter)
+
+
+@broken("LG411")
+def rows_trained_for_ids_without_a_token(ground):
+    rows = [TOKENS, ROWS]
+    adapter = write_adapter(
+        ground.base.parent / "a", ground.copy("vocab"), None, trainable_token_indices=rows
+    )
+    return check(adapter)
+
+
+# -- manifests and bases
+
+
+@broken("LG501")
+def a_manifest_of_another_format(ground):
+    (ground.model / "lexigraft.json").write_text('{"format": 99}')
+    return check(ground.model)
+
+
+@broken("LG502")
+def a_tokenizer_that_was_swapped(ground):
+    extend(ground.base, ground.model, skip=ADDED)
+    return check(ground.model)
+
+
+@broken("LG503")
+def rows_that_the_manifest_does_not_know(ground):
+    grow_rows(ground.model, ROWS + 2)
+    result = check(ground.model)
+    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+
+
+@broken("LG504")
+def a_tokenizer_of_another_lineage(ground):
+    edit(ground.model / "tokenizer_config.json", lexigraft={"manifest": "0" * 64})
+    return check(ground.model)
+
+
+@broken("LG601")
+def a_tokenizer_trained_anew(ground):
+    other = ground.base.parent / "other"
+    write_byte_level(other, vocab_size=TOKENS - 40)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (ground.model / name).unlink()
+    (ground.model / "lexigraft.json").unlink()
+    return check(ground.model, base=other)
+
+
+@broken("LG602")
+def a_table_that_shrank(ground):
+    grow_rows(ground.base, 384)
+    return check(ground.model, base=ground.base)
+
+
+@broken("LG603")
+def a_tensor_that_was_lost(ground):
+    change(ground.model, model__norm__weight=None)
+    return check(ground.model, base=ground.base)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_folder_gives_exactly_its_finding(ground, name):
+    code, make = BROKEN[name]
+    result = make(ground)
+    assert [f.code for f in result.findings] == [code], result.lines()
+    [found] = result.findings
+    assert result.ok == (found.severity != "error")
+    assert found.severity == "note" or (found.needed and found.fix)
+
+
+def test_the_gallery_has_every_code():
+    raised = {code for code, _ in BROKEN.values()}
+    assert small.CODES.keys() - raised <= {"LG104"}  # in the healthy ones
+    assert len(BROKEN) >= 40 and len(HEALTHY) >= 15
+
+
+# -- healthy ones
+
+
+@healthy
+def a_tied_base(ground):
+    return check(ground.base)
+
+
+@healthy
+def an_untied_base(ground):
+    return check(ground.sp)
+
+
+@healthy
+def a_sharded_base(ground):
+    return check(ground.shards)
+
+
+@healthy
+def a_padded_base(ground):
+    grow_rows(ground.sp, 448)
+    return check(ground.sp)
+
+
+@healthy
+def a_grafted_model_and_its_base(ground):
+    return check(ground.model, base=ground.base)
+
+
+@healthy
+def a_vocabulary_and_its_base(ground):
+    return check(ground.copy("vocab"), base=ground.sp)
+
+
+@healthy
+def an_adapter_alone(ground):
+    return check(ground.adapter)
+
+
+@healthy
+def an_adapter_on_the_grown_model(ground):
+    extend(ground.sp, ground.sp)
+    (ground.sp / "tokenizer.model").unlink()
+    grow_rows(ground.sp, ROWS)
+    return check(ground.sp, adapter=ground.adapter)
+
+
+@healthy
+def an_adapter_of_linear_layers(ground):
+    return check(ground.sp, adapter=write_adapter(ground.sp.parent / "a", ground.sp, None))
+
+
+@healthy
+def an_adapter_without_a_tokenizer_of_the_same_rows(ground):
+    return check(ground.sp, adapter=write_adapter(ground.sp.parent / "a", None, TOKENS))
+
+
+@healthy
+def a_model_file_alone(ground):
+    (ground.sp / "tokenizer.json").unlink()
+    return check(ground.sp)
+
+
+@healthy
+def old_added_tokens(ground):
+    (ground.sp / "added_tokens.json").write_text(json.dumps({"<unk>": 0, "<s>": 1}))
+    return check(ground.sp)
+
+
+@healthy
+def an_added_token_at_the_end(ground):
+    (ground.sp / "tokenizer.model").unlink()
+    add_token(ground.sp, "<pad>", TOKENS)
+    edit(ground.sp / "tokenizer_config.json", pad_token="<pad>")
+    edit(ground.sp / "config.json", pad_token_id=TOKENS)
+    grow_rows(ground.sp, 384)
+    return check(ground.sp)
+
+
+@healthy
+def a_template_of_its_own_markers(ground):
+    template = "{{ message.content + '<|im_end|>' + '<|' ~ role ~ '|>' }}"
+    (ground.base / "chat_template.jinja").write_text(template)
+    return check(ground.base)
+
+
+@healthy
+def a_qwen_whose_settings_list_nothing(ground):
+    edit(ground.base / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    return check(ground.base)
+
+
+@healthy
+def lists_of_ids_that_have_rows(ground):
+    edit(
+        ground.base / "generation_config.json",
+        suppress_tokens=[1, -1], bad_words_ids=[[3], [4, 5]], eos_token_id=[TOKENS - 2, 3],
+    )  # fmt: skip
+    return check(ground.base)
+
+
+@healthy
+def vision_and_audio_with_tables_of_their_own(ground):
+    edit(ground.base / "config.json", vision_config={"vocab_size": 3, "image_size": 8})
+    return check(ground.base)
+
+
+@healthy
+def an_older_number_in_a_manifest_of_one_step(ground):
+    manifest = Manifest.read(ground.model)
+    Manifest(records=manifest.records[:1]).write(ground.model)
+    return check(ground.model)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_healthy_folder_has_a_finding_above_a_note(ground, name):
+    result = HEALTHY[name](ground)
+    assert [f for f in result.findings if f.severity != "note"] == [], result.lines()
+    assert result.ok
