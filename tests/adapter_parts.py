@@ -12,7 +12,7 @@ import parts
 HAN = "患者冠状动脉潜伏性感染急慢性肺炎支气管糖尿病高血压心肌梗死"
 TOKENS, ADDED = 372, 12
 LINEAR = ["q_proj", "v_proj", "down_proj"]
-TAKEN_APART = ("lora-embed", "lora-head", "lora-both", "lora-shared")
+TAKEN_APART = ("lora-embed", "lora-head", "lora-both", "lora-shared", "dora-embed", "dora-both")
 NEW = tuple(range(TOKENS, TOKENS + ADDED))
 # form -> the trainable part besides LoRA; None is an adapter without LoRA
 FORMS = {
@@ -29,6 +29,9 @@ FORMS = {
         "target_modules": [*LINEAR, "embed_tokens", "lm_head"],
         "ensure_weight_tying": True,
     },
+    "dora": {"use_dora": True},
+    "dora-embed": {"use_dora": True, "target_modules": [*LINEAR, "embed_tokens"]},
+    "dora-both": {"use_dora": True, "target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
     "rows": {"trainable_token_indices": [3, *NEW]},
     "rows-both": {"trainable_token_indices": {"embed_tokens": [*NEW], "lm_head": [*NEW]}},
     "rows-only": None,

@@ -38,6 +38,8 @@ EMBED = "model.embed_tokens"
         (f"base_model.model.{EMBED}.trainable_tokens_delta", "rows", EMBED),
         (f"base_model.model.{EMBED}.token_adapter.base_layer.weight", "base", f"{EMBED}.weight"),
         (f"base_model.model.{EMBED}.base_layer.weight", "base", f"{EMBED}.weight"),
+        (f"base_model.model.{LAYER}.lora_magnitude_vector", "magnitude", LAYER),
+        (f"base_model.model.{LAYER}.lora_magnitude_vector.default.weight", "magnitude", LAYER),
         (f"base_model.model.{LAYER}.lora_B.bias", "lora_bias", LAYER),
         (f"base_model.model.{LAYER}.base_layer.bias", "full", f"{LAYER}.bias"),
         (f"base_model.model.{EMBED}.lora_embedding_A", "embedding_A", EMBED),
@@ -52,8 +54,6 @@ def test_each_layout_of_peft_is_read(name, part, target):
 @pytest.mark.parametrize(
     ("ending", "form"),
     [
-        ("lora_magnitude_vector", "DoRA"),
-        ("lora_magnitude_vector.default.weight", "DoRA"),
         ("base_layer.lora_A.weight", "LoRA on bare parameters (experts)"),
         ("lora_E", "AdaLoRA"),
         ("ia3_l", "IA3"),
@@ -74,7 +74,6 @@ def config(tmp_path, **values):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "replicates layers"),
         ({"use_qalora": True}, "QALoRA"),
@@ -287,6 +286,69 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, dtype,
         b"".join(block.tobytes() for block in blocks)
         == to_numpy(expected, tensors["w"].dtype).tobytes()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_of_groups_of_columns_have_the_bits_of_the_whole(tmp_path, monkeypatch, dtype):
+    """DoRA of an embedding, against PEFT's layer."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    from lexigraft.adapters import delta
+    from lexigraft.adapters.folder import Addition, LowRank
+    from lexigraft.checkpoints.header import read_header
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(1003, 200)).to(dtype)
+    model = get_peft_model(model, LoraConfig(r=5, target_modules=["0"], use_dora=True))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    layer = model.base_model.model[0]
+    values = {
+        "w": layer.base_layer.weight,
+        "a": layer.lora_embedding_A["default"],
+        "b": layer.lora_embedding_B["default"],
+        "m": layer.lora_magnitude_vector["default"].weight,
+    }
+    values = {name: tensor.detach().clone().contiguous() for name, tensor in values.items()}
+    save_file(values, tmp_path / "x.safetensors")
+    tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors").tensors}
+    low_rank = LowRank("m", tensors["a"], tensors["b"], True, tensors["m"])
+    addition = Addition(low_rank, layer.scaling["default"])
+    monkeypatch.setattr(delta, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(delta, "NORM_BYTES", 1)
+    blocks = list(merged_blocks(tensors["w"], addition))
+    with torch.no_grad():
+        expected = model.merge_and_unload()[0].weight
+    assert len(blocks) > 1
+    assert (
+        b"".join(block.tobytes() for block in blocks)
+        == to_numpy(expected.detach(), tensors["w"].dtype).tobytes()
+    )
+
+
+def test_a_magnitude_and_the_config_have_to_agree(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {
+        "layer.lora_A.weight": torch.ones(2, 4),
+        "layer.lora_B.weight": torch.ones(6, 2),
+        "layer.lora_magnitude_vector": torch.ones(6),
+    }
+    for use_dora, kept in ((False, 3), (True, 2)):
+        config(tmp_path, use_dora=use_dora)
+        file = dict(list(tensors.items())[:kept])
+        save_file(file, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(LexigraftError, match="magnitude"):
+            Adapter.open(tmp_path)
+    config(tmp_path, use_dora=True)
+    save_file(
+        {**tensors, "layer.lora_magnitude_vector": torch.ones(5)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(LexigraftError, match="no LoRA of that size"):
+        Adapter.open(tmp_path)
 
 
 def test_a_result_beyond_the_type_is_an_error(tmp_path):

@@ -57,11 +57,13 @@ def missing_rows(case):
     form, tied = case["form"], case["tied"]
     if not case["ungrafted"]:
         return None
-    if not tied and form in ("lora-embed", "lora-head"):  # PEFT saves the targeted one alone
-        return "lm_head.weight" if form == "lora-embed" else "model.embed_tokens.weight"
+    if not tied and form in ("lora-embed", "dora-embed"):  # PEFT saves the targeted one alone
+        return "lm_head.weight"
+    if not tied and form == "lora-head":
+        return "model.embed_tokens.weight"
     if case["whole"] and not case["padded"]:
         return None
-    if form in ("lora", "saved-head"):
+    if form in ("lora", "dora", "saved-head"):
         return "model.embed_tokens.weight"
     if form == "saved-embed" or (form == "rows" and not tied):
         return "lm_head.weight"
@@ -202,6 +204,7 @@ def gpt2_with_adapter(root, dtype="float32", **lora):
     [
         {},
         {"target_modules": ["c_attn", "wpe"]},
+        {"target_modules": ["c_attn", "c_proj", "wpe"], "use_dora": True},
         {"bias": "all"},
         {"bias": "lora_only"},
         {"lora_bias": True},
@@ -222,6 +225,16 @@ def test_conv1d_and_biases_are_peft_s(tmp_path, lora, dtype):
     old = adapter_parts.load(base).state_dict()
     moved = {name.split(".")[-1] for name in old if not torch.equal(old[name], ours[name])}
     assert moved == ({"weight", "bias"} if {"bias", "lora_bias"} & lora.keys() else {"weight"})
+
+
+def test_dora_of_an_embedding_needs_the_rows_that_it_was_trained_with(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "dora-both", tied=False)
+    adapter_parts.edit_tensors(
+        scene.adapter, lambda tensors: {n: t for n, t in tensors.items() if "base_layer" not in n}
+    )
+    fault = refused(scene.base, scene.adapter, tmp_path / "merged", "norms of 384 rows")
+    assert isinstance(fault, RefusalError)
+    assert merge(scene.grafted, scene.adapter, output=tmp_path / "merged", prove=True).difference
 
 
 def test_the_layers_tell_what_is_transposed_not_the_config(tmp_path):
@@ -720,11 +733,10 @@ def refused(base, adapter, output, match):
 @pytest.mark.parametrize(
     ("lora", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "it has none"),
         ({"init_lora_weights": "olora"}, "olora"),
     ],
-    ids=["dora", "bias", "olora"],
+    ids=["bias", "olora"],
 )
 def test_other_forms_of_lora_are_refused_by_name(tmp_path, lora, named):
     base = adapter_parts.write_base(tmp_path / "base", tied=False)

@@ -55,6 +55,7 @@ _READ = {
     "rank_pattern",
     "token_indices",
     "trainable_token_indices",
+    "use_dora",
     "use_rslora",
 }
 _REFUSED = {
@@ -66,7 +67,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters (target_parameters, used for experts)",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -90,6 +90,7 @@ class AdapterConfig:
         modules_to_save: names of modules that were trained in full.
         token_ids: module name ("" for the input embedding) -> ids whose rows were trained, in the
             order of the stored rows.
+        dora: `use_dora`: every LoRA has a magnitude.
         shared_when_tied: `ensure_weight_tying`: one change for embedding and head.
     """
 
@@ -102,6 +103,7 @@ class AdapterConfig:
     transposed: bool
     modules_to_save: tuple[str, ...]
     token_ids: dict[str, tuple[int, ...]]
+    dora: bool
     shared_when_tied: bool
 
     @classmethod
@@ -225,6 +227,7 @@ def _read(path: Path, data: dict[str, Any]) -> AdapterConfig:
         transposed=bool(data.get("fan_in_fan_out")),
         modules_to_save=_names(data.get("modules_to_save") or ()),
         token_ids=_token_ids(data),
+        dora=bool(data.get("use_dora")),
         shared_when_tied=bool(data.get("ensure_weight_tying")),
     )
 

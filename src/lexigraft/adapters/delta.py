@@ -4,12 +4,16 @@ Formula (Hu et al. 2021, arXiv:2106.09685): W' = W + s B A. PEFT 0.21 multiplies
 linear layer it adds the product to the stored type, so that each element is rounded once; for an
 embedding it casts the product to the stored type first. This module does the same operations in
 the same order and is bit-identical to it.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353): W' = m (W + s B A) / n, where n is the norm of each row of
+W + s B A: the weights of one output. Where outputs are columns, as in an embedding, n runs over
+the whole vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -27,35 +31,77 @@ BLOCK_BYTES = 8 * 2**20
 # Matrix kernels sum the last rows, where fewer than a tile is left, in another order. Blocks of
 # whole tiles give the bits of the whole product on every shape that we tried.
 TILE_ROWS = 64
+# Of the columns that DoRA's norms are taken of at a time, in the type of W.
+NORM_BYTES = 64 * 2**20
 
 
 class Delta:
-    """The change that a LoRA makes to a matrix."""
+    """The change that a LoRA makes to a matrix W."""
 
-    def __init__(self, addition: Addition) -> None:
-        """Nothing is read yet."""
-        self._low_rank = addition.low_rank
-        self._scaling = addition.scaling
-        self._transposed = addition.transposed
-
-    def onto(self, rows: npt.NDArray[Any], dtype: str, start: int) -> npt.NDArray[Any]:
-        """`rows` of safetensors type `dtype`, the first of which is row `start`, changed.
+    def __init__(
+        self, addition: Addition, read: Callable[[int, int], npt.NDArray[Any]], dtype: str
+    ) -> None:
+        """Nothing is read yet.
 
         Args:
-            rows: a block of the matrix, which is overwritten.
-            dtype: its safetensors type.
-            start: a number below the rows of the matrix.
+            addition: s, A, B and m.
+            read: gives rows [start, stop) of W, as many as A and B were trained on.
+            dtype: the safetensors type of W.
         """
-        block = to_torch(rows, dtype)
+        self._read = read
+        self._dtype = dtype
+        self._by_column = addition.low_rank.of_embedding or addition.transposed
+        self._low_rank = addition.low_rank
+        self._scaling = addition.scaling
+
+    def onto(self, rows: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:
+        """`rows` of W, the first of which is row `start`, changed; they are overwritten."""
+        block = to_torch(rows, self._dtype)
         change = self._rows(start, start + len(rows))
-        block += change.to(block.dtype) if self._low_rank.of_embedding else change
-        return to_numpy(block, dtype)
+        if self._low_rank.magnitude is not None:
+            block[:] = self._with_magnitude(block + change, start)
+        else:
+            block += change.to(block.dtype) if self._low_rank.of_embedding else change
+        return to_numpy(block, self._dtype)
+
+    def _with_magnitude(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """DoRA: rows of W + s B A, float32, each output of which gets its trained norm."""
+        if self._by_column:
+            return (self._magnitude / self._column_norms).view(1, -1) * rows
+        norms = torch.linalg.norm(rows, dim=1)
+        return (self._magnitude[start : start + len(rows)] / norms).view(-1, 1) * rows
+
+    @cached_property
+    def _magnitude(self) -> torch.Tensor:
+        assert self._low_rank.magnitude is not None
+        return _matrix(self._low_rank.magnitude)
+
+    @cached_property
+    def _column_norms(self) -> torch.Tensor:
+        """The norm of each column of W + s B A; W is read once for each group of columns."""
+        count, width = self._right.shape[1], self._left.shape[0]
+        rows = max(1, BLOCK_BYTES // (4 * width))
+        group = max(1, NORM_BYTES // (4 * count * TILE_ROWS)) * TILE_ROWS
+        norms = []
+        for first in range(0, width, group):
+            part = self._left[first : first + group]
+            change = (part @ self._right).T.mul_(self._scaling)
+            weight = torch.cat(
+                [
+                    to_torch(self._read(start, min(start + rows, count)), self._dtype)[
+                        :, first : first + group
+                    ]
+                    for start in range(0, count, rows)
+                ]
+            )
+            norms.append(torch.linalg.norm(weight.T + change.T, dim=1))
+        return torch.cat(norms)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of s B A, float32, in the layout of the matrix."""
         first = start - start % TILE_ROWS
         last = stop + -stop % TILE_ROWS
-        if self._low_rank.of_embedding or self._transposed:
+        if self._by_column:
             # Formed as B A and then transposed, so that sums run in PEFT's order.
             product = (self._left @ self._right[:, first:last]).T
         else:
@@ -72,20 +118,20 @@ class Delta:
 
 
 def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[Any]]:
-    """The rows of W + s B A in the type of W, block by block.
+    """The rows of W + s B A, or of DoRA's W', in the type of W, block by block.
 
     Args:
         weight: W on disk, shape (out, in), or (in, out) if transposed; of an embedding (V, D).
-        addition: s, A and B.
+        addition: s, A, B and m.
 
     Raises:
         LexigraftError: the result is not finite.
     """
-    delta = Delta(addition)
+    delta = Delta(addition, partial(read_rows, weight), weight.dtype)
     step = max(1, BLOCK_BYTES // (4 * weight.shape[1] * TILE_ROWS)) * TILE_ROWS
     for start in range(0, weight.rows, step):
         block = read_rows(weight, start, min(start + step, weight.rows))
-        merged = delta.onto(block, weight.dtype, start)
+        merged = delta.onto(block, start)
         if not all_finite(merged, weight.dtype):
             raise not_finite(weight.name, addition.low_rank.a.path)
         yield merged

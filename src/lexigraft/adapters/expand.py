@@ -255,6 +255,8 @@ def _is_one(in_embedding: Change, in_head: Change, config: AdapterConfig) -> boo
     if not config.shared_when_tied or in_embedding.added is None or in_head.added is None:
         return config.shared_when_tied
     one, other = in_embedding.added.low_rank, in_head.added.low_rank
+    if one.magnitude is not None or other.magnitude is not None:
+        return False  # DoRA scales an embedding by column and a head by row
     return all(
         np.array_equal(read_rows(this).T, read_rows(that))
         for this, that in ((one.a, other.b), (one.b, other.a))

@@ -33,6 +33,7 @@ class LowRank:
         a: A, shape (r, in); of an embedding (r, V).
         b: B, shape (out, r); of an embedding (D, r).
         of_embedding: the layer is an embedding, whose rows grow by the transposed product.
+        magnitude: DoRA's m, shape (out,), of an embedding (D,); None for plain LoRA.
         bias: the layer's bias grows by scaling * this, shape (out,); None without `lora_bias`.
     """
 
@@ -40,6 +41,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     of_embedding: bool = False
+    magnitude: Tensor | None = None
     bias: Tensor | None = None
 
     @property
@@ -118,7 +120,7 @@ class Adapter:
             folder,
             config,
             Manifest.read(folder),
-            _all_low_rank(keys, tensors),
+            _all_low_rank(keys, tensors, config),
             _replacements(keys, tensors),
             _by_target(keys, tensors, "rows"),
             _by_target(keys, tensors, "base"),
@@ -175,7 +177,9 @@ def _by_target(keys: Iterable[Key], tensors: Mapping[str, Tensor], part: str) ->
     return found
 
 
-def _all_low_rank(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+def _all_low_rank(
+    keys: list[Key], tensors: Mapping[str, Tensor], config: AdapterConfig
+) -> dict[str, LowRank]:
     linear, embedding = (
         _low_rank(_by_target(keys, tensors, f"{kind}_A"), _by_target(keys, tensors, f"{kind}_B"))
         for kind in ("lora", "embedding")
@@ -187,15 +191,29 @@ def _all_low_rank(keys: list[Key], tensors: Mapping[str, Tensor]) -> dict[str, L
             fix="save the adapter again",
         )
     found = linear | {n: dataclasses.replace(x, of_embedding=True) for n, x in embedding.items()}
-    for module, bias in _by_target(keys, tensors, "lora_bias").items():
-        if module not in linear or bias.shape != linear[module].b.shape[:1]:
+    biases = _by_target(keys, tensors, "lora_bias")
+    magnitudes = _by_target(keys, tensors, "magnitude")
+    for module, vector in (*biases.items(), *magnitudes.items()):
+        if module not in found or vector.shape != found[module].b.shape[:1]:
             raise LexigraftError(
-                f"{bias.name} has shape {list(bias.shape)} and belongs to no LoRA of that size",
-                needed="both halves of a LoRA, and its bias",
+                f"{vector.name} has shape {list(vector.shape)} and belongs to no LoRA of that size",
+                needed="both halves of a LoRA, and its vector",
                 fix="save the adapter again",
             )
-        found[module] = dataclasses.replace(found[module], bias=bias)
-    return found
+    for module in sorted(found.keys() if config.dora else magnitudes.keys()):
+        if config.dora != (module in magnitudes):
+            raise LexigraftError(
+                f"{config.path} says use_dora {str(config.dora).lower()}, LoRA of {module} has "
+                f"{'a' if module in magnitudes else 'no'} magnitude",
+                needed="a magnitude for every LoRA of DoRA, and only there",
+                fix="copy adapter_config.json and adapter_model.safetensors from the same run",
+            )
+    return {
+        module: dataclasses.replace(
+            low_rank, magnitude=magnitudes.get(module), bias=biases.get(module)
+        )
+        for module, low_rank in found.items()
+    }
 
 
 def _low_rank(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, LowRank]:

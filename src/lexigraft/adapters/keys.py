@@ -16,6 +16,7 @@ Part = Literal[
     "embedding_A",
     "embedding_B",
     "lora_bias",
+    "magnitude",
     "full",
     "saved",
     "original",
@@ -31,6 +32,7 @@ _PARTS: tuple[tuple[str, Part], ...] = (
     (r"\.lora_A(\.default)?\.weight$", "lora_A"),
     (r"\.lora_B(\.default)?\.weight$", "lora_B"),
     (r"\.lora_B(\.default)?\.bias$", "lora_bias"),
+    (r"\.lora_magnitude_vector(\.default)?(\.weight)?$", "magnitude"),
     (r"\.base_layer\.(?P<leaf>bias)$", "full"),
     (r"\.lora_embedding_A(\.default)?$", "embedding_A"),
     (r"\.lora_embedding_B(\.default)?$", "embedding_B"),
@@ -41,7 +43,6 @@ _PARTS: tuple[tuple[str, Part], ...] = (
 )
 # Parts of forms that are refused by name: (what is in the key, how it is called).
 REFUSED_FORMS = (
-    ("lora_magnitude_vector", "DoRA"),
     ("base_layer.lora_", "LoRA on bare parameters (experts)"),
     ("lora_diag", "KaSA"),
     ("lora_E", "AdaLoRA"),
@@ -85,8 +86,8 @@ def parse(name: str) -> Key:
     target='model.layers.0.mlp.up_proj', form='')
     >>> parse("base_model.model.lm_head.modules_to_save.weight").target
     'lm_head.weight'
-    >>> parse("base_model.model.lm_head.lora_magnitude_vector").form
-    'DoRA'
+    >>> parse("base_model.model.lm_head.lokr_w1").form
+    'LoKr'
     """
     inner = name.removeprefix(_PREFIX)
     if "base_layer.lora_" not in inner:

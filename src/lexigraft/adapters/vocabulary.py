@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.folder import Addition
+from lexigraft.adapters.folder import Addition, LowRank
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
 from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
-from lexigraft.errors import LexigraftError
+from lexigraft.errors import LexigraftError, RefusalError
 
 if TYPE_CHECKING:
     from lexigraft.adapters.delta import Delta
@@ -152,7 +152,7 @@ class VocabularyRows:
             self._lay_single_rows(rows, start, stop)
             if self.change.added is not None and start < self.added_rows:
                 changed = rows[: self.added_rows - start]
-                changed[:] = self._delta.onto(changed, self.base.dtype, start)
+                changed[:] = self._delta.onto(changed, start)
         if (span.copied is None or self.added_rows) and not all_finite(rows, self.base.dtype):
             raise LexigraftError(
                 f"{self.name}: rows {_ids(start, stop)} are not finite after the merge",
@@ -166,7 +166,12 @@ class VocabularyRows:
         from lexigraft.adapters.delta import Delta
 
         assert self.change.added is not None
-        return Delta(self.change.added)
+        return Delta(self.change.added, self._trained_on, self.base.dtype)
+
+    def _trained_on(self, start: int, stop: int) -> Array:
+        """Rows of the matrix that LoRA was trained on; `vocabulary_rows` has seen to it."""
+        source = self.base if self.change.full is None else self.change.full
+        return read_rows(by_row(source), start, stop).astype(numpy_dtype(self.base.dtype))
 
     def _is_changed(self, span: Span) -> bool:
         return bool(self._touched(span.start, span.stop).size) or span.start < self.added_rows
@@ -221,6 +226,8 @@ def vocabulary_rows(
         LexigraftError: no source holds the row of a new id.
     """
     view = by_row(base)
+    if change.added is not None and change.full is None:
+        _require_rows_of_norm(name, change.added.low_rank, growth)
     spans: list[Span] = []
 
     def add(stop: int, origin: str, read: RowReader, copied: Tensor | None = None) -> None:
@@ -242,6 +249,22 @@ def vocabulary_rows(
     add(growth.rows_before, "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: _repeated(mean(), stop - start))
     return VocabularyRows(name, base, tuple(spans), change, full_rows if change.added else 0)
+
+
+def _require_rows_of_norm(name: str, low_rank: LowRank, growth: Growth) -> None:
+    """DoRA of an embedding scales by norms over all rows that it was trained on."""
+    if low_rank.magnitude is None or not low_rank.of_embedding:
+        return
+    if (
+        not low_rank.shape[0] == growth.rows_before == growth.rows
+        or growth.tokens > growth.first_id
+    ):
+        raise RefusalError(
+            f"DoRA on {name} was trained with the norms of {low_rank.shape[0]:,} rows, which the "
+            f"adapter does not hold; the base has {growth.rows_before:,}",
+            needed="the rows that it was trained with: one of them changes all",
+            fix="lexigraft merge MODEL ADAPTER -o MERGED; MODEL is the model that was trained",
+        )
 
 
 def _new_rows(
