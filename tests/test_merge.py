@@ -635,6 +635,46 @@ def test_a_merged_model_can_be_merged_again(tmp_path):
     assert len(Manifest.read(tmp_path / "twice").records) == 2
 
 
+def test_a_stack_whose_vocabularies_grow_is_merged_in_its_order(tmp_path):
+    """Each adapter on what the ones before it left: PEFT, one merge after another."""
+    first = adapter_parts.scene(tmp_path / "1", "saved-both", tied=True)
+    merge(first.base, first.adapter, output=tmp_path / "once", prove=True)
+    more, count = tmp_path / "grafted", ADDED + 7
+    grown = adapter_parts.load(tmp_path / "once")
+    grown.resize_token_embeddings(TOKENS + count, mean_resizing=False)
+    grown.save_pretrained(more)
+    adapter_parts.extended_tokenizer(first.base, more, added=count)
+    second = adapter_parts.write_adapter(tmp_path / "once", more, tmp_path / "2", "lora-both")
+    third = adapter_parts.write_adapter(more, more, tmp_path / "3", "dora")
+    adapters = [first.adapter, second, third]
+    result = merge(first.base, adapters, output=tmp_path / "merged", prove=True)
+    assert result.rows == result.tokens == TOKENS + count
+    assert result.difference < 1e-4
+    assert result.adapters == tuple(adapters)
+    assert len(Manifest.read(tmp_path / "merged").records) == 3
+    merge(tmp_path / "once", second, output=tmp_path / "twice")
+    with torch.no_grad():
+        unmerged = adapter_parts.unmerged(tmp_path / "twice", third)
+        expected = unmerged.merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert not list(tmp_path.glob("merged.*"))
+
+
+def test_a_stack_in_the_wrong_order_is_an_error(tmp_path):
+    first = adapter_parts.scene(tmp_path / "1", "saved-both", tied=False)
+    merge(first.base, first.adapter, output=tmp_path / "once")
+    more = adapter_parts.load(tmp_path / "once")
+    more.resize_token_embeddings(TOKENS + ADDED + 7, mean_resizing=False)
+    more.save_pretrained(tmp_path / "more")
+    adapter_parts.extended_tokenizer(first.base, tmp_path / "more", added=ADDED + 7)
+    second = adapter_parts.write_adapter(
+        tmp_path / "more", tmp_path / "more", tmp_path / "2", "lora"
+    )
+    refused(first.base, [second, first.adapter], tmp_path / "merged", "no row of")
+    assert not list(tmp_path.glob("merged.*"))
+
+
 def test_the_result_says_where_each_row_comes_from(tmp_path):
     scene = adapter_parts.scene(tmp_path, "rows-only", tied=True, whole=False)
     result = merge(scene.base, scene.adapter, output=tmp_path / "merged")
@@ -754,9 +794,11 @@ def test_other_kinds_of_adapter_are_refused_by_name(tmp_path):
     refused(base, tmp_path / "adapter", tmp_path / "merged", "IA3")
 
 
-def test_two_adapters_are_refused(tmp_path):
-    with pytest.raises(RefusalError, match="2 adapters"):
-        merge(tmp_path, [tmp_path, tmp_path], output=tmp_path / "merged")
+def test_no_adapter_and_a_dry_run_of_a_stack_are_refused(tmp_path):
+    with pytest.raises(RefusalError, match="0 adapters"):
+        merge(tmp_path, [], output=tmp_path / "merged")
+    with pytest.raises(RefusalError, match="2 adapters and a dry run"):
+        merge(tmp_path, [tmp_path, tmp_path], output=tmp_path / "merged", dry_run=True)
 
 
 def test_a_quantised_base_is_refused(tmp_path):

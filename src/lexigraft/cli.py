@@ -342,7 +342,7 @@ def train(
 @app.command()
 def merge(
     base: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter folder.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, first trained first.")],
     *,
     output: Output,
     tokenizer: Annotated[
@@ -357,7 +357,7 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Put an adapter into the weights; the base is grown when the adapter needs it."""
+    """Put adapters into the weights; the base is grown when an adapter needs it."""
     from lexigraft.steps.merge import merge as verb
 
     result = verb(

@@ -4,12 +4,17 @@ The base may be the grafted model that was trained, or the model as it was befor
 many rows there are and what they hold is read from the adapter's own folder, and a row that
 nobody holds is a fault. Tensors that do not change are copied as bytes; changed ones are made in
 blocks, so that memory stays constant whatever the model's size.
+
+Several adapters are a stack: each was trained on the result of those before it, and its
+vocabulary may be larger than theirs. What lies between two of them is a whole model, on the disk
+of the output.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +45,7 @@ from lexigraft.files import (
     read_json,
     refuse_existing,
     refuse_overwriting,
+    scratch,
     sha256_file,
     write_json,
 )
@@ -59,7 +65,7 @@ class MergeResult:
         rows: rows of its vocabulary tensors.
         tokens: max id + 1 of its tokenizer.
         tied: its head is its input embedding.
-        tensors: how many tensors the adapters changed.
+        tensors: how many tensors an adapter changed; of several, the one that changed most.
         adapters: the adapter folders.
         sources: a line per vocabulary tensor: where each of its rows comes from.
         plan: with `dry_run`, every tensor with its old and new shape and bytes.
@@ -145,16 +151,18 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
 ) -> MergeResult:
-    """Put a PEFT adapter into the weights of its base.
+    """Put PEFT adapters into the weights of their base, one after another.
 
     Args:
         base: the model that was trained, or the model as it was before it was grafted.
-        adapters: the adapter folder (one for now).
+        adapters: the adapter folders, in the order in which they were trained.
         output: the folder to write.
-        tokenizer: the tokenizer that the adapter was trained with, where its folder has none.
+        tokenizer: the tokenizer that the (last) adapter was trained with, where its folder has
+            none.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
-        prove: compare the logits of the result with those of base + adapter, unmerged.
+        prove: compare the logits of the result with those of base + adapter, unmerged; after
+            each adapter.
         force: replace `output` if it exists.
         dry_run: decide everything and write nothing.
 
@@ -163,30 +171,69 @@ def merge(
         LexigraftError: base, adapter and tokenizer do not fit together, a row has no source, or
             a file is missing or damaged.
     """
-    folder, target = local_folder(_one_adapter(adapters)), Path(output)
+    *before, folder = _folders(adapters, dry_run=dry_run)
+    source, target = local_folder(base), Path(output)
+    given = None if tokenizer is None else Path(tokenizer)
     if not dry_run:
         refuse_existing(target, force=force)
-    job = _prepare(local_folder(base), folder, None if tokenizer is None else Path(tokenizer))
-    if max_shard_size is not None:
-        job = replace(job, plan=job.plan.recut(max_shard_size))
-    refuse_overwriting(target, (job.checkpoint.folder, folder, job.tokenizer.folder))
-    if dry_run:
-        return _result(job, target, plan=job.plan.to_json())
-    with publish(target, force=force) as partial_folder:
-        _write(job, partial_folder)
-        proof = _prove(job, partial_folder) if prove else {}
-    return _result(job, target, **proof)
+    refuse_overwriting(target, (source, *before, folder))
+    with _merged_so_far(source, before, target, prove=prove) as (so_far, stages):
+        job = _prepare(so_far, folder, given)
+        if max_shard_size is not None:
+            job = replace(job, plan=job.plan.recut(max_shard_size))
+        refuse_overwriting(target, (job.tokenizer.folder,))
+        if dry_run:
+            return _result(job, target, plan=job.plan.to_json())
+        with publish(target, force=force) as partial_folder:
+            _write(job, partial_folder)
+            proof = _prove(job, partial_folder) if prove else {}
+        return _of_all([*stages, _result(job, target, **proof)])
 
 
-def _one_adapter(adapters: str | Path | Sequence[str | Path]) -> Path:
+def _folders(adapters: str | Path | Sequence[str | Path], *, dry_run: bool) -> list[Path]:
     names = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if len(names) != 1:
+    if not names or (dry_run and len(names) > 1):
         raise RefusalError(
-            f"{len(names)} adapters",
-            needed="one adapter per merge",
-            fix="merge them one after another, in the order in which they were trained",
+            f"{len(names)} adapters" + (" and a dry run" if names else ""),
+            needed="an adapter; for a dry run no more than one: it writes nothing to go on from",
+            fix="name the adapter folders in the order in which they were trained",
         )
-    return Path(names[0])
+    return [local_folder(Path(name)) for name in names]
+
+
+@contextmanager
+def _merged_so_far(
+    base: Path, adapters: Sequence[Path], target: Path, *, prove: bool
+) -> Iterator[tuple[Path, list[MergeResult]]]:
+    """The base with `adapters` in it, in a folder that is gone at the end; and what was done."""
+    if not adapters:
+        yield base, []
+        return
+    results = []
+    with scratch(target) as between:
+        source = base
+        for place, folder in enumerate(adapters, 1):
+            job, step = _prepare(source, folder, None), between / f"{base.name}-{place}"
+            step.mkdir()
+            _write(job, step)
+            results.append(_result(job, step, **(_prove(job, step) if prove else {})))
+            if source != base:
+                shutil.rmtree(source)
+            source = step
+        yield source, results
+
+
+def _of_all(results: Sequence[MergeResult]) -> MergeResult:
+    """The last of several results, with what the ones before it did."""
+    last = results[-1]
+    return replace(
+        last,
+        tensors=max(result.tensors for result in results),
+        adapters=tuple(adapter for result in results for adapter in result.adapters),
+        sources=tuple(line for result in results for line in result.sources),
+        difference=max((r.difference for r in results if r.difference is not None), default=None),
+        limit=max((r.limit for r in results if r.limit is not None), default=None),
+    )
 
 
 def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
