@@ -611,6 +611,70 @@ def a_tensor_that_was_lost(ground):
     return check(ground.model, base=ground.base)
 
 
+# -- weights themselves
+
+
+def some_rows(change_rows: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], object]:
+    def changed(old: torch.Tensor) -> torch.Tensor:
+        new = old.clone()
+        change_rows(new)
+        return new
+
+    return changed
+
+
+@broken("LG701")
+def a_head_with_nan(ground):
+    change(ground.sp, lm_head__weight=some_rows(lambda rows: rows[7].fill_(float("nan"))))
+    return check(ground.sp, deep=True)
+
+
+@broken("LG701")
+def an_infinity_inside_a_layer(ground):
+    change(ground.sp, layers__1__mlp__up_proj__weight=some_rows(lambda w: w[3, 3].fill_(torch.inf)))
+    return check(ground.sp, deep=True)
+
+
+@broken("LG702")
+def rows_that_weight_decay_has_eaten(ground):
+    change(ground.sp, model__embed_tokens__weight=some_rows(lambda rows: rows[300:303].zero_()))
+    return check(ground.sp, deep=True)
+
+
+@broken("LG703")
+def an_eos_that_was_never_trained(ground):
+    change(ground.sp, lm_head__weight=some_rows(lambda rows: rows[2].zero_()))
+    return check(ground.sp, deep=True)
+
+
+@broken("LG704")
+def new_rows_that_are_all_one_mean(ground):
+    return check(ground.model, base=ground.base, deep=True)
+
+
+@broken("LG705")
+def a_tied_model_whose_head_was_trained_apart(ground):
+    edit(ground.sp / "config.json", tie_word_embeddings=True)
+    return check(ground.sp, deep=True)
+
+
+@broken("LG706")
+def an_old_row_that_a_loop_overwrote(ground):
+    base = Path(shutil.copytree(ground.sp, ground.sp.parent / "before"))
+    change(ground.sp, model__embed_tokens__weight=some_rows(lambda rows: rows[0].add_(1)))
+    result = check(ground.sp, base=base, deep=True)
+    assert "1 of 360 old rows" in result.findings[0].found
+    return result
+
+
+@broken("LG707")
+def padding_rows_of_noise(ground):
+    grow_rows(ground.sp, 384)
+    change(ground.sp, lm_head__weight=some_rows(lambda rows: rows[360:].mul_(1e3)))
+    result = check(ground.sp, deep=True)
+    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_broken_folder_gives_exactly_its_finding(ground, name):
     code, make = BROKEN[name]
@@ -643,6 +707,29 @@ def an_untied_base(ground):
 @healthy
 def a_sharded_base(ground):
     return check(ground.shards)
+
+
+@healthy
+def a_base_whose_weights_are_read(ground):
+    return check(ground.base, deep=True)
+
+
+@healthy
+def an_untied_base_against_itself(ground):
+    grow_rows(ground.sp, 448)
+    return check(ground.sp, base=ground.sp, deep=True)
+
+
+@healthy
+def a_tied_base_with_a_copy_as_its_head(ground):
+    tensors = load_file(ground.base / "model.safetensors")
+    change(ground.base, lm_head__weight=tensors[EMBED].clone())
+    return check(ground.base, deep=True)
+
+
+@healthy
+def an_adapter_whose_weights_are_read(ground):
+    return check(ground.adapter, deep=True)
 
 
 @healthy

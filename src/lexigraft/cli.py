@@ -381,6 +381,9 @@ def check(
     *,
     base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter to be used on PATH.")] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read the weights too: NaN, untrained and changed rows.")
+    ] = False,
     explain: Annotated[
         str | None, typer.Option(metavar="CODE", help="Tell what a code such as LG302 means.")
     ] = None,
@@ -401,7 +404,7 @@ def check(
         )
     from lexigraft.steps.check import check as verb
 
-    result = verb(path, base=base, adapter=adapter)
+    result = verb(path, base=base, adapter=adapter, deep=deep)
     _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
 

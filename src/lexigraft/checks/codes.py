@@ -387,6 +387,63 @@ CODES: dict[str, Code] = {
         "model.norm.weight is missing.",
         "lexigraft graft BASE VOCAB -o MODEL",
     ),
+    "LG701": Code(
+        "error",
+        "the weights hold NaN or infinity",
+        "A training diverged, or numbers left the range of float16. One such row is in every "
+        "softmax. `--deep` alone sees it.",
+        "lm_head.weight holds NaN, first in row 31,999.",
+        "take a checkpoint from before the training failed",
+    ),
+    "LG702": Code(
+        "note",
+        "rows of tokens that were never trained",
+        "Reserved tokens, and tokens that no training text held: their rows vanish, equal each "
+        "other, or lie among the padding rows. `--deep` alone sees it.",
+        "248 rows of `<|reserved_special_token_...|>` in Llama 3.",
+        "nothing to mend, as long as no text uses them",
+    ),
+    "LG703": Code(
+        "warning",
+        "a token that begins or ends texts was never trained",
+        "eos or bos was set to a reserved token of the base, and LoRA did not train its row: the "
+        "model never stops. `--deep` alone sees it.",
+        "eos_token_id is `<|eot_id|>`, whose row in the base model is untrained.",
+        "train that row, or name another token in the config",
+    ),
+    "LG704": Code(
+        "warning",
+        "new rows equal each other",
+        "All new rows were started as one mean, and not trained. A model cannot tell such tokens "
+        "apart. `--deep` alone sees it, and needs `--base` or a manifest to know what is new.",
+        "1,296 new rows are all the mean of the old ones.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG705": Code(
+        "error",
+        "tied by the config, but a different output head is stored",
+        "Embedding and head were trained apart, and the config still ties them. Loaders drop one; "
+        "the model repeats itself without end. `--deep` alone sees it.",
+        "tie_word_embeddings is true, lm_head.weight differs from embed_tokens.weight.",
+        "set tie_word_embeddings to false in config.json",
+    ),
+    "LG706": Code(
+        "warning",
+        "rows of old tokens are not the base's",
+        "Right after a training of the whole table or a merge of one. Else an off-by-one in the "
+        "code that started new rows has overwritten an old one. `--deep` alone sees it, and needs "
+        "`--base` or a manifest.",
+        "1 of 32,000 old rows differs from the base's: id 0.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG707": Code(
+        "warning",
+        "padding rows are longer than the rows of tokens",
+        "They were started from noise. Ids without a text get a share of the probability, are "
+        "sampled, and decode to nothing. `--deep` alone sees it.",
+        "a padding row has a norm of 7.1, rows of tokens one of 1.2.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
 }
 
 

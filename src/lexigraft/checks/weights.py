@@ -177,10 +177,7 @@ def _has_head(config: dict[str, Any]) -> bool:
 def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
     """Ids in config.json and generation_config.json, against rows and against the tokenizer."""
     for key in (*SPECIAL, *GENERATION):
-        named = {
-            file: _as_ids(facts.config.get(file, {}).get(key))
-            for file in ("config.json", "generation_config.json")
-        }
+        named = special_ids(facts, key)
         for file, ids in named.items():
             beyond = [i for i in ids if i >= rows]
             if beyond:
@@ -193,6 +190,14 @@ def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
                 )
         if key in SPECIAL:
             yield from _other_meaning(facts, key, {i for ids in named.values() for i in ids})
+
+
+def special_ids(facts: Facts, key: str) -> dict[str, list[int]]:
+    """The ids that config.json and generation_config.json give for `key`, by file."""
+    return {
+        file: _as_ids(facts.config.get(file, {}).get(key))
+        for file in ("config.json", "generation_config.json")
+    }
 
 
 def _as_ids(value: Any) -> list[int]:

@@ -1,6 +1,6 @@
 """`check`: tokenizer files, config, weights, adapter and manifest in one table, with one verdict.
 
-Headers and small files are read, no weights, and torch is not imported.
+Headers and small files are read, weights only when asked for, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ class CheckResult:
 
 
 def check(
-    path: str | Path, *, base: str | Path | None = None, adapter: str | Path | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    deep: bool = False,
 ) -> CheckResult:
     """Hold the parts of a model, vocabulary or adapter folder against each other.
 
@@ -93,9 +97,12 @@ def check(
         path: the folder.
         base: the model that `path` was made from; for an adapter, the model it is to be used on.
         adapter: an adapter that is to be used on `path`.
+        deep: read the weights too, in blocks: their numbers, untrained and equal rows, old rows
+            against those of `base`.
 
     Raises:
-        LexigraftError: a folder does not exist, or holds nothing that could be checked.
+        LexigraftError: a folder does not exist, holds nothing that could be checked, or a file
+            became shorter while it was read.
     """
     subject = read_facts(Path(path))
     origin = read_facts(Path(base)) if base is not None else None
@@ -115,7 +122,14 @@ def check(
             needed="a model, vocabulary or adapter folder",
             fix=f"ls {subject.folder}",
         )
-    findings = sorted(_findings(subject, origin, patch), key=lambda f: _ORDER[f.severity])
+    found = list(_findings(subject, origin, patch))
+    if deep:
+        for part in (subject, patch):
+            if part is not None:
+                found += _deep(part, origin if part is subject else None)
+        if any(one.code == "LG705" for one in found):  # which says more
+            found = [one for one in found if one.code != "LG306"]
+    findings = sorted(found, key=lambda f: _ORDER[f.severity])
     return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
 
 
@@ -138,6 +152,12 @@ def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iter
     if origin is not None:
         yield from origin.unreadable
         yield from base_findings(subject, origin)
+
+
+def _deep(part: Facts, origin: Facts | None) -> Iterator[Finding]:
+    from lexigraft.checks.deep import deep_findings  # headers alone need no numpy
+
+    yield from deep_findings(part, origin)
 
 
 def _rows(facts: Facts) -> Iterator[Row]:
