@@ -386,9 +386,8 @@ def test_an_adapter_of_another_model(origin, tmp_path):
 
 
 def test_a_kind_of_adapter_that_merge_refuses_is_a_warning(untied, tmp_path):
-    adapter = peft_adapter(
-        untied, untied, tmp_path / "a", rows=TOKENS, target_modules=["q_proj"], use_dora=True
-    )
+    adapter = peft_adapter(untied, untied, tmp_path / "a", rows=TOKENS, target_modules=["q_proj"])
+    edit(adapter / "adapter_config.json", use_qalora=True)
     result = check(untied, adapter=adapter)
     assert result.ok
     assert codes(result, "warning") == ["LG410"]

@@ -547,8 +547,8 @@ def an_adapter_as_a_pickle(ground):
 
 
 @broken("LG410")
-def an_adapter_with_dora(ground):
-    edit(ground.adapter / "adapter_config.json", use_dora=True)
+def an_adapter_that_replicates_layers(ground):
+    edit(ground.adapter / "adapter_config.json", layer_replication=[[0, 2], [1, 2]])
     return check(ground.adapter)
 
 

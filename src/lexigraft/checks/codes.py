@@ -322,9 +322,9 @@ CODES: dict[str, Code] = {
     "LG410": Code(
         "warning",
         "a kind of adapter that merge refuses",
-        "DoRA, LoRA on experts and others need the model to be merged. The adapter itself may "
-        "be sound.",
-        "adapter_config.json says use_dora = true.",
+        "LoRA on experts, replicated layers and others need the model to be merged. The adapter "
+        "itself may be sound.",
+        "adapter_config.json has layer_replication.",
         "merge it with PEFT: PeftModel(...).merge_and_unload()",
     ),
     "LG411": Code(
