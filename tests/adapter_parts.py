@@ -195,14 +195,14 @@ def merged_by_peft(grafted: Path, adapter: Path, form: str, *, tied: bool) -> di
     return merged
 
 
-def logits(model, rows: int):
+def logits(model, rows: int, *, old_only: bool = False):
     """Logits over ids of old and new tokens."""
     import torch
 
     torch.manual_seed(3)
     old = torch.randint(0, TOKENS, (2, 24))
     new = torch.randint(TOKENS, TOKENS + ADDED, (2, 24))
-    ids = torch.cat([old, torch.where(torch.rand(2, 24) < 0.5, old, new)])
+    ids = old if old_only else torch.cat([old, torch.where(torch.rand(2, 24) < 0.5, old, new)])
     with torch.no_grad():
         return model(input_ids=ids).logits[..., :rows].float()
 

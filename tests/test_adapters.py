@@ -40,6 +40,12 @@ EMBED = "model.embed_tokens"
         (f"base_model.model.{EMBED}.base_layer.weight", "base", f"{EMBED}.weight"),
         (f"base_model.model.{LAYER}.lora_magnitude_vector", "magnitude", LAYER),
         (f"base_model.model.{LAYER}.lora_magnitude_vector.default.weight", "magnitude", LAYER),
+        ("base_model.model.mlp.experts.lora_A.weight", "lora_A", "mlp.experts"),
+        (
+            "base_model.model.mlp.experts.base_layer.lora_B.weight",
+            "lora_B",
+            "mlp.experts.base_layer",
+        ),
         (f"base_model.model.{LAYER}.lora_B.bias", "lora_bias", LAYER),
         (f"base_model.model.{LAYER}.base_layer.bias", "full", f"{LAYER}.bias"),
         (f"base_model.model.{EMBED}.lora_embedding_A", "embedding_A", EMBED),
@@ -54,7 +60,7 @@ def test_each_layout_of_peft_is_read(name, part, target):
 @pytest.mark.parametrize(
     ("ending", "form"),
     [
-        ("base_layer.lora_A.weight", "LoRA on bare parameters (experts)"),
+        ("base_layer.lora_A.weight", "LoRA beneath another adapter"),
         ("lora_E", "AdaLoRA"),
         ("ia3_l", "IA3"),
         ("hada_w1_a", "LoHa"),
@@ -74,7 +80,6 @@ def config(tmp_path, **values):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "replicates layers"),
         ({"use_qalora": True}, "QALoRA"),
         ({"arrow_config": {"top_k": 2}}, "Arrow"),

@@ -237,6 +237,80 @@ def test_dora_of_an_embedding_needs_the_rows_that_it_was_trained_with(tmp_path):
     assert merge(scene.grafted, scene.adapter, output=tmp_path / "merged", prove=True).difference
 
 
+def mixture_with_adapter(root, kind, dtype="float32", width=24, **lora):
+    """A tiny mixture of experts, and an adapter with LoRA on its bare parameters."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+    sizes = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        config = MixtralConfig(**sizes, **layers, num_local_experts=3, num_experts_per_tok=2)
+    else:
+        few = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": width}
+        config = Qwen3MoeConfig(**sizes, **layers, **few)
+    base = adapter_parts.parts.write_byte_level(root / "base", vocab_size=TOKENS)
+    AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(base)
+    options = {"r": 4, "target_modules": ["q_proj"], **lora}
+    model = get_peft_model(adapter_parts.load(base), LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(root / "adapter")
+    return base, root / "adapter"
+
+
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_parameters": [DOWN, UP]},
+        {"target_parameters": [DOWN], "use_rslora": True},
+        {"target_parameters": [UP, DOWN], "alpha_pattern": {"experts.down_proj": 3}},
+    ],
+    ids=["both", "down", "alpha"],
+)
+def test_lora_on_experts_is_peft_s(tmp_path, kind, dtype, lora):
+    from peft import PeftModel
+
+    base, adapter = mixture_with_adapter(tmp_path, kind, dtype, **lora)
+    result = merge(base, adapter, output=tmp_path / "merged")
+    assert result.tensors == 2 * (1 + 3 * (3 if UP in lora["target_parameters"] else 1))
+    unmerged = PeftModel.from_pretrained(adapter_parts.load(base), adapter)
+    expected = adapter_parts.logits(unmerged, TOKENS, old_only=True)
+    merged = adapter_parts.load(tmp_path / "merged")
+    if dtype == "float32":
+        got = adapter_parts.logits(merged, TOKENS, old_only=True)
+        assert (got - expected).abs().max() < 1e-4
+    with torch.no_grad():
+        peft = unmerged.merge_and_unload().state_dict()
+    ours = merged.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
+
+
+def test_square_experts_alone_do_not_tell_which_way_they_were_trained(tmp_path):
+    """PEFT has swapped the two factors between versions."""
+    base, adapter = mixture_with_adapter(tmp_path, "qwen3_moe", width=16, target_parameters=[UP])
+    refused(base, adapter, tmp_path / "merged", "square")
+
+
+def test_lora_on_experts_that_does_not_fit_is_an_error(tmp_path):
+    base, adapter = mixture_with_adapter(tmp_path, "mixtral", target_parameters=[UP, DOWN])
+    adapter_parts.edit_adapter_config(adapter, target_parameters=[DOWN])
+    refused(base, adapter, tmp_path / "merged", "has 2 LoRA, .* names down_proj")
+    adapter_parts.edit_adapter_config(adapter, target_parameters=None)
+    refused(base, adapter, tmp_path / "merged", "fits no tensor")
+    adapter_parts.edit_adapter_config(adapter, target_parameters=[UP, DOWN])
+    other = adapter_parts.write_base(tmp_path / "other", tied=False)
+    refused(other, adapter, tmp_path / "merged", "does not store per expert")
+
+
 def test_the_layers_tell_what_is_transposed_not_the_config(tmp_path):
     """PEFT saves the option of the layer that it adapted last."""
     base, adapter = gpt2_with_adapter(tmp_path)

@@ -53,6 +53,7 @@ _READ = {
     "lora_bias",
     "r",
     "rank_pattern",
+    "target_parameters",
     "token_indices",
     "trainable_token_indices",
     "use_dora",
@@ -65,7 +66,6 @@ _REFUSED = {
     "layer_replication": "an adapter that replicates layers",
     "megatron_config": "a Megatron adapter",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters (target_parameters, used for experts)",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -90,6 +90,7 @@ class AdapterConfig:
         modules_to_save: names of modules that were trained in full.
         token_ids: module name ("" for the input embedding) -> ids whose rows were trained, in the
             order of the stored rows.
+        parameters: `target_parameters`: names of bare parameters that LoRA was trained on.
         dora: `use_dora`: every LoRA has a magnitude.
         shared_when_tied: `ensure_weight_tying`: one change for embedding and head.
     """
@@ -103,6 +104,7 @@ class AdapterConfig:
     transposed: bool
     modules_to_save: tuple[str, ...]
     token_ids: dict[str, tuple[int, ...]]
+    parameters: tuple[str, ...]
     dora: bool
     shared_when_tied: bool
 
@@ -227,6 +229,7 @@ def _read(path: Path, data: dict[str, Any]) -> AdapterConfig:
         transposed=bool(data.get("fan_in_fan_out")),
         modules_to_save=_names(data.get("modules_to_save") or ()),
         token_ids=_token_ids(data),
+        parameters=_names(data.get("target_parameters") or ()),
         dora=bool(data.get("use_dora")),
         shared_when_tied=bool(data.get("ensure_weight_tying")),
     )

@@ -53,6 +53,8 @@ class Delta:
         self._by_column = addition.low_rank.of_embedding or addition.transposed
         self._low_rank = addition.low_rank
         self._scaling = addition.scaling
+        # PEFT casts what it adds to an embedding or a bare parameter first, and rounds twice.
+        self._is_cast = addition.low_rank.of_embedding or addition.low_rank.expert is not None
 
     def onto(self, rows: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:
         """`rows` of W, the first of which is row `start`, changed; they are overwritten."""
@@ -61,7 +63,7 @@ class Delta:
         if self._low_rank.magnitude is not None:
             block[:] = self._with_magnitude(block + change, start)
         else:
-            block += change.to(block.dtype) if self._low_rank.of_embedding else change
+            block += change.to(block.dtype) if self._is_cast else change
         return to_numpy(block, self._dtype)
 
     def _with_magnitude(self, rows: torch.Tensor, start: int) -> torch.Tensor:
@@ -110,11 +112,17 @@ class Delta:
 
     @cached_property
     def _left(self) -> torch.Tensor:
-        return _matrix(self._low_rank.b)
+        left, expert = _matrix(self._low_rank.b), self._low_rank.expert
+        if expert is None:
+            return left
+        return left.reshape(len(left), -1, expert.count)[expert.first :, :, expert.index]
 
     @cached_property
     def _right(self) -> torch.Tensor:
-        return _matrix(self._low_rank.a)
+        right, expert = _matrix(self._low_rank.a), self._low_rank.expert
+        if expert is None:
+            return right
+        return right.reshape(expert.count, -1, right.shape[1])[expert.index]
 
 
 def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[Any]]:

@@ -25,6 +25,21 @@ _CONVERT = (
 
 
 @dataclass(frozen=True)
+class Expert:
+    """The part of the factors of a mixture that one matrix of one expert has.
+
+    Attributes:
+        index: which expert.
+        count: how many there are.
+        first: the row of B that is the matrix's first.
+    """
+
+    index: int
+    count: int
+    first: int
+
+
+@dataclass(frozen=True)
 class LowRank:
     """LoRA of one linear layer or embedding: the weight grows by scaling * B A.
 
@@ -35,6 +50,7 @@ class LowRank:
         of_embedding: the layer is an embedding, whose rows grow by the transposed product.
         magnitude: DoRA's m, shape (out,), of an embedding (D,); None for plain LoRA.
         bias: the layer's bias grows by scaling * this, shape (out,); None without `lora_bias`.
+        expert: what of the factors counts, where they are those of a mixture.
     """
 
     module: str
@@ -43,6 +59,7 @@ class LowRank:
     of_embedding: bool = False
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    expert: Expert | None = None
 
     @property
     def rank(self) -> int:

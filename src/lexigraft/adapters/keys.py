@@ -43,7 +43,7 @@ _PARTS: tuple[tuple[str, Part], ...] = (
 )
 # Parts of forms that are refused by name: (what is in the key, how it is called).
 REFUSED_FORMS = (
-    ("base_layer.lora_", "LoRA on bare parameters (experts)"),
+    ("base_layer.lora_", "LoRA beneath another adapter"),
     ("lora_diag", "KaSA"),
     ("lora_E", "AdaLoRA"),
     ("lora_", "an unknown kind of LoRA"),
@@ -90,7 +90,7 @@ def parse(name: str) -> Key:
     'LoKr'
     """
     inner = name.removeprefix(_PREFIX)
-    if "base_layer.lora_" not in inner:
+    if "base_layer.lora_" not in inner or ".experts." in inner:  # whose wrappers lie in each other
         for pattern, part in _PARTS:
             match = re.search(pattern, inner)
             if match:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lexigraft.adapters.config import AdapterConfig, refusal
+from lexigraft.adapters.experts import expert_additions, is_of_experts
 from lexigraft.adapters.folder import Adapter, Addition, LowRank
 from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
@@ -145,17 +146,23 @@ def _require_one_change(twice: Iterable[str], adapter: Adapter, what: str) -> No
 def _additions(
     adapter: Adapter, checkpoint: Checkpoint, find: _Finder, vocabulary: set[str]
 ) -> dict[str, Addition]:
-    found: dict[str, Addition] = {}
+    config = adapter.config
+    experts = {m: low_rank for m, low_rank in adapter.low_rank.items() if is_of_experts(m, config)}
+    found = dict(expert_additions(experts, checkpoint.tensors, config))
+    for name in found:
+        _require_float(checkpoint.tensors[name])
     for module, low_rank in adapter.low_rank.items():
+        if module in experts:
+            continue
         name = find.name(f"{module}.weight", low_rank.a.name)
         transposed = False
         if name not in vocabulary:  # whose rows may be more or fewer
             weight = checkpoint.tensors[name]
             _require_float(weight)
-            transposed = _is_transposed(low_rank, weight, adapter.config, checkpoint)
+            transposed = _is_transposed(low_rank, weight, config, checkpoint)
         if name in found:
             raise _claimed_twice(name, low_rank.a, found[name].low_rank.a)
-        scaling = adapter.config.scaling(module, low_rank.rank)
+        scaling = config.scaling(module, low_rank.rank)
         found[name] = Addition(low_rank, scaling, transposed)
     return found
 

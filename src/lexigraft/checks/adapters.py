@@ -255,7 +255,9 @@ def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:
         if given != wanted:
             yield _misfit(name, factor, layer, model.folder)
             return
-    named = [name for name in adapter.adapter if parse(name).part == "lora_A"]
+    named = [
+        name for name in adapter.adapter if parse(name).part == "lora_A" and ".experts" not in name
+    ]
     if named and not seen and not any(f"{parse(n).target}.weight" in tensors for n in named):
         yield finding(
             "LG408",
