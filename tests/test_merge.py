@@ -174,28 +174,58 @@ def test_scaling_of_embedding_and_head_is_peft_s(tmp_path, dtype):
     assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
 
 
-def gpt2_with_adapter(root, dtype="float32", **lora):
+def gpt2_with_adapter(root, dtype="float32", config=None, **lora):
     """A tiny GPT-2, whose linear layers are Conv1D with biases, and an adapter of it."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    sizes = GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     base = adapter_parts.parts.write_byte_level(root / "base", vocab_size=TOKENS)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(sizes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
     model.to(getattr(torch, dtype)).save_pretrained(base)
     options = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, **lora}
-    model = get_peft_model(adapter_parts.load(base), LoraConfig(task_type="CAUSAL_LM", **options))
+    config = config or LoraConfig(task_type="CAUSAL_LM", **options)
+    model = get_peft_model(adapter_parts.load(base), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(root / "adapter")
     return base, root / "adapter"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_ia3_is_peft_s(tmp_path, conv1d, dtype):
+    """Outputs with their bias, inputs of the feed-forward layers, square and other matrices."""
+    from peft import IA3Config, PeftModel
+
+    names = ["c_attn", "c_proj"] if conv1d else ["k_proj", "v_proj", "down_proj"]
+    config = IA3Config(
+        target_modules=names,
+        feedforward_modules=["c_proj" if conv1d else "down_proj"],
+        fan_in_fan_out=conv1d,
+        modules_to_save=["ln_f" if conv1d else "model.norm"],
+        task_type="CAUSAL_LM",
+    )
+    if conv1d:
+        base, adapter = gpt2_with_adapter(tmp_path, dtype, config)
+    else:
+        base, adapter = other_with_adapter(tmp_path, "qwen2", dtype, config=config)
+    result = merge(base, adapter, output=tmp_path / "merged", prove=True)
+    # in each of two layers three matrices and the biases of outputs; the norm
+    assert result.tensors == (2 * (3 + 1) + 2 if conv1d else 2 * (3 + 2) + 1)
+    assert result.difference < (1e-4 if dtype == "float32" else result.limit)
+    with torch.no_grad():
+        peft = PeftModel.from_pretrained(adapter_parts.load(base), adapter)
+        expected = peft.merge_and_unload().state_dict()
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -237,23 +267,27 @@ def test_dora_of_an_embedding_needs_the_rows_that_it_was_trained_with(tmp_path):
     assert merge(scene.grafted, scene.adapter, output=tmp_path / "merged", prove=True).difference
 
 
-def mixture_with_adapter(root, kind, dtype="float32", width=24, **lora):
-    """A tiny mixture of experts, and an adapter with LoRA on its bare parameters."""
+def other_with_adapter(root, kind, dtype="float32", width=24, config=None, **lora):
+    """A tiny mixture of experts, or a Qwen2, and an adapter, with LoRA on bare parameters."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
-    sizes = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    sizes = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 40}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     if kind == "mixtral":
-        config = MixtralConfig(**sizes, **layers, num_local_experts=3, num_experts_per_tok=2)
+        few = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
+        shape = MixtralConfig(**sizes, **layers, **few)
+    elif kind == "qwen2":
+        shape = Qwen2Config(**sizes, **layers)
     else:
         few = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": width}
-        config = Qwen3MoeConfig(**sizes, **layers, **few)
+        shape = Qwen3MoeConfig(**sizes, **layers, **few, head_dim=8)
     base = adapter_parts.parts.write_byte_level(root / "base", vocab_size=TOKENS)
-    AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(base)
+    AutoModelForCausalLM.from_config(shape).to(getattr(torch, dtype)).save_pretrained(base)
     options = {"r": 4, "target_modules": ["q_proj"], **lora}
-    model = get_peft_model(adapter_parts.load(base), LoraConfig(task_type="CAUSAL_LM", **options))
+    config = config or LoraConfig(task_type="CAUSAL_LM", **options)
+    model = get_peft_model(adapter_parts.load(base), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -279,7 +313,7 @@ UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 def test_lora_on_experts_is_peft_s(tmp_path, kind, dtype, lora):
     from peft import PeftModel
 
-    base, adapter = mixture_with_adapter(tmp_path, kind, dtype, **lora)
+    base, adapter = other_with_adapter(tmp_path, kind, dtype, **lora)
     result = merge(base, adapter, output=tmp_path / "merged")
     assert result.tensors == 2 * (1 + 3 * (3 if UP in lora["target_parameters"] else 1))
     unmerged = PeftModel.from_pretrained(adapter_parts.load(base), adapter)
@@ -296,12 +330,12 @@ def test_lora_on_experts_is_peft_s(tmp_path, kind, dtype, lora):
 
 def test_square_experts_alone_do_not_tell_which_way_they_were_trained(tmp_path):
     """PEFT has swapped the two factors between versions."""
-    base, adapter = mixture_with_adapter(tmp_path, "qwen3_moe", width=16, target_parameters=[UP])
+    base, adapter = other_with_adapter(tmp_path, "qwen3_moe", width=16, target_parameters=[UP])
     refused(base, adapter, tmp_path / "merged", "square")
 
 
 def test_lora_on_experts_that_does_not_fit_is_an_error(tmp_path):
-    base, adapter = mixture_with_adapter(tmp_path, "mixtral", target_parameters=[UP, DOWN])
+    base, adapter = other_with_adapter(tmp_path, "mixtral", target_parameters=[UP, DOWN])
     adapter_parts.edit_adapter_config(adapter, target_parameters=[DOWN])
     refused(base, adapter, tmp_path / "merged", "has 2 LoRA, .* names down_proj")
     adapter_parts.edit_adapter_config(adapter, target_parameters=None)
@@ -860,12 +894,21 @@ def test_other_forms_of_lora_are_refused_by_name(tmp_path, lora, named):
 
 
 def test_other_kinds_of_adapter_are_refused_by_name(tmp_path):
+    from peft import LoHaConfig, get_peft_model
+
+    base = adapter_parts.write_base(tmp_path / "base", tied=False)
+    config = LoHaConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
+    get_peft_model(adapter_parts.load(base), config).save_pretrained(tmp_path / "adapter")
+    refused(base, tmp_path / "adapter", tmp_path / "merged", "LOHA")
+
+
+def test_ia3_on_a_head_is_refused_by_name(tmp_path):
     from peft import IA3Config, get_peft_model
 
     base = adapter_parts.write_base(tmp_path / "base", tied=False)
-    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
     get_peft_model(adapter_parts.load(base), config).save_pretrained(tmp_path / "adapter")
-    refused(base, tmp_path / "adapter", tmp_path / "merged", "IA3")
+    refused(base, tmp_path / "adapter", tmp_path / "merged", "IA.3 on a vocabulary tensor")
 
 
 def test_no_adapter_and_a_dry_run_of_a_stack_are_refused(tmp_path):

@@ -26,7 +26,9 @@ _HARMLESS = {
     "enable_lora",  # PEFT 0.2, always null
     "eva_config",  # EVA starts A elsewhere and leaves the base as it is
     "exclude_modules",
+    "feedforward_modules",  # the shape of an (IA)3 vector tells
     "inference_mode",
+    "init_ia3_weights",
     "init_weights",
     "layers_pattern",
     "layers_to_transform",
@@ -192,7 +194,7 @@ def refusal(path: Path, kind: str) -> RefusalError:
 
 def _refuse_kinds(path: Path, data: dict[str, Any]) -> None:
     kind = data.get("peft_type")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+    if kind not in ("LORA", "TRAINABLE_TOKENS", "IA3"):
         raise refusal(path, f"an adapter of type {kind}")
 
 

@@ -8,6 +8,8 @@ the same order and is bit-identical to it.
 DoRA (Liu et al. 2024, arXiv:2402.09353): W' = m (W + s B A) / n, where n is the norm of each row of
 W + s B A: the weights of one output. Where outputs are columns, as in an embedding, n runs over
 the whole vocabulary.
+
+(IA)3 (Liu et al. 2022, arXiv:2205.05638) multiplies the outputs or inputs of a layer with a vector.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.folder import Addition
+from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError
@@ -158,6 +160,32 @@ def merged_bias(bias: Tensor, addition: Addition) -> npt.NDArray[Any]:
     if not all_finite(merged, bias.dtype):
         raise not_finite(bias.name, addition.low_rank.bias.path)
     return merged
+
+
+def scaled_blocks(tensor: Tensor, scale: Scale) -> Iterator[npt.NDArray[Any]]:
+    """The rows of a matrix or a bias times (IA)3's vector, in its type, block by block.
+
+    Args:
+        tensor: on disk: a matrix, shape (out, in) or transposed, or the bias, shape (out,).
+        scale: the vector; that of outputs for a bias.
+
+    Raises:
+        LexigraftError: the result is not finite.
+    """
+    vector = _matrix(scale.vector)
+    if len(tensor.shape) == 1:
+        vector = vector.flatten()
+    elif scale.transposed:
+        vector = vector.T
+    step = max(1, BLOCK_BYTES // (4 * tensor.row_bytes))
+    for start in range(0, tensor.rows, step):
+        stop = min(start + step, tensor.rows)
+        block = to_torch(read_rows(tensor, start, stop), tensor.dtype)
+        factor = vector[start:stop] if len(vector) == tensor.rows else vector
+        scaled = to_numpy(torch.mul(block, factor).to(block.dtype), tensor.dtype)
+        if not all_finite(scaled, tensor.dtype):
+            raise not_finite(tensor.name, scale.vector.path)
+        yield scaled
 
 
 def not_finite(name: str, path: Any) -> LexigraftError:

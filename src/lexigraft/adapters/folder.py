@@ -89,6 +89,19 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What (IA)3 multiplies one tensor of the base with.
+
+    Attributes:
+        vector: shape (out, 1) or (1, in).
+        transposed: the matrix is stored (in, out), as GPT-2's Conv1D does.
+    """
+
+    vector: Tensor
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A PEFT adapter on disk, read from headers.
 
@@ -97,6 +110,8 @@ class Adapter:
         config: its `adapter_config.json`.
         manifest: its `lexigraft.json`, None for an adapter that others saved.
         low_rank: module -> LoRA, of linear layers and of embeddings.
+        scales: module -> (IA)3's vector: its outputs are multiplied with it, shape (out, 1), or its
+            inputs, shape (1, in).
         full: name of a tensor of the model -> the values that replace it.
         rows: module of a vocabulary tensor -> values of the trained rows, shape (n, D).
         copies: name of a tensor of the model -> an untrained copy of it, which PEFT stores where
@@ -107,6 +122,7 @@ class Adapter:
     config: AdapterConfig
     manifest: Manifest | None
     low_rank: Mapping[str, LowRank]
+    scales: Mapping[str, Tensor]
     full: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     copies: Mapping[str, Tensor]
@@ -138,6 +154,7 @@ class Adapter:
             config,
             Manifest.read(folder),
             _all_low_rank(keys, tensors, config),
+            _by_target(keys, tensors, "scale"),
             _replacements(keys, tensors),
             _by_target(keys, tensors, "rows"),
             _by_target(keys, tensors, "base"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.experts import expert_additions, is_of_experts
-from lexigraft.adapters.folder import Adapter, Addition, LowRank
+from lexigraft.adapters.folder import Adapter, Addition, LowRank, Scale
 from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -35,19 +35,21 @@ class Matched:
     Attributes:
         linear: name of a weight outside the vocabulary -> the LoRA that is added to it.
         biases: name of a bias -> the LoRA whose bias is added to it.
+        scaled: name of a weight or bias outside the vocabulary -> what (IA)3 multiplies it with.
         replaced: name of a tensor outside the vocabulary -> its new values.
         vocabulary: name of a vocabulary tensor -> its change; only those that change.
     """
 
     linear: Mapping[str, Addition]
     biases: Mapping[str, Addition]
+    scaled: Mapping[str, Scale]
     replaced: Mapping[str, Tensor]
     vocabulary: Mapping[str, Change]
 
     @property
-    def tensors(self) -> int:
-        """How many tensors of the base change."""
-        return len(self.linear) + len(self.biases) + len(self.replaced) + len(self.vocabulary)
+    def names(self) -> set[str]:
+        """The tensors outside the vocabulary that change."""
+        return {*self.linear, *self.biases, *self.scaled, *self.replaced}
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Matched:
@@ -70,6 +72,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     full = find.all(adapter.full)
     biases = _biases(added, checkpoint, find, vocabulary_names)
     _require_one_change({*added, *biases} & full.keys(), adapter, "replaces")
+    scaled = _scales(adapter, checkpoint, find, vocabulary_names)
+    _require_one_change({*added, *biases, *full} & scaled.keys(), adapter, "scales")
     changes = _vocabulary_changes(adapter, find, full, added, vocabulary_names)
     linear = {n: addition for n, addition in added.items() if n not in vocabulary_names}
     replaced = {n: tensor for n, tensor in full.items() if n not in vocabulary_names}
@@ -79,7 +83,7 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     for name, change in changes.items():
         base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
         _require_width(change, base, name)
-    return Matched(linear, biases, replaced, changes)
+    return Matched(linear, biases, scaled, replaced, changes)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _spellings(target: str) -> Iterable[str]:
 def _require_one_change(twice: Iterable[str], adapter: Adapter, what: str) -> None:
     for name in sorted(twice):
         raise LexigraftError(
-            f"{adapter.weights} both {what} {name} and adds LoRA to it",
+            f"{adapter.weights} both {what} {name} and changes it otherwise",
             needed="one change per tensor",
             fix="save the adapter again",
         )
@@ -187,6 +191,30 @@ def _biases(
         _require_shape(bias, checkpoint.tensors[name].shape, name)
         _require_float(checkpoint.tensors[name])
         found[name] = addition
+    return found
+
+
+def _scales(
+    adapter: Adapter, checkpoint: Checkpoint, find: _Finder, vocabulary: set[str]
+) -> dict[str, Scale]:
+    found: dict[str, Scale] = {}
+    for module, vector in adapter.scales.items():
+        name = find.name(f"{module}.weight", vector.name)
+        if name in vocabulary:
+            raise refusal(vector.path, f"(IA)3 on a vocabulary tensor ({module})")
+        weight = checkpoint.tensors[name]
+        scale = Scale(vector, adapter.config.transposed or _has_conv1d(checkpoint))
+        rows, width = weight.shape[::-1] if scale.transposed else weight.shape
+        if vector.shape not in ((rows, 1), (1, width)):
+            raise _other_base(vector, name, weight.shape)
+        names = [name]
+        if vector.shape == (rows, 1) and find.has(f"{module}.bias"):
+            names.append(find.name(f"{module}.bias", vector.name))
+        for scaled in names:
+            _require_float(checkpoint.tensors[scaled])
+            if scaled in found:
+                raise _claimed_twice(scaled, vector, found[scaled].vector)
+            found[scaled] = scale
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from lexigraft.adapters.expand import Expansion
-from lexigraft.adapters.folder import Addition
+from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
 from lexigraft.adapters.vocabulary import replaced_blocks
 from lexigraft.checkpoints.architectures import VocabularyTensors
@@ -41,6 +41,7 @@ def merged_plan(
         _with_lora_bias(checkpoint.tensors[name], addition)
         for name, addition in matched.biases.items()
     ]
+    changed += [_scaled(checkpoint.tensors[name], scale) for name, scale in matched.scaled.items()]
     changed += [
         _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
     ]
@@ -72,6 +73,15 @@ def _with_lora_bias(bias: Tensor, addition: Addition) -> PlannedTensor:
         yield merged_bias(bias, addition)
 
     return PlannedTensor(bias.name, bias.dtype, bias.shape, (Compute(bias.bytes, blocks),))
+
+
+def _scaled(tensor: Tensor, scale: Scale) -> PlannedTensor:
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        from lexigraft.adapters.delta import scaled_blocks
+
+        return scaled_blocks(tensor, scale)
+
+    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Compute(tensor.bytes, blocks),))
 
 
 def _replaced(weight: Tensor, values: Tensor) -> PlannedTensor:

@@ -398,7 +398,7 @@ def _result(job: _Job, output: Path, **found: Any) -> MergeResult:
         rows=job.expansion.growth.rows,
         tokens=job.tokenizer.map.tokens,
         tied=job.expansion.tied,
-        tensors=len({*job.matched.linear, *job.matched.biases, *job.matched.replaced, *changed}),
+        tensors=len(job.matched.names | changed),
         adapters=(job.adapter.folder,),
         sources=(*kept, *(rows.line() for rows in job.expansion.tensors)),
         **found,
