@@ -301,6 +301,60 @@ def chinese_llama(options: argparse.Namespace, folder: Path) -> list[str]:
     return lines
 
 
+def every(options: argparse.Namespace, folder: Path) -> list[str]:
+    """400 tokens more for every tokenizer at hand, by the result's own proof."""
+    corpora = [
+        shortened(options.data / "corpora" / LANGUAGES[name][0], folder) for name in LANGUAGES
+    ]
+    flags = [part for path in corpora for part in ("--corpus", str(path))]
+    lines = [
+        "",
+        "## 400 tokens more for every tokenizer",
+        "",
+        f"Learned from the first {QUICK_BYTES / 1e6:.0f} MB of each corpus; what the proof of each "
+        "result said (`learn --json`): ids kept, decoded as before and engines equal wherever the "
+        "base's were, or nothing is written. bridges: new tokens that never come out, but are "
+        "parts of others; dead: those that are not even that.",
+        "",
+        "| tokenizer | family | added | drift | dead | bridges | engines | texts proved | "
+        "where the base's engines differ |",
+        "|" + "---|" * 9,
+    ]
+    for path in sorted((options.data / "tokenizers").iterdir()):
+        for label, files in _alternatives(path):
+            base, out = folder / "every" / label, folder / "every-out"
+            base.mkdir(parents=True)
+            for file in files:
+                named = ".model" not in file.name or file.name == "spiece.model"
+                shutil.copyfile(file, base / (file.name if named else "tokenizer.model"))
+            command = [sys.executable, "-m", "lexigraft", "learn", str(base), *flags]
+            command += ["--tokens", "400", "--allow-more", "--json", "-q", "-o", str(out)]
+            done = run(command, options.limit)
+            print(f"{label}: {done.wall:.1f} s", file=sys.stderr)
+            if done.fault:
+                fault = done.fault.replace(str(base), "BASE")
+                lines.append(f"| {label} | refused: {fault} |" + " |" * 7)
+                continue
+            found = json.loads(done.output)
+            parity, bridges = found["parity"], found["bridges"]
+            lines.append(
+                f"| {label} | {found['family']} | {found['added']:,} | {found['drift']} "
+                f"| {found['dead'] - bridges} | {bridges} | {', '.join(parity['engines'])} "
+                f"| {parity['texts']:,} | {parity['base_differences']:,} |"
+            )
+            shutil.rmtree(out)
+    return lines
+
+
+def _alternatives(folder: Path) -> list[tuple[str, list[Path]]]:
+    """The tokenizers in a folder: one, or several files that are a tokenizer each."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    alone = [path for path in files if path.suffix == ".tiktoken" or ".model" in path.name]
+    if len(alone) < 2:
+        return [(folder.name, files)]
+    return [(f"{folder.name} {path.name}", [path]) for path in alone]
+
+
 def gigabyte(options: argparse.Namespace, folder: Path) -> list[str]:
     """SmolLM2 extended from a gigabyte of text that grows without repeating itself."""
     base = make_base("smollm2", options.data, folder / "bases")
@@ -376,6 +430,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 MB of each corpus")
     parser.add_argument("--profile", action="store_true", help="only print where seconds go")
     parser.add_argument("--skip-chinese-llama", action="store_true")
+    parser.add_argument("--skip-every", action="store_true")
     parser.add_argument("--skip-gigabyte", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--folder", help="where to work; by default the system's temporary folder")
@@ -390,6 +445,8 @@ def main() -> None:
         lines += ratios(results)
         if not options.skip_chinese_llama:
             lines += chinese_llama(options, folder)
+        if not (options.quick or options.skip_every):
+            lines += every(options, folder)
         if not (options.quick or options.skip_gigabyte):
             lines += gigabyte(options, folder)
     command = shlex.join(["python", "bench/learn.py", *sys.argv[1:]])
