@@ -81,8 +81,22 @@ def main() -> None:
     try:
         app()
     except LexigraftError as fault:
-        print(plain(str(fault)), file=sys.stderr)
-        sys.exit(2)
+        _fail(fault)
+    except (
+        RecursionError
+    ):  # a JSON file that a stranger made for this; small ones are refused by name
+        _fail(
+            LexigraftError(
+                "an input file is nested too deep to be read",
+                needed="files as their programs write them",
+                fix="lexigraft check FOLDER, and look where the folder comes from",
+            )
+        )
+
+
+def _fail(fault: LexigraftError) -> None:
+    print(plain(str(fault)), file=sys.stderr)
+    sys.exit(2)
 
 
 def _show(result: Result, as_json: bool) -> None:

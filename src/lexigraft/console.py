@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 Advance = Callable[[int], None]
+# Embeddings, overrides and isolates of Unicode's bidirectional algorithm (UAX #9).
+_TURNING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 
 _quiet = False
 
@@ -29,15 +31,27 @@ def set_quiet(quiet: bool) -> None:
 def plain(text: str) -> str:
     r"""`text` with every control character but tab and line break made visible.
 
+    Marks that turn the direction of writing count as such: they make text read as what it is not.
+
     >>> plain("a\x1b[31mred")
     'a\\x1b[31mred'
     """
     return "".join(
         character
-        if character in "\t\n" or unicodedata.category(character) not in ("Cc", "Cs")
-        else character.encode("unicode_escape").decode("ascii")
+        if character in "\t\n"
+        or (unicodedata.category(character) not in ("Cc", "Cs") and character not in _TURNING)
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
     )
+
+
+def plain_line(text: str) -> str:
+    r"""`plain`, on one line.
+
+    >>> plain_line("two\nlines")
+    'two\\nlines'
+    """
+    return plain(text.replace("\n", "\\n"))
 
 
 def note(text: str) -> None:

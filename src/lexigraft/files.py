@@ -24,6 +24,10 @@ NEW_TOKENS = "new_tokens.jsonl"  # beside it, one line per new token
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 # The largest JSON file we know of is a 33 MB tokenizer.json (Gemma 3); indexes stay below 10 MB.
 JSON_LIMIT_BYTES = 512 * 2**20
+# Real configs nest less than ten deep; what walks through one must not run out of stack. Looked at
+# in files up to a size: larger ones are vocabularies and indexes, which nothing walks through.
+JSON_DEPTH = 100
+_DEPTH_LIMIT_BYTES = 2**20
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -56,7 +60,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        LexigraftError: the file is missing, too large, or no JSON.
+        LexigraftError: the file is missing, too large, nested too deep, or no JSON.
     """
     if not path.is_file():
         raise LexigraftError(f"no file {path}", needed="a JSON file there", fix=f"ls {path.parent}")
@@ -68,7 +72,7 @@ def read_json(path: Path) -> Any:
             fix="check where this file comes from",
         )
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as fault:
         raise LexigraftError(
             f"{path}: {fault.strerror}", needed="a file that can be read", fix=f"ls -lL {path}"
@@ -79,6 +83,28 @@ def read_json(path: Path) -> Any:
             needed="valid JSON",
             fix="download or write that file again",
         ) from None
+    if size <= _DEPTH_LIMIT_BYTES and _depth(content) > JSON_DEPTH:
+        raise LexigraftError(
+            f"{path} is nested more than {JSON_DEPTH} deep",
+            needed="a file as its program writes it",
+            fix="check where this file comes from",
+        )
+    return content
+
+
+def _depth(value: Any) -> int:
+    """How deep a JSON value is nested, as far as one beyond the limit."""
+    level, depth = [value], 0
+    while level and depth <= JSON_DEPTH:
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        depth += 1
+    return depth
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -322,7 +322,7 @@ CODES: dict[str, Code] = {
     "LG410": Code(
         "warning",
         "a kind of adapter that merge refuses",
-        "LoRA on experts, replicated layers and others need the model to be merged. The adapter "
+        "aLoRA, QALoRA, replicated layers and others need the model to be merged. The adapter "
         "itself may be sound.",
         "adapter_config.json has layer_replication.",
         "merge it with PEFT: PeftModel(...).merge_and_unload()",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lexigraft.checks.codes import CODES, Severity
+from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 
 
@@ -34,11 +35,11 @@ class Finding:
         return asdict(self)
 
     def line(self) -> str:
-        """All of it on one line."""
+        """All of it on one line, whatever is in the files that it speaks of."""
         parts = [f"{self.severity} {self.code} {self.where}: {self.found}"]
         parts += [f"needed: {self.needed}"] if self.needed else []
         parts += [f"try: {self.fix}"] if self.fix else []
-        return " | ".join(parts)
+        return plain_line(" | ".join(parts))
 
 
 def finding(code: str, where: str, found: str, *, needed: str = "", fix: str = "") -> Finding:

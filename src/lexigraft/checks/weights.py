@@ -170,8 +170,10 @@ def _tying(facts: Facts) -> Iterator[Finding]:
 
 
 def _has_head(config: dict[str, Any]) -> bool:
-    names = config.get("architectures") or []
-    return any("CausalLM" in str(name) or "LMHead" in str(name) for name in names)
+    names = config.get("architectures")
+    return isinstance(names, list) and any(
+        "CausalLM" in str(name) or "LMHead" in str(name) for name in names
+    )
 
 
 def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:

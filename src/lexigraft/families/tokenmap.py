@@ -135,7 +135,7 @@ def read_token_maps(folder: Path) -> dict[str, TokenMap]:
         if path.is_file():
             try:
                 token_map = reader(path)
-            except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            except (LookupError, TypeError, ValueError, AttributeError) as fault:
                 raise LexigraftError(
                     f"{path} is not laid out as a tokenizer file ({type(fault).__name__}: {fault})",
                     needed="a tokenizer file as transformers writes it",

@@ -17,6 +17,7 @@ from lexigraft.checks.findings import Finding
 from lexigraft.checks.lineage import base_findings, manifest_findings
 from lexigraft.checks.tokenizers import tokenizer_findings
 from lexigraft.checks.weights import stated_rows, weight_findings
+from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.manifest import MANIFEST
 
@@ -198,7 +199,8 @@ def _table_lines(table: list[Row]) -> list[str]:
     for row in table:
         if row.folder != folder:
             folder = row.folder
-            lines.append(folder)
+            lines.append(plain_line(folder))
         count = "" if row.count is None else f"{row.count:,}"
-        lines.append(f"  {row.part:<{width}}  {count:>9} {row.unit:<10}  {row.detail}".rstrip())
+        line = f"  {row.part:<{width}}  {count:>9} {row.unit:<10}  {row.detail}".rstrip()
+        lines.append(plain_line(line))
     return lines
