@@ -25,7 +25,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.checkpoints.tying import is_stored_twice
-from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.errors import LexigraftError
 
 NOTHING = Change()
 
@@ -205,7 +205,7 @@ def _settle_ties(
     shared = _shared_change(vocabulary, in_embedding, in_head, config)
     if shared is not None:
         return {**written, embedding: shared}, True
-    one, other = _separate_changes(in_embedding, in_head, config)
+    one, other = _separate_changes(in_embedding, in_head)
     return {**written, embedding: one, head: other}, False
 
 
@@ -226,21 +226,16 @@ def _shared_change(
     return in_embedding if in_embedding == in_head else None
 
 
-def _separate_changes(
-    in_embedding: Change, in_head: Change, config: AdapterConfig
-) -> tuple[Change, Change]:
+def _separate_changes(in_embedding: Change, in_head: Change) -> tuple[Change, Change]:
     """The changes of an embedding and of the head that was tied to it, each complete.
 
     PEFT stores the weight that LoRA was trained on where the vocabulary was resized: here it is
-    the other's weight too.
+    the other's weight too. A head with LoRA goes on reading the rows that were trained on the
+    embedding.
     """
     added = [change for change in (in_embedding, in_head) if change.added]
-    if added and (in_embedding.values or in_head.values):
-        raise RefusalError(
-            f"{config.path}: LoRA and trained rows on an embedding and the head tied to it",
-            needed="one of the two",
-            fix="untie the base before the training",
-        )
+    if in_head.added and in_embedding.values and not in_head.values:
+        in_head = replace(in_head, ids=in_embedding.ids, values=in_embedding.values)
     before = next((change.full for change in added if change.full is not None), None)
     one, other = (replace(change, full=change.full or before) for change in (in_embedding, in_head))
     return one, other
