@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import test_check as small
+from lexigraft.errors import LexigraftError
 from lexigraft.manifest import Manifest
-from lexigraft.steps.check import CheckResult, check
+from lexigraft.steps.check import CheckResult, check, mend
 from parts import write_byte_level, write_model, write_sentencepiece
 from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows, write_manifest
 
@@ -683,6 +684,59 @@ def test_each_broken_folder_gives_exactly_its_finding(ground, name):
     [found] = result.findings
     assert result.ok == (found.severity != "error")
     assert found.severity == "note" or (found.needed and found.fix)
+
+
+MENDED = {
+    "vocab_size_raised_by_hand": "base",
+    "vocab_size_zero_of_an_ungathered_resize": "base",
+    "a_nested_vocab_size_left_behind": "base",
+    "an_index_with_the_size_of_the_base": "shards",
+    "an_index_that_lacks_a_tensor": "shards",
+    "a_shard_of_an_earlier_save": "shards",
+    "a_stale_model_file_beside_a_grown_tokenizer_json": "sp",
+    "a_tied_model_whose_head_was_trained_apart": "sp",
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_fix_mends_a_copy_and_leaves_the_folder_alone(ground, tmp_path, name):
+    code, make = BROKEN[name]
+    make(ground)
+    folder = ground.copy(MENDED[name])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = mend(folder, tmp_path / "mended", deep=True)
+    assert [one.code for one in result.mended] == [code]
+    assert result.ok and all(f.severity == "note" for f in result.after.findings), result.lines()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    for path in (tmp_path / "mended").glob("*.safetensors"):
+        assert path.read_bytes() == before[path.name]
+
+
+def test_fix_and_deep_on_the_command_line(ground, tmp_path):
+    from typer.testing import CliRunner
+
+    from lexigraft.cli import app
+
+    vocab_size_raised_by_hand(ground)
+    words = ["check", str(ground.base), "--deep", "--fix", str(tmp_path / "mended")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    told = json.loads(done.output)
+    assert done.exit_code == 0 and told["ok"]
+    assert [one["code"] for one in told["mended"]] == ["LG201"]
+    assert "edit" not in told["mended"][0]
+    refused = CliRunner().invoke(app, [*words, "--base", str(ground.sp), "--force"])
+    assert isinstance(refused.exception, LexigraftError)
+
+
+def test_fix_says_when_nothing_can_be_mended(ground, tmp_path):
+    with pytest.raises(LexigraftError, match="edit alone"):
+        mend(ground.base, tmp_path / "mended")
+    grown = extend(ground.base, ground.base)
+    with pytest.raises(LexigraftError, match="LG302"):
+        mend(grown, tmp_path / "mended")
+    with pytest.raises(LexigraftError, match="exists"):
+        mend(ground.base, ground.base)
+    assert not (tmp_path / "mended").exists()
 
 
 def test_the_gallery_has_every_code():

@@ -398,6 +398,11 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Read the weights too: NaN, untrained and changed rows.")
     ] = False,
+    fix: Annotated[
+        Path | None,
+        typer.Option(help="Write a copy with what an edit mends: sizes, index, stale files."),
+    ] = None,
+    force: Force = False,
     explain: Annotated[
         str | None, typer.Option(metavar="CODE", help="Tell what a code such as LG302 means.")
     ] = None,
@@ -416,9 +421,19 @@ def check(
             needed="a model, vocabulary or adapter",
             fix="lexigraft check MODEL",
         )
-    from lexigraft.steps.check import check as verb
+    from lexigraft.steps import check as step
 
-    result = verb(path, base=base, adapter=adapter, deep=deep)
+    if fix is not None and (base is not None or adapter is not None):
+        raise LexigraftError(
+            "--fix together with --base or --adapter",
+            needed="--fix alone: it mends one folder",
+            fix=f"lexigraft check {path} --fix {fix}",
+        )
+    result: step.MendResult | step.CheckResult = (
+        step.check(path, base=base, adapter=adapter, deep=deep)
+        if fix is None
+        else step.mend(path, fix, deep=deep, force=force)
+    )
     _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
 

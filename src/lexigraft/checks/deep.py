@@ -6,7 +6,7 @@ Letters: V tokens, R rows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from lexigraft.adapters.finite import all_finite
 from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import FLOATS, Tensor
+from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import block_rows, by_row, read_rows, same_values, widened
 from lexigraft.checks.facts import Facts
-from lexigraft.checks.findings import Finding, finding
+from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.checks.weights import special_ids
 from lexigraft.console import progress
 from lexigraft.manifest import MANIFEST, GraftRecord
@@ -97,7 +98,13 @@ def _tie(facts: Facts) -> Iterator[Finding]:
             "the config drop one of them",
             needed="tie_word_embeddings = false, or one tensor",
             fix=f"set tie_word_embeddings to false in {facts.folder / 'config.json'}",
+            edit=Edit("config.json", _tied_at(checkpoint.config), False),
         )
+
+
+def _tied_at(config: Mapping[str, Any]) -> tuple[str, ...]:
+    key = "tie_word_embeddings"
+    return next((path for path in paths_to(config, (key,)) if get(config, path)), (key,))
 
 
 def _first_new(facts: Facts, base: Facts | None) -> int | None:

@@ -11,6 +11,21 @@ from lexigraft.errors import LexigraftError
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A change to one small file that mends a finding beyond doubt.
+
+    Attributes:
+        file: its name.
+        path: keys that lead to the value to be set; () takes the file out of the folder.
+        value: the value.
+    """
+
+    file: str
+    path: tuple[str, ...] = ()
+    value: Any = None
+
+
+@dataclass(frozen=True)
 class Finding:
     """One thing that is wrong, or worth knowing.
 
@@ -21,6 +36,7 @@ class Finding:
         found: what is there and why it is a fault.
         needed: what would be right.
         fix: one command or action.
+        edit: what `check --fix` does; None where it takes more than an edit.
     """
 
     code: str
@@ -29,10 +45,11 @@ class Finding:
     found: str
     needed: str
     fix: str
+    edit: Edit | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "edit"}
 
     def line(self) -> str:
         """All of it on one line, whatever is in the files that it speaks of."""
@@ -42,9 +59,11 @@ class Finding:
         return plain_line(" | ".join(parts))
 
 
-def finding(code: str, where: str, found: str, *, needed: str = "", fix: str = "") -> Finding:
+def finding(
+    code: str, where: str, found: str, *, needed: str = "", fix: str = "", edit: Edit | None = None
+) -> Finding:
     """A finding with the severity of its code."""
-    return Finding(code, CODES[code].severity, where, found, needed, fix)
+    return Finding(code, CODES[code].severity, where, found, needed, fix, edit)
 
 
 def from_error(code: str, where: str, fault: LexigraftError) -> Finding:

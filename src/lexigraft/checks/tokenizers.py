@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lexigraft.checks.facts import Facts
-from lexigraft.checks.findings import Finding, finding
+from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, TokenMap, joined
 from lexigraft.manifest import Manifest
 
@@ -48,6 +48,7 @@ def _compare(facts: Facts, first: str, other: str) -> Iterator[Finding]:
         + f" (loaders read {first} first)",
         needed="the same token for every id in every file",
         fix=f"mv {facts.folder / (odd or other)} {facts.folder / (odd or other)}.stale",
+        edit=Edit(odd) if odd else None,
     )
 
 

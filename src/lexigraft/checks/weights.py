@@ -9,7 +9,7 @@ from typing import Any
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.nested import get
 from lexigraft.checks.facts import Facts
-from lexigraft.checks.findings import Finding, finding
+from lexigraft.checks.findings import Edit, Finding, finding
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Ids that generation uses, also in lists and lists of lists.
@@ -62,6 +62,11 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
                 f"does not name {len(unnamed)} tensors that its shards hold, such as {unnamed[0]}",
                 needed="every tensor in weight_map",
                 fix=fix,
+                edit=Edit(
+                    where,
+                    ("weight_map",),
+                    {name: tensor.path.name for name, tensor in checkpoint.tensors.items()},
+                ),
             )
         elif isinstance(stated, int | float) and stated != checkpoint.bytes:
             yield finding(
@@ -70,6 +75,7 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
                 f"says total_size = {stated:,}, the tensors have {checkpoint.bytes:,} bytes",
                 needed=f"total_size = {checkpoint.bytes:,}",
                 fix=f"set total_size to {checkpoint.bytes} in {checkpoint.folder / where}",
+                edit=Edit(where, ("metadata", "total_size"), checkpoint.bytes),
             )
     for path in sorted(checkpoint.folder.iterdir()):
         if _SHARD.fullmatch(path.name) and path.name not in checkpoint.headers:
@@ -80,6 +86,7 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
                 f"is a shard that {named} does not know: it is of another save",
                 needed="the shards of one save",
                 fix=f"rm {path}",
+                edit=Edit(path.name),
             )
             return
 
@@ -130,6 +137,7 @@ def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
             "belongs to other weights",
             needed=f"{path} = {rows:,}",
             fix=f"set {path} to {rows} in {facts.folder / 'config.json'}",
+            edit=Edit("config.json", tuple(path.split(".")), rows),
         )
     elif tokens is not None and rows > tokens:
         yield finding(

@@ -5,22 +5,33 @@ Headers and small files are read, weights only when asked for, and torch is not 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexigraft.checkpoints.nested import put
 from lexigraft.checks.adapters import adapter_findings, adapter_rows
 from lexigraft.checks.added import added_findings
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
-from lexigraft.checks.findings import Finding
+from lexigraft.checks.findings import Edit, Finding
 from lexigraft.checks.lineage import base_findings, manifest_findings
 from lexigraft.checks.tokenizers import tokenizer_findings
 from lexigraft.checks.weights import stated_rows, weight_findings
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
+from lexigraft.files import (
+    publish,
+    read_json,
+    refuse_existing,
+    refuse_overwriting,
+    require_free_space,
+    write_json,
+)
 from lexigraft.manifest import MANIFEST
 
+_ROUNDS = 8
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -132,6 +143,79 @@ def check(
             found = [one for one in found if one.code != "LG306"]
     findings = sorted(found, key=lambda f: _ORDER[f.severity])
     return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
+
+
+@dataclass(frozen=True)
+class MendResult:
+    """A mended copy: what was done, and what `check` says of it."""
+
+    mended: list[Finding]
+    after: CheckResult
+
+    @property
+    def ok(self) -> bool:
+        """True when no finding of the copy is an error."""
+        return self.after.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine-readable result."""
+        mended = [finding.to_json() for finding in self.mended]
+        return {"mended": mended, **self.after.to_json()}
+
+    def lines(self) -> list[str]:
+        """What a person reads: what was mended, then the check of the copy."""
+        mended = [f"mended {one.code} {one.where}: {one.found}" for one in self.mended]
+        return [*map(plain_line, mended), *self.after.lines()]
+
+
+def mend(
+    path: str | Path, output: str | Path, *, deep: bool = False, force: bool = False
+) -> MendResult:
+    """Write a copy of a folder in which what an edit mends beyond doubt is mended.
+
+    Numbers of rows in the config, the index, stray shards, stale copies of the tokenizer, and with
+    `deep` a tie flag that the weights contradict. Weights are copied as they are.
+
+    Raises:
+        LexigraftError: there is nothing of this kind to mend, `output` exists or is the folder
+            itself, or the disk is full.
+    """
+    folder, output = Path(path), Path(output)
+    refuse_existing(output, force=force)
+    refuse_overwriting(output, [folder])
+    found = check(folder, deep=deep).findings
+    if not any(one.edit for one in found):
+        raise LexigraftError(
+            f"no finding of {folder} is mended by an edit alone"
+            + (f" ({', '.join(sorted({one.code for one in found}))})" if found else ""),
+            needed="a wrong number in a config or an index, a stale copy, or a stray shard",
+            fix=f"lexigraft check {folder}",
+        )
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    require_free_space(output, sum(file.stat().st_size for file in files))
+    mended: list[Finding] = []
+    with publish(output, force=force) as partial:
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+        for _ in range(_ROUNDS):  # one mended number may uncover the next
+            doing = [one for one in check(partial, deep=deep).findings if one.edit]
+            for one in doing:
+                _apply(partial, one.edit)
+            mended += doing
+            if not doing:
+                break
+    return MendResult(mended, check(output, deep=deep))
+
+
+def _apply(folder: Path, edit: Edit | None) -> None:
+    if edit is None:
+        return
+    if not edit.path:
+        (folder / edit.file).unlink()
+        return
+    content = read_json(folder / edit.file)
+    put(content, edit.path, edit.value)
+    write_json(folder / edit.file, content)
 
 
 def _something(facts: Facts) -> bool:
