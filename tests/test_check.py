@@ -602,3 +602,21 @@ def test_real_tokenizers_are_healthy():
         if any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             result = check(folder)
             assert result.ok and not codes(result, "warning"), (folder, result.lines())
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared tokenizers are not here")
+def test_what_the_docs_say_of_tokenizers_that_others_made(tmp_path):
+    from lexigraft.steps.check import mend
+
+    folder = SHARED / "tokenizers"
+    llama, chinese = folder / "llama2_hf", folder / "chinese_llama2_merged_sp"
+    assert not check(chinese, base=llama).findings
+    for other, code in (("internlm_sp", "LG601"), ("mistral_v1_hf", "LG601")):
+        assert code in codes(check(folder / other, base=llama))
+    assert codes(check(folder / "deepseek_v3_hf"), "note") == ["LG109"]
+    assert codes(check(folder / "gemma3_hf"), "note") == ["LG106"]
+    mixed = Path(shutil.copytree(chinese, tmp_path / "mixed"))
+    shutil.copyfile(llama / "tokenizer.json", mixed / "tokenizer.json")
+    assert only(check(mixed), "LG102").where == "tokenizer.json"
+    assert mend(mixed, tmp_path / "mended").ok

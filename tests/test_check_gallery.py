@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import parts
 import test_check as small
 from lexigraft.errors import LexigraftError
 from lexigraft.manifest import Manifest
@@ -887,3 +888,21 @@ def test_no_healthy_folder_has_a_finding_above_a_note(ground, name):
     result = HEALTHY[name](ground)
     assert [f for f in result.findings if f.severity != "note"] == [], result.lines()
     assert result.ok
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "GPT-2's two files": parts.write_byte_level_files,
+    "Qwen2's two files": lambda folder: parts.write_byte_level_files(folder, kind="Qwen2Tokenizer"),
+    "ranks": parts.write_ranks,
+    "ranks and tokenizer.json": lambda folder: parts.write_ranks(folder, files=True),
+    "WordPiece": parts.write_wordpiece,
+    "Unigram": parts.write_unigram,
+    "SentencePiece alone": lambda folder: write_sentencepiece(folder, fast=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_tokenizer_has_a_finding_above_a_note(tmp_path, kind):
+    KINDS[kind](tmp_path / "vocab")
+    result = check(tmp_path / "vocab")
+    assert [f for f in result.findings if f.severity != "note"] == [], result.lines()
