@@ -136,3 +136,11 @@ def test_no_index_leads_out_of_its_folder(source, tmp_path, name):  # noqa: F811
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     [fault] = [f for f in check(shards).findings if f.code == "LG301"]
     assert "bare name" in fault.needed
+
+
+@pytest.mark.parametrize("count", [2**31, 2**70, float("inf"), "9", None, -1])
+def test_tokens_that_a_class_makes_up_are_bounded(source, tmp_path, count):  # noqa: F811
+    sp = Ground(source, tmp_path).sp
+    made_up = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
+    (sp / "tokenizer_config.json").write_text(json.dumps(made_up))
+    assert [f.code for f in check(sp).findings if f.severity == "error"] == ["LG101"]

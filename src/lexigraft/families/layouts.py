@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json
 
 # Classes that move pieces in ways of their own: only their tokenizer.json says which id is what.
@@ -66,13 +67,28 @@ class Layout:
         )
 
 
+_MOST_MADE_UP = 100_000
+
+
+def _count(config: Mapping[str, Any], key: str, usual: int) -> int:
+    """A number of tokens that a class makes up; bounded, for a file may state any."""
+    value = config.get(key, usual)
+    if type(value) is not int or not 0 <= value <= _MOST_MADE_UP:
+        raise LexigraftError(
+            f"tokenizer_config.json says {key} = {str(value)[:40]}",
+            needed=f"a number from 0 to {_MOST_MADE_UP:,}",
+            fix="copy tokenizer_config.json again from the model",
+        )
+    return value
+
+
 def _t5(config: Mapping[str, Any]) -> Layout:
-    last = int(config.get("extra_ids", 100)) - 1
+    last = _count(config, "extra_ids", 100) - 1
     return Layout(tail=tuple(f"<extra_id_{number}>" for number in range(last, -1, -1)))
 
 
 def _pegasus(config: Mapping[str, Any]) -> Layout:
-    unused = (f"<unk_{number}>" for number in range(2, int(config.get("offset", 103))))
+    unused = (f"<unk_{number}>" for number in range(2, _count(config, "offset", 103)))
     return Layout(("<pad>", "</s>", "<mask_1>", "<mask_2>", *unused), 2)
 
 
