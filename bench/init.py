@@ -1,6 +1,6 @@
 """Measure how new rows should start: bits per byte right after the graft, and after some training.
 
-    python bench/init.py --data ../shared/data       # under an hour on two idle cores
+    python bench/init.py --data ../shared/data       # under an hour on one core
     python bench/init.py --quick                     # one seed, few starts, little text
 
 SmolLM2-135M (English and Chinese medical text) and stories260K (novels), as they are (tied) and
@@ -59,6 +59,13 @@ MODELS = {
     "untied-2M": {"en": "en_med_medquad.txt"},
 }
 TOKENS = {"SmolLM2-135M": 1000, "stories260K": 64, "untied-2M": 640}
+ABOUT = {
+    "SmolLM2-135M": "SmolLM2-135M-Instruct is de-quantised from Q4_1; it is tied, and untied by "
+    "copying its head.",
+    "stories260K": "stories260K is tied, and untied by copying its head.",
+    "untied-2M": "untied-2M was never tied; it was trained here on English text, {steps:,} steps "
+    "of 2,048 tokens.",
+}
 SMALL_TEXTS = (
     "en_gen_wikitext2_valid_test.txt",
     "en_gen_gutenberg_novels.txt",
@@ -77,6 +84,7 @@ QUICK = ("mean", "first", "half-first", "outward", "random")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCABULARY, BODY = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 WINDOW_BYTES = 1024
+TRAINING_BYTES = 256 * 1024
 HELD_OUT, LEARNING = 0.05, 0.5  # shares of the documents; the other ones are left out
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -119,7 +127,7 @@ class Case:
 
     language: str
     seed: int
-    learning: Path
+    training: Path
     vocab: Path
     texts: list[str]
     base_ids: list[list[int]]
@@ -249,18 +257,17 @@ def make_case(
     learning, vocab = folder / f"{language}{seed}.txt", folder / f"vocab-{language}{seed}"
     part = documents[apart : apart + int(LEARNING * len(documents))]
     learning.write_text("\n\n".join(part) + "\n", "utf-8")
+    # Enough for a few steps, and quickly read.
+    training = folder / f"{language}{seed}-training.txt"
+    training.write_text("\n\n".join(_up_to(part, TRAINING_BYTES)) + "\n", "utf-8")
     learn(base, corpus=[learning], output=vocab, tokens=tokens, allow_more=True)
-    texts, left = [], size
-    for text in shuffled([w for d in documents[:apart] for w in windows(d, WINDOW_BYTES)], seed):
-        left -= len(text.encode())
-        if left < 0:
-            break
-        texts.append(text)
+    cut = [window for document in documents[:apart] for window in windows(document, WINDOW_BYTES)]
+    texts = _up_to(shuffled(cut, seed), size)
     before, after = families.load(base), families.load(vocab)
     return Case(
         language,
         seed,
-        learning,
+        training,
         vocab,
         texts,
         before.encode_batch(texts),
@@ -268,6 +275,17 @@ def make_case(
         before.map.tokens,
         after.map.tokens,
     )
+
+
+def _up_to(texts: Iterable[str], size: int) -> list[str]:
+    """The first texts that together have at most `size` bytes."""
+    found = []
+    for text in texts:
+        size -= len(text.encode())
+        if size < 0:
+            break
+        found.append(text)
+    return found
 
 
 def grafted(base: Path, case: Case, init: str, output: Path) -> None:
@@ -464,7 +482,7 @@ class Bench:
         little.write_text(case.texts[0] + "\n", "utf-8")
         train(
             model,
-            corpus=[case.learning],
+            corpus=[case.training],
             held_out=[little],  # train's own measurement; ours is of all held-out text
             output=output,
             mode="rows",
@@ -520,16 +538,19 @@ def differences(one: dict[int, float], other: dict[int, float]) -> list[float]:
 
 def table(bench: Bench, language: str, tied: bool) -> list[str]:
     """All starts of one model and language, best first."""
-    found, steps = bench.found, bench.options.steps
+    found = bench.found
     mean = Arm(tied, "mean", "mean")
+    measured = sorted({at for of, arm, at in found if of == language and arm})
+    titles = "".join(f" {when(at)} | minus mean |" for at in measured)
+    base = told(list(found[language, None, 0].values()))
     lines = [
-        f"| start | at step 0 | minus mean | after {steps} steps | minus mean |",
-        "|---|---|---|---|---|",
-        f"| (base, its own tokens) | {told(list(found[language, None, 0].values()))} | | | |",
+        f"| start |{titles}",
+        "|---" * (1 + 2 * len(measured)) + "|",
+        f"| (base, its own tokens) | {base} |" + " |" * (2 * len(measured) - 1),
     ]
     for arm in bench.ranked(language, tied):
         cells = []
-        for at in (0, steps):
+        for at in measured:
             here = found.get((language, arm, at), {})
             against = differences(here, found.get((language, mean, at), {}))
             cells += [
@@ -558,9 +579,12 @@ def conclusion(bench: Bench, language: str, tied: bool) -> str:
     for steps in (0, bench.options.steps):
         pair = [bench.found.get((language, arm, steps)) for arm in (chosen, mean)]
         if chosen != mean and all(pair):
-            when = f"after {steps} steps" if steps else "at step 0"
-            parts.append(f"`auto` minus mean {when} {told(differences(*pair), '+')}")
+            parts.append(f"`auto` minus mean {when(steps)} {told(differences(*pair), '+')}")
     return f"- {bench.model} {kind(tied, language)}: {'; '.join(parts)}."
+
+
+def when(steps: int) -> str:
+    return f"after {steps} steps" if steps else "at step 0"
 
 
 def kind(tied: bool, language: str) -> str:
@@ -624,13 +648,16 @@ def report(
         f"`python bench/init.py {' '.join(sys.argv[1:])}`: bits per byte on held-out text, means "
         f"of {options.seeds} seeds (of vocabulary sample and split), ± half of the 95% t interval "
         "over seeds; differences are taken seed by seed. `a, b` is the embedding's start and the "
-        "head's. SmolLM2-135M-Instruct is de-quantised from Q4_1. It and stories260K are tied; "
-        "untied, their head is a copy. untied-2M was never tied; it was trained here: "
-        f"{options.small_steps:,} steps of {SMALL_BATCH * SMALL_BLOCK:,} tokens.",
+        "head's.",
+        "",
+        *(ABOUT[bench.model].format(steps=options.small_steps) for bench, _ in done),
         "",
         *(line for bench, cases in done for line in text_lines(bench, cases)),
-        f"- training: `train --mode rows`, {options.steps} steps of {options.block_size} tokens, "
-        f"rate {options.learning_rate:g}, {max(trained, default=0)} seeds",
+        *(
+            f"- training: `train --mode rows`, {options.steps} steps of {options.block_size} "
+            f"tokens, rate {options.learning_rate:g}, {seeds} seeds"
+            for seeds in sorted(set(trained))
+        ),
         f"- left out: {left_out} (there the user or another model says what a row starts as)",
         "",
         *head,
@@ -650,8 +677,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> tuple[Bench
     """All starts of one model."""
     bases = write_bases(name, folder, options)
     base = next(iter(bases.values()))
-    known = [m for m in METHODS if m not in NEED_INPUT and (not options.quick or m in QUICK)]
-    bench = Bench(name, bases, Reader(base), [*known, *options.research], folder, options, {})
+    methods = [*options.methods, *options.research]
+    bench = Bench(name, bases, Reader(base), methods, folder, options, {})
     cases = []
     for language, seed in product(MODELS[name], range(options.seeds)):
         corpus = options.data / "corpora" / MODELS[name][language]
@@ -692,23 +719,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--languages", nargs="+", default=["en", "zh"], choices=["en", "zh"])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-seeds", type=int, default=3)
-    parser.add_argument("--bytes", type=int, default=12_288, help="of held-out text per seed")
+    parser.add_argument("--bytes", type=int, default=10_240, help="of held-out text per seed")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--trained", type=int, default=1, help="best other starts to train")
+    parser.add_argument("--block-size", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--trained", type=int, default=0, help="best other starts to train")
     parser.add_argument("--small-steps", type=int, default=1200)
+    known = [method for method in METHODS if method not in NEED_INPUT]
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--research", nargs="+", default=[], metavar="MODULE:FUNCTION")
-    parser.add_argument("--minutes", type=float, default=52, help="last seeds are left out then")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=50, help="last seeds are left out then")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.bytes, options.steps, options.trained = 1, 2048, 2, 0
-        options.small_steps = 50
+        options.small_steps, options.methods = 50, list(QUICK)
     needed = {
         options.data / "corpora" / file for name in options.models for file in MODELS[name].values()
     }
