@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexigraft.families import continued_bpe, native, pairs
+from lexigraft.families import native, pairs
 from lexigraft.families.continued_bpe import Merge, continue_bpe
 from lexigraft.families.units import Units
 
@@ -120,7 +120,7 @@ def test_without_a_compiler_the_result_is_the_same(counted):
     options = {"join": join_short, "implicit": False, "min_count": 1}
     fast = list(continue_bpe(units, **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continued_bpe, "Pairs", interpreted().Pairs)
+        patch.setattr(pairs, "Pairs", interpreted().Pairs)
         assert list(continue_bpe(units, **options)) == fast
 
 

@@ -265,7 +265,8 @@ def test_a_counting_process_that_dies_is_an_error(corpus, monkeypatch):
 def test_an_interrupt_ends_all_processes_at_once(corpus):
     """Also within a part that takes long: an archive is read by one process as a whole."""
     code = (
-        "import sys, threading, time\n"
+        "import signal, sys, threading, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a script's `&` ignores it
         "from lexigraft.counting import count_chunks\n"
         "threading.Timer(0.5, lambda: print('begun', flush=True)).start()\n"
         "try: count_chunks(sys.argv[1:], workers=2)\n"
