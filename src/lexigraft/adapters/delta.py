@@ -25,7 +25,7 @@ import torch
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
-from lexigraft.checkpoints.rows import read_rows
+from lexigraft.checkpoints.rows import in_blocks, read_rows
 from lexigraft.errors import LexigraftError
 
 # Of the float32 change. Each writer holds one, the weights of the same rows, and A and B.
@@ -139,8 +139,7 @@ def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[An
     """
     delta = Delta(addition, partial(read_rows, weight), weight.dtype)
     step = max(1, BLOCK_BYTES // (4 * weight.shape[1] * TILE_ROWS)) * TILE_ROWS
-    for start in range(0, weight.rows, step):
-        block = read_rows(weight, start, min(start + step, weight.rows))
+    for start, block in in_blocks(weight, step=step):
         merged = delta.onto(block, start)
         if not all_finite(merged, weight.dtype):
             raise not_finite(weight.name, addition.low_rank.a.path)
@@ -178,10 +177,9 @@ def scaled_blocks(tensor: Tensor, scale: Scale) -> Iterator[npt.NDArray[Any]]:
     elif scale.transposed:
         vector = vector.T
     step = max(1, BLOCK_BYTES // (4 * tensor.row_bytes))
-    for start in range(0, tensor.rows, step):
-        stop = min(start + step, tensor.rows)
-        block = to_torch(read_rows(tensor, start, stop), tensor.dtype)
-        factor = vector[start:stop] if len(vector) == tensor.rows else vector
+    for start, rows in in_blocks(tensor, step=step):
+        block = to_torch(rows, tensor.dtype)
+        factor = vector[start : start + len(rows)] if len(vector) == tensor.rows else vector
         scaled = to_numpy(torch.mul(block, factor).to(block.dtype), tensor.dtype)
         if not all_finite(scaled, tensor.dtype):
             raise not_finite(tensor.name, scale.vector.path)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
-from lexigraft.checkpoints.untrained import Ids, RowSizes, read_in_blocks
+from lexigraft.checkpoints.rows import block_rows, by_row, ids_in_blocks, in_blocks
+from lexigraft.checkpoints.untrained import Ids, RowSizes
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
@@ -89,10 +89,8 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
     total = np.zeros(tensor.shape[1:], np.float64)
     sizes = RowSizes(tensor, tokens) if len(tensor.shape) > 1 else None
     broken: list[int] = []
-    step = block_rows(tensor)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by name
-        for start in range(0, tokens, step):
-            block = read_rows(tensor, start, min(start + step, tokens))
+        for start, block in in_blocks(tensor, 0, tokens):
             state.update(raw(block))
             for first, rows in _wide_parts(block):
                 total += rows.sum(axis=0, dtype=np.float64)
@@ -104,7 +102,7 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
             return Survey(state.hexdigest(), total / max(1, tokens), np.empty(0, np.int64), broken)
         broken = sizes.broken()
         untrained = np.empty(0, np.int64) if broken else sizes.untrained()
-        for _, rows in read_in_blocks(tensor, untrained):
+        for _, rows in ids_in_blocks(tensor, untrained):
             total -= rows.astype(np.float64).sum(axis=0)
     mean = total / max(1, tokens - len(untrained))
     return Survey(state.hexdigest(), mean, untrained, broken)

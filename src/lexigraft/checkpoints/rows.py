@@ -12,7 +12,6 @@ import numpy.typing as npt
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.errors import LexigraftError
 
-_COMPARE_BYTES = 4 * 2**20
 # Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
 BLOCK_BYTES = 4 * 2**20
 
@@ -25,6 +24,12 @@ def block_rows(tensor: Tensor) -> int:
 def widened(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Rows in a type that sums may run in: float32, or float64 where they are stored so."""
     return rows if rows.dtype == np.float64 else rows.astype(np.float32, copy=False)
+
+
+def lengths(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The Euclidean length of each row, in the type of `rows`: shape (n, D) -> (n,)."""
+    found: npt.NDArray[Any] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return found
 
 
 def by_row(tensor: Tensor) -> Tensor:
@@ -60,6 +65,39 @@ def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.ND
     return data.reshape((stop - start, *tensor.shape[1:]) if tensor.shape else ())
 
 
+def in_blocks(
+    tensor: Tensor, start: int = 0, stop: int | None = None, *, step: int | None = None
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """(first row, rows) of rows [start, stop) of a tensor on disk, in its storage dtype.
+
+    Args:
+        tensor: the tensor.
+        start: the first row.
+        stop: one past the last row; by default all.
+        step: rows at a time; by default `block_rows`.
+
+    Raises:
+        LexigraftError: the rows do not exist, or the file became shorter.
+    """
+    stop, step = tensor.rows if stop is None else stop, step or block_rows(tensor)
+    for first in range(start, stop, step):
+        yield first, read_rows(tensor, first, min(first + step, stop))
+
+
+def ids_in_blocks(
+    tensor: Tensor, ids: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
+    """Some of `ids` (ascending) and their rows, a block at a time, in the storage dtype.
+
+    Raises:
+        LexigraftError: a row does not exist, or the file became shorter.
+    """
+    step = block_rows(tensor)
+    for start in range(0, len(ids), step):
+        some = ids[start : start + step]
+        yield some, read_ids(tensor, some.tolist())
+
+
 def read_ids(tensor: Tensor, ids: Sequence[int]) -> npt.NDArray[Any]:
     """Rows `ids` (ascending) of a tensor on disk; neighbours are read together.
 
@@ -92,9 +130,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    step = max(1, _COMPARE_BYTES // max(1, one.row_bytes))
     return all(
-        read_rows(one, start, min(start + step, one.rows)).tobytes()
-        == read_rows(other, start, min(start + step, one.rows)).tobytes()
-        for start in range(0, one.rows, step)
+        block.tobytes() == read_rows(other, first, first + len(block)).tobytes()
+        for first, block in in_blocks(one)
     )

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor
-from lexigraft.checkpoints.rows import block_rows, read_ids, read_rows, widened
+from lexigraft.checkpoints.rows import ids_in_blocks, in_blocks, widened
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -68,7 +67,7 @@ class RowSizes:
         doubtful = np.flatnonzero(~np.isfinite(self._squares))
         return [
             int(token_id)
-            for ids, rows in self._read(doubtful)
+            for ids, rows in ids_in_blocks(self._tensor, doubtful)
             for token_id in ids[~np.isfinite(rows.astype(np.float64)).all(axis=1)]
         ]
 
@@ -96,7 +95,7 @@ class RowSizes:
         near = np.flatnonzero(squares <= limit**2 + 1e-4 * (self._squares + size))
         found = [
             ids[np.sqrt(((widened(rows) - padding.center) ** 2).sum(axis=1)) <= limit]
-            for ids, rows in self._read(near)
+            for ids, rows in ids_in_blocks(self._tensor, near)
         ]
         return np.concatenate(found) if found else near
 
@@ -106,7 +105,7 @@ class RowSizes:
         candidates = np.flatnonzero(counts[group] >= COPIES)
         digests = [
             hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            for _, rows in self._read(candidates)
+            for _, rows in ids_in_blocks(self._tensor, candidates)
             for row in rows
         ]
         seen = Counter(digests)
@@ -114,33 +113,18 @@ class RowSizes:
         copies: Ids = candidates[often]
         return copies
 
-    def _read(self, ids: Ids) -> Iterator[tuple[Ids, Array]]:
-        yield from read_in_blocks(self._tensor, ids)
-
-
-def read_in_blocks(tensor: Tensor, ids: Ids) -> Iterator[tuple[Ids, Array]]:
-    """Rows `ids` (ascending) in their storage type, a block at a time, with their ids."""
-    step = block_rows(tensor)
-    for start in range(0, len(ids), step):
-        some = ids[start : start + step]
-        yield some, read_ids(tensor, some.tolist())
-
 
 def _padding(tensor: Tensor, tokens: int) -> _Padding | None:
     """Mean of the padding rows and how far from it they lie; None for fewer than two."""
     count = tensor.rows - tokens
     if count < 2:
         return None
-    blocks = range(tokens, tensor.rows, block_rows(tensor))
     total = np.zeros(tensor.shape[1])
-    for start in blocks:
-        total += _wide(tensor, start).sum(axis=0, dtype=np.float64)
+    for _, rows in in_blocks(tensor, tokens):
+        total += widened(rows).sum(axis=0, dtype=np.float64)
     center = total / count
     radius = max(
-        float(np.sqrt(((_wide(tensor, start) - center) ** 2).sum(axis=1)).max()) for start in blocks
+        float(np.sqrt(((widened(rows) - center) ** 2).sum(axis=1)).max())
+        for _, rows in in_blocks(tensor, tokens)
     )
     return _Padding(center, radius) if np.isfinite(radius) else None
-
-
-def _wide(tensor: Tensor, start: int) -> Array:
-    return widened(read_rows(tensor, start, min(start + block_rows(tensor), tensor.rows)))

@@ -17,7 +17,14 @@ from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import FLOATS, Tensor
 from lexigraft.checkpoints.nested import get, paths_to
-from lexigraft.checkpoints.rows import block_rows, by_row, read_rows, same_values, widened
+from lexigraft.checkpoints.rows import (
+    by_row,
+    in_blocks,
+    lengths,
+    read_rows,
+    same_values,
+    widened,
+)
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.checks.weights import special_ids
@@ -49,20 +56,13 @@ def deep_findings(facts: Facts, base: Facts | None) -> Iterator[Finding]:
         yield from _recorded_rows(facts)
 
 
-def _blocks(tensor: Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
-    """(first row, rows) of rows [start, stop)."""
-    stop, step = tensor.rows if stop is None else stop, block_rows(tensor)
-    for first in range(start, stop, step):
-        yield first, read_rows(tensor, first, min(first + step, stop))
-
-
 def _not_finite(facts: Facts) -> Iterator[Finding]:
     stored = facts.checkpoint.tensors if facts.checkpoint else facts.adapter
     tensors = [t for t in stored.values() if t.dtype in FLOATS and 0 not in t.shape]
     broken: list[tuple[Tensor, int]] = []
     with progress("read", sum(tensor.bytes for tensor in tensors)) as advance:
         for tensor in tensors:
-            for first, block in _blocks(tensor):
+            for first, block in in_blocks(tensor):
                 if not all_finite(block, tensor.dtype):
                     broken.append((tensor, first + _first_bad(block)))
                     break
@@ -156,7 +156,7 @@ def _rows(facts: Facts, tensor: Tensor, first_new: int | None) -> Iterator[Findi
 def _copied(tensor: Tensor, start: int, stop: int) -> dict[bytes, list[int]]:
     """Bytes of rows that several ids of [start, stop) have -> these ids."""
     seen: dict[bytes, list[int]] = defaultdict(list)
-    for first, block in _blocks(tensor, start, max(start, stop)):
+    for first, block in in_blocks(tensor, start, stop):
         for place, row in enumerate(block):
             seen[row.tobytes()].append(first + place)
     return {row: ids for row, ids in seen.items() if len(ids) > 1}
@@ -182,7 +182,7 @@ def _padding(facts: Facts) -> Iterator[Finding]:
     tensor = checkpoint.tensors[name]
     if tensor.rows - tokens.tokens < 1 or len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
         return
-    norms = np.concatenate([_norms(block) for _, block in _blocks(tensor)])
+    norms = np.concatenate([lengths(widened(block)) for _, block in in_blocks(tensor)])
     longest = float(norms[tokens.tokens :].max())
     usual = float(np.median(norms[: tokens.tokens]))
     if longest > LONG_PADDING * usual:
@@ -194,12 +194,6 @@ def _padding(facts: Facts) -> Iterator[Finding]:
             needed="padding rows no longer than others",
             fix="lexigraft graft BASE VOCAB -o MODEL, which starts padding rows as the mean",
         )
-
-
-def _norms(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    rows = widened(block)
-    norms: npt.NDArray[Any] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-    return norms
 
 
 def _old_rows(facts: Facts, base: Facts) -> Iterator[Finding]:
@@ -229,7 +223,7 @@ def _old_rows(facts: Facts, base: Facts) -> Iterator[Finding]:
 
 
 def _changed(tensor: Tensor, old: Tensor, rows: int) -> Iterable[int]:
-    for first, block in _blocks(tensor, 0, rows):
+    for first, block in in_blocks(tensor, 0, rows):
         other = read_rows(old, first, first + len(block))
         one, two = (rows.reshape(len(block), -1).view(np.uint8) for rows in (block, other))
         yield from (first + np.flatnonzero((one != two).any(axis=1))).tolist()

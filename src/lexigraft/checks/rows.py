@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
-from lexigraft.checkpoints.rows import block_rows, by_row, read_ids, read_rows
+from lexigraft.checkpoints.rows import by_row, ids_in_blocks, in_blocks, lengths, read_ids
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
@@ -156,15 +156,13 @@ def _new_rows(
 ) -> tuple[Array, list[int], Array]:
     """Length, hash and first bytes of each new row."""
     norms, hashes, keys = [], [], []
-    step = block_rows(tensor)
-    for start in range(first_id, first_id + count, step):
-        rows = read_rows(tensor, start, min(start + step, first_id + count))
+    for start, rows in in_blocks(tensor, first_id, first_id + count):
         flat = rows.reshape(len(rows), -1)
-        lengths = _lengths(flat.astype(np.float32))
-        bad = np.flatnonzero(~np.isfinite(lengths))
+        sizes = lengths(flat.astype(np.float32))
+        bad = np.flatnonzero(~np.isfinite(sizes))
         if bad.size:
             _refuse(tensor, start + int(bad[0]), text)
-        norms.append(lengths)
+        norms.append(sizes)
         hashes += [hash(row.tobytes()) for row in flat]
         keys.append(_keys(flat.view(np.uint8)))
     return _joined(norms, np.float32), hashes, _joined(keys, np.uint64)
@@ -180,11 +178,6 @@ def _refuse(tensor: Tensor, row: int, text: Callable[[int], str]) -> None:
         needed="finite numbers in every new row",
         fix="choose another --init, or look for such rows in the base: its own may be damaged",
     )
-
-
-def _lengths(rows: Array) -> Array:
-    squares: Array = np.einsum("ij,ij->i", rows, rows)
-    return np.sqrt(squares)
 
 
 def _keys(data: Array) -> Array:
@@ -224,8 +217,8 @@ def _neighbours(
 ) -> tuple[list[Example], Array]:
     """The examples `new`, and the lengths of the sampled rows."""
     rows = read_ids(tensor, new).astype(np.float32)
-    heads = rows / np.maximum(_lengths(rows), np.finfo(np.float32).tiny)[:, None]
-    lengths, cosines = _against(tensor, sample, heads)
+    heads = rows / np.maximum(lengths(rows), np.finfo(np.float32).tiny)[:, None]
+    sizes, cosines = _against(tensor, sample, heads)
     others = {piece for ids in spelt for piece in ids} - set(sample.tolist())
     own = np.array(sorted(others), np.int64)
     _, of_pieces = _against(tensor, own, heads)
@@ -235,23 +228,22 @@ def _neighbours(
         best = np.argsort(-near, kind="stable")[:NEAREST]
         found = (Neighbour(int(ids[i]), text(int(ids[i])), round(float(near[i]), 4)) for i in best)
         examples.append(Example(token, text(token), tuple(found)))
-    return examples, lengths
+    return examples, sizes
 
 
 def _against(tensor: Tensor, ids: Ids, heads: Array) -> tuple[Array, Array]:
     """Lengths (S,) of rows `ids`, and their cosines (S, E) with unit vectors (E, D)."""
-    lengths, cosines = [], []
-    step = block_rows(tensor)
-    for start in range(0, len(ids), step):
-        rows = read_ids(tensor, ids[start : start + step].tolist()).astype(np.float32)
-        length = _lengths(rows)
-        lengths.append(length)
+    sizes, cosines = [], []
+    for _, block in ids_in_blocks(tensor, ids):
+        rows = block.astype(np.float32)
+        size = lengths(rows)
+        sizes.append(size)
         # einsum: a product this narrow takes BLAS longer to hand to its threads than to compute.
         products = np.einsum("ij,kj->ik", rows, heads)
-        cosines.append(products / np.maximum(length, np.finfo(np.float32).tiny)[:, None])
-    if not lengths:
+        cosines.append(products / np.maximum(size, np.finfo(np.float32).tiny)[:, None])
+    if not sizes:
         return np.empty(0, np.float32), np.empty((0, len(heads)), np.float32)
-    return np.concatenate(lengths), np.concatenate(cosines)
+    return np.concatenate(sizes), np.concatenate(cosines)
 
 
 def _equal_old(tensor: Tensor, old: Ids, hashes: Counter[int], keys: Array) -> int:

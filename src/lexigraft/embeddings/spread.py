@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.growth import Survey
 from lexigraft.checkpoints.header import Tensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
+from lexigraft.checkpoints.rows import by_row, in_blocks
 
 Array = npt.NDArray[Any]
 
@@ -32,12 +32,10 @@ def spread_of(tensor: Tensor, tokens: int, known: Survey) -> Array:
     view = by_row(tensor)
     width = view.shape[1:]
     total = np.zeros((*width, *width))
-    step = block_rows(view)
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        rows = read_rows(view, start, stop).astype(np.float64)
+    for start, block in in_blocks(view, 0, tokens):
+        stop = start + len(block)
         here = known.untrained[(known.untrained >= start) & (known.untrained < stop)]
-        rows = np.delete(rows, here - start, axis=0) - known.mean
+        rows = np.delete(block.astype(np.float64), here - start, axis=0) - known.mean
         total += rows.T @ rows
     count = tokens - len(known.untrained)
     if not width:
