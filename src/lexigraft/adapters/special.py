@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lexigraft.families.tokenmap import TokenMap
+from lexigraft.families.tokenmap import TokenMap, token_text
 from lexigraft.files import read_json
 
 _KINDS = ("bos", "eos", "pad")
@@ -31,9 +31,8 @@ def _names(folder: Path) -> dict[str, str]:
     content = read_json(path) if path.is_file() else {}
     found = {}
     for kind in _KINDS:
-        token = content.get(f"{kind}_token") if isinstance(content, dict) else None
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        text = token_text(content.get(f"{kind}_token") if isinstance(content, dict) else None)
+        if text is not None:
             found[kind] = text
     return found
 

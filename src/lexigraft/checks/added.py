@@ -9,7 +9,7 @@ from typing import Any
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
 from lexigraft.errors import LexigraftError
-from lexigraft.families.tokenmap import tokenizer_data
+from lexigraft.families.tokenmap import token_text, tokenizer_data
 from lexigraft.files import read_json
 
 FAST, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -139,9 +139,8 @@ def _special_words(facts: Facts) -> Iterator[Finding]:
 def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, text) of the special tokens that tokenizer_config.json names by their role."""
     for key in ROLES:
-        value = settings.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and text:
+        text = token_text(settings.get(key))
+        if text:
             yield key, text
 
 

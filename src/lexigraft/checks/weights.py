@@ -10,6 +10,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.nested import get
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Edit, Finding, finding
+from lexigraft.families.tokenmap import token_text
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Ids that generation uses, also in lists and lists of lists.
@@ -220,9 +221,8 @@ def _as_ids(value: Any) -> list[int]:
 def _other_meaning(facts: Facts, key: str, ids: set[int]) -> Iterator[Finding]:
     """The tokenizer names a special token, and no config points at it."""
     settings = facts.config.get("tokenizer_config.json", {})
-    value = settings.get(key.removesuffix("_id"))
-    text = value.get("content") if isinstance(value, dict) else value
-    if facts.tokens is None or not isinstance(text, str) or not ids:
+    text = token_text(settings.get(key.removesuffix("_id")))
+    if facts.tokens is None or text is None or not ids:
         return
     wanted = facts.tokens.ids.get(text)
     if wanted is None or wanted in ids:

@@ -178,6 +178,12 @@ def _from_pairs(pairs: Iterable[tuple[str, int]]) -> dict[int, str]:
     return texts
 
 
+def token_text(value: Any) -> str | None:
+    """The text of a token as settings write it: a string, or an object with `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
 def tokenizer_data(path: Path) -> Any:
     """The parsed `tokenizer.json` at `path`: read once, shared, not to be changed.
 

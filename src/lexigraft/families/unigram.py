@@ -57,7 +57,7 @@ from lexigraft.families.sentencepiece_model import (
     without_self_test,
 )
 from lexigraft.families.spelling import is_word, script_of
-from lexigraft.families.tokenmap import TokenMap
+from lexigraft.families.tokenmap import TokenMap, token_text
 from lexigraft.families.units import Units, batches
 from lexigraft.files import read_json, sha256_bytes, sha256_json
 
@@ -383,7 +383,7 @@ class Unigram(SentencePieceFiles, PlainCounting):
         config["extra_ids"] = 0
         for key in ("additional_special_tokens", "extra_special_tokens"):
             if isinstance(config.get(key), list):
-                config[key] = [t for t in config[key] if _content(t) not in sentinels]
+                config[key] = [t for t in config[key] if token_text(t) not in sentinels]
         decoder = dict(config.get("added_tokens_decoder") or {})
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         for text in sentinels:
@@ -547,10 +547,6 @@ def _is_joinable(token: str) -> bool:
 def _letters(text: str) -> Iterator[str | None]:
     for character in text:
         yield character if script_of(character) is not None else None
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _plain_proto(proto: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import token_text
 from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
 
@@ -144,9 +145,8 @@ def start_and_end(family: Family) -> tuple[list[int], int | None]:
 def _end_id(folder: Path, ids: dict[str, int]) -> int | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            token = read_json(folder / name).get("eos_token")
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str) and text in ids:
+            text = token_text(read_json(folder / name).get("eos_token"))
+            if text in ids:
                 return ids[text]
     if not (folder / "config.json").is_file():
         return None
