@@ -14,7 +14,6 @@ from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.rebuild import lost_source, rebuilt_rows
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
-    Array,
     Change,
     VocabularyRows,
     equal_rows,
@@ -22,7 +21,7 @@ from lexigraft.adapters.vocabulary import (
 )
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
@@ -82,23 +81,21 @@ def expand(
     trained = tokenizer.trained
     full_rows = known if trained is None or trained >= tokenizer.base.tokens else trained
 
+    @cache
+    def known_rows(stored: str) -> Survey:
+        return survey(checkpoint.tensors[stored], growth.first_id)
+
     def rows(name: str, change: Change) -> VocabularyRows:
         stored = name if name in checkpoint.tensors else vocabulary.embeds[0]
-        base = checkpoint.tensors[stored]
-
-        @cache
-        def mean() -> Array:
-            return survey(base, growth.first_id).mean
-
         return vocabulary_rows(
             name,
-            base,
+            checkpoint.tensors[stored],
             change,
             growth,
             full_rows=full_rows,
             rebuilt=rebuilt.get(stored),
             lost=lost_source(adapter.manifest),
-            mean=mean,
+            mean=lambda: known_rows(stored).mean,
         )
 
     new_ids = set(range(growth.first_id, growth.tokens))
@@ -107,7 +104,9 @@ def expand(
         for name in vocabulary.names
         if (change := changes.get(name, NOTHING)).full is None and new_ids - set(change.ids)
     ]
-    rebuilt = rebuilt_rows(lacking, adapter.manifest, checkpoint, vocabulary, tokenizer)
+    rebuilt = rebuilt_rows(
+        lacking, adapter.manifest, checkpoint, vocabulary, tokenizer, known=known_rows
+    )
     grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
     written, tied = _settle_ties(vocabulary, changes, adapter.config)
     tensors = {n: rows(n, change) for n, change in written.items() if grows or change}

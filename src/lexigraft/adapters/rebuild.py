@@ -7,16 +7,14 @@ are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 from lexigraft import families
 from lexigraft.adapters.tokens import TokenizerChoice
-from lexigraft.checkpoints.architectures import Role, VocabularyTensors
+from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import NewRows, rows_hash, survey
-from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.growth import NewRows, Survey, rows_hash
 from lexigraft.embeddings import METHODS, Choice, Start, roles_of
 from lexigraft.manifest import GraftRecord, Manifest
 
@@ -27,6 +25,8 @@ def rebuilt_rows(
     checkpoint: Checkpoint,
     vocabulary: VocabularyTensors,
     tokens: TokenizerChoice,
+    *,
+    known: Callable[[str], Survey],
 ) -> dict[str, NewRows]:
     """New rows of the vocabulary tensors `names`, for those that can be made again exactly.
 
@@ -36,19 +36,33 @@ def rebuilt_rows(
         checkpoint: the base as it was before the graft.
         vocabulary: its vocabulary tensors.
         tokens: the tokenizer of the result.
+        known: gives the survey of a base tensor's old rows, by its name.
     """
     record = _graft_of(manifest)
     if record is None or not _describes(record, tokens):
         return {}
-    rows = _Rows(record, checkpoint.folder, vocabulary, tokens)
+    methods = record.init.split(",")
+    choice = Choice(methods[0], methods[-1], "manifest")
+
+    @cache
+    def start() -> Start:
+        return Start.of(
+            choice,
+            families.load(checkpoint.folder),
+            tokens.map,
+            tied=vocabulary.tied,
+            seed=record.seed,
+            copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
+        )
+
     roles = roles_of(vocabulary)
     count = record.tokens - record.first_id
     found = {}
     for name in names:
-        if not _is_repeatable(rows.choice.of(roles[name])):
+        if not _is_repeatable(choice.of(roles[name])):
             continue
         tensor = checkpoint.tensors[name]
-        new_rows = rows.of(tensor, roles[name])
+        new_rows = start().rows(tensor, roles[name], partial(known, name))
         if rows_hash(tensor, count, new_rows) == record.new_rows.get(name):
             found[name] = new_rows
     return found
@@ -85,35 +99,3 @@ def _describes(record: GraftRecord, tokens: TokenizerChoice) -> bool:
         and record.base.token_map == tokens.base.hash
         and record.first_id == tokens.base.tokens
     )
-
-
-class _Rows:
-    def __init__(
-        self,
-        record: GraftRecord,
-        base: Path,
-        vocabulary: VocabularyTensors,
-        tokens: TokenizerChoice,
-    ) -> None:
-        methods = record.init.split(",")
-        self.choice = Choice(methods[0], methods[-1], "manifest")
-        self._record = record
-        self._base = base
-        self._tied = vocabulary.tied
-        self._tokens = tokens
-
-    @cached_property
-    def _start(self) -> Start:
-        record = self._record
-        return Start.of(
-            self.choice,
-            families.load(self._base),
-            self._tokens.map,
-            tied=self._tied,
-            seed=record.seed,
-            copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
-        )
-
-    def of(self, tensor: Tensor, role: Role) -> NewRows:
-        known = survey(tensor, self._record.first_id)
-        return self._start.rows(tensor, role, lambda: known)

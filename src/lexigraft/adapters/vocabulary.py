@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, LowRank
-from lexigraft.checkpoints.growth import Growth
+from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
 from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
@@ -247,7 +247,7 @@ def vocabulary_rows(
             origin, read = _new_rows(name, change, growth, view, rebuilt or lost)
             add(growth.tokens, origin, read)
     add(growth.rows_before, "the base's", from_base, view)
-    add(growth.rows, "padding (mean)", lambda start, stop: _repeated(mean(), stop - start))
+    add(growth.rows, "padding (mean)", lambda start, stop: repeated(mean(), stop - start))
     return VocabularyRows(name, base, tuple(spans), change, full_rows if change.added else 0)
 
 
@@ -288,10 +288,6 @@ def _new_rows(
         return np.zeros((stop - start, *view.shape[1:]), numpy_dtype(view.dtype))
 
     return "the adapter's", laid_over
-
-
-def _repeated(row: Array, count: int) -> Array:
-    return np.repeat(row[None], count, axis=0)
 
 
 def _ids(start: int, stop: int) -> str:

@@ -165,14 +165,15 @@ def grown(
     if growth.rows_before > growth.tokens:
         parts.append(CopyRows(view, growth.tokens, growth.rows_before))
     if growth.new_padding:
-        parts.append(_computed(view, growth.new_padding, lambda a, b: _repeated(mean(), b - a)))
+        parts.append(_computed(view, growth.new_padding, lambda a, b: repeated(mean(), b - a)))
     shape = (growth.rows, *view.shape[1:])
     return PlannedTensor(
         tensor.name, tensor.dtype, shape if view is tensor else (1, *shape), tuple(parts)
     )
 
 
-def _repeated(row: Array, count: int) -> Array:
+def repeated(row: Array, count: int) -> Array:
+    """`count` rows that are all `row`."""
     return np.repeat(row[None], count, axis=0)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.checkpoints.architectures import Role
+from lexigraft.checkpoints.growth import repeated
 
 Array = npt.NDArray[Any]
 Pieces = Sequence[Sequence[int]]
@@ -162,7 +163,7 @@ def _column(values: Array, like: Array) -> Array:
 
 def mean_of_all(spelled: Spelled) -> Array:
     """Start every new token at the mean of all trained rows: safe, but all alike (Hewitt 2021)."""
-    return np.repeat(spelled.center[None], len(spelled.pieces), axis=0)
+    return repeated(spelled.center, len(spelled.pieces))
 
 
 def first_piece(spelled: Spelled) -> Array:
