@@ -417,6 +417,11 @@ def test_an_unknown_layout_needs_names_and_takes_them(base, vocab, tmp_path):
     assert Manifest.read(tmp_path / "model").last("graft").roles == roles
     assert vocabulary_of(model).heads == ("huh.weight",)
     assert check(tmp_path / "model").ok
+    # Nor by the graft after the next one.
+    larger = extend(vocab, tmp_path / "larger", 10, literal=1)
+    graft(tmp_path / "model", larger, output=tmp_path / "again")
+    assert Manifest.read(tmp_path / "again").last("graft").roles == roles
+    assert vocabulary_of(Checkpoint.open(tmp_path / "again")).heads == ("huh.weight",)
 
 
 # -- biases

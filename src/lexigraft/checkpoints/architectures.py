@@ -106,7 +106,7 @@ def vocabulary_of(
         LexigraftError: nothing found, several candidates, or rows that differ.
     """
     entry = _entry(checkpoint)
-    recorded = _recorded_roles(checkpoint) if roles is None else {}
+    recorded = recorded_roles(checkpoint) if roles is None else {}
     found = _given(checkpoint, roles or recorded)
     roles = roles or recorded
     if recorded and "head" not in found.values():
@@ -179,7 +179,7 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
     return found
 
 
-def _recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
+def recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
     """What `graft --tensor` was told, as far as the tensors are still there."""
     from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
 

@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lexigraft import families
-from lexigraft.checkpoints.architectures import Role, VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.architectures import (
+    Role,
+    VocabularyTensors,
+    recorded_roles,
+    vocabulary_of,
+)
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import edit_config, refuse_quantised, refuse_ungathered
 from lexigraft.checkpoints.fit import (
@@ -503,7 +508,7 @@ def _prepare(
         pad_to=pad_to,
         plan=Plan.of(checkpoint).replace(planned),
         tables=tables,
-        told=tensor_roles,
+        told=tensor_roles or recorded_roles(checkpoint),
     )
 
 
