@@ -130,15 +130,22 @@ def write_adapter(scene_base: Path, grafted: Path, folder: Path, form: str, **lo
         config = LoraConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(model, config)
     torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    move_what_trains(model)
     model.peft_config["default"].base_model_name_or_path = str(scene_base)
     model.save_pretrained(folder, save_embedding_layers=saved)
     shutil.copyfile(grafted / "tokenizer.json", folder / "tokenizer.json")
     shutil.copyfile(grafted / "tokenizer_config.json", folder / "tokenizer_config.json")
     return folder
+
+
+def move_what_trains(model) -> None:
+    """Training, as far as a merge sees it: every trainable number becomes another."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def scene(

@@ -388,6 +388,16 @@ def write_model(
     return folder
 
 
+def overwrite_row(folder: Path, name: str, row: int, data: bytes) -> None:
+    """Put `data` into the weights in `folder`, from the first byte of a tensor's row on."""
+    from lexigraft.checkpoints.checkpoint import Checkpoint
+
+    tensor = Checkpoint.open(folder).tensors[name]
+    with tensor.path.open("r+b") as stream:
+        stream.seek(tensor.begin + row * tensor.row_bytes)
+        stream.write(data)
+
+
 def peak_megabytes() -> int:
     """The most memory this process has had.
 

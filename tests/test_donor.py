@@ -243,10 +243,7 @@ def test_a_head_alone_and_a_tied_donor(scene, tmp_path):
 def test_donors_that_are_none(scene, tmp_path):
     _, base, vocab, donor, tokens = scene
     broken = copy_of(donor, tmp_path / "broken")
-    weights = Checkpoint.open(broken).tensors[EMBED]
-    with weights.path.open("r+b") as stream:
-        stream.seek(weights.begin + 50 * weights.row_bytes)
-        stream.write(np.float32(np.nan).tobytes())
+    parts.overwrite_row(broken, EMBED, 50, np.float32(np.nan).tobytes())
     small = copy_of(donor, tmp_path / "small")
     parts.write_model(small, tokens=tokens)
     foreign = parts.write_sentencepiece(tmp_path / "foreign", vocab_size=320)

@@ -191,10 +191,7 @@ def gpt2_with_adapter(root, dtype="float32", config=None, **lora):
     options = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, **lora}
     config = config or LoraConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(adapter_parts.load(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapter_parts.move_what_trains(model)
     model.save_pretrained(root / "adapter")
     return base, root / "adapter"
 
@@ -288,10 +285,7 @@ def other_with_adapter(root, kind, dtype="float32", width=24, config=None, **lor
     options = {"r": 4, "target_modules": ["q_proj"], **lora}
     config = config or LoraConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(adapter_parts.load(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapter_parts.move_what_trains(model)
     model.save_pretrained(root / "adapter")
     return base, root / "adapter"
 
@@ -394,10 +388,7 @@ def test_an_adapter_of_an_image_text_model_finds_its_tensors(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(kind.from_pretrained(base), lora)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    adapter_parts.move_what_trains(model)
     model.save_pretrained(tmp_path / "adapter")
     merge(base, tmp_path / "adapter", output=tmp_path / "merged")
     with torch.no_grad():

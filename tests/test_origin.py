@@ -237,10 +237,9 @@ def test_rows_that_cannot_be_proved_stop_the_merge(own, tmp_path, spoilt):
     adapter = lora_only(root, tmp_path / "adapter")
     base = shutil.copytree(root / "base", tmp_path / "base")
     if spoilt == "base":  # another model with the same tokenizer
-        tensor = Checkpoint.open(base).tensors["model.embed_tokens.weight"]
-        with tensor.path.open("r+b") as stream:
-            stream.seek(tensor.begin + 100 * tensor.row_bytes)
-            stream.write(bytes(tensor.row_bytes * 200))
+        name = "model.embed_tokens.weight"
+        zeros = bytes(200 * Checkpoint.open(base).tensors[name].row_bytes)
+        parts.overwrite_row(base, name, 100, zeros)
     elif spoilt == "hash":
         data = json.loads((adapter / "lexigraft.json").read_text())
         for name in data["records"][-1]["new_rows"]:

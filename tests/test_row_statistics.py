@@ -156,10 +156,8 @@ def test_rows_that_were_never_trained_are_no_old_rows(grafted, tmp_path):
 
     base, vocab, _ = grafted
     bare = Path(shutil.copytree(base, tmp_path / "base"))
-    tensor = Checkpoint.open(bare).tensors[EMBED]
-    with tensor.path.open("r+b") as stream:
-        stream.seek(tensor.begin + 20 * tensor.row_bytes)
-        stream.write(bytes(8 * tensor.row_bytes))
+    zeros = bytes(8 * Checkpoint.open(bare).tensors[EMBED].row_bytes)
+    parts.overwrite_row(bare, EMBED, 20, zeros)
     result = graft(bare, vocab, output=tmp_path / "model")
     tokens = families.load(base).map.tokens
     assert [found.old_rows for found in result.row_statistics] == [tokens - 8, tokens]
@@ -176,12 +174,9 @@ def test_a_damaged_base_row_stops_the_graft_and_leaves_nothing(grafted, tmp_path
 
     base, vocab, _ = grafted
     damaged = Path(shutil.copytree(base, tmp_path / "base"))
-    tensor = Checkpoint.open(damaged).tensors[EMBED]
     first = families.load(vocab).map.texts[families.load(base).map.tokens]
     piece = families.load(base).pieces(first)[0]
-    with tensor.path.open("r+b") as stream:
-        stream.seek(tensor.begin + piece * tensor.row_bytes)
-        stream.write(np.float32(np.nan).tobytes())
+    parts.overwrite_row(damaged, EMBED, piece, np.float32(np.nan).tobytes())
     with pytest.raises(LexigraftError):
         graft(damaged, vocab, output=tmp_path / "out" / "model")
     assert not list((tmp_path / "out").iterdir())
