@@ -18,9 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, write_json
 from lexigraft.models.adapter_files import read_adapter, require_saved, write_adapter
-from lexigraft.models.bits import nats
 from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
+from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import Blocks, collate
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 
@@ -151,9 +151,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that reads blocks in order and saves what is trained as a PEFT adapter."""
 
     def __init__(
-        self, model: Any, rows: NewRows | None, schedule: Schedule, monitor: Monitor, **options: Any
+        self,
+        model: Any,
+        rows: NewRows | None,
+        schedule: Schedule,
+        monitor: Monitor,
+        objective: Objective,
+        **options: Any,
     ) -> None:
         self._rows, self._schedule, self._monitor = rows, schedule, monitor
+        self._objective = objective
         self._trained_on: str = options.pop("trained_on")
         self._saved_once = False
         super().__init__(model=model, data_collator=collate, callbacks=[monitor], **options)
@@ -195,18 +202,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean -log p over the targets of the whole step; labels are the next tokens already."""
-        targets = inputs["labels"].flatten()
-        logits = model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).logits
-        total = nats(logits.flatten(0, 1), targets).sum()
+        """The objective's mean over the targets of the whole step."""
+        total, targets = self._objective.loss(model, inputs)
         if not torch.isfinite(total):
             raise _diverged(f"the loss of step {self.state.global_step + 1} is not a finite number")
         self._monitor.progress.nats += float(total.detach())
-        count = num_items_in_batch if num_items_in_batch is not None else (targets >= 0).sum()
-        loss = total / count
-        return (loss, {"logits": logits}) if return_outputs else loss
+        loss = total / (targets if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -244,6 +246,7 @@ def fit(
     measure: Callable[[], dict[str, float | None]],
     advance: Callable[[int], None],
     resume: bool,
+    objective: Objective | None = None,
 ) -> Monitor:
     """Train `model` on `blocks`, in place.
 
@@ -252,6 +255,7 @@ def fit(
         trained_on: the model folder, for PEFT's config.
         measure: held-out bits per byte of the model as it is now.
         resume: continue from the newest checkpoint in `folder`, if there is one.
+        objective: what is minimised; by default the loss of the next token.
     """
     monitor = Monitor(blocks, schedule, measure, folder / "tensorboard", advance)
     checkpoint = last_checkpoint(folder) if resume else None
@@ -263,6 +267,7 @@ def fit(
             rows,
             schedule,
             monitor,
+            objective or NextToken(),
             trained_on=trained_on,
             train_dataset=blocks,
             args=_arguments(folder / CHECKPOINTS, schedule),
