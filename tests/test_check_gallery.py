@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import parts
 import test_check as small
 from lexigraft.errors import LexigraftError
-from lexigraft.manifest import Manifest
+from lexigraft.families.tokenmap import TokenMap
+from lexigraft.manifest import Manifest, Probe
 from lexigraft.steps.check import CheckResult, check, mend
 from parts import write_byte_level, write_model, write_sentencepiece
 from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows, write_manifest
@@ -613,6 +615,89 @@ def a_tensor_that_was_lost(ground):
     return check(ground.model, base=ground.base)
 
 
+# -- GGUF files
+
+
+def written_gguf(ground: Ground, **change: object) -> Path:
+    """The SentencePiece tokenizer and a table as llama.cpp's converter writes them, and a change.
+
+    `rows`: of the table; `scores`: how many; `twice`: the id that gets the text of id 5;
+    `eos`: its id; `cut`: bytes to leave out at the end.
+    """
+    import gguf
+    import numpy as np
+
+    tokens = TokenMap.read(ground.sp)
+    texts = [tokens.texts[i] for i in range(TOKENS)] + ["[PAD360]", "[PAD361]"]
+    if "twice" in change:
+        texts[change["twice"]] = texts[5]
+    path = ground.sp.parent / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores([-1.0] * change.get("scores", len(texts)))
+    writer.add_token_types([1] * TOKENS + [5, 5])
+    writer.add_eos_token_id(change.get("eos", 2))
+    writer.add_tensor(
+        "token_embd.weight", np.zeros((change.get("rows", len(texts)), 32), np.float32)
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if change.get("cut"):
+        path.write_bytes(path.read_bytes()[: -change["cut"]])
+    return path
+
+
+@broken("LG801")
+def a_gguf_file_cut_off(ground):
+    return check(written_gguf(ground, cut=100))
+
+
+@broken("LG801")
+def a_gguf_header_of_exabytes(ground):
+    path = written_gguf(ground)
+    path.write_bytes(path.read_bytes()[:8] + struct.pack("<QQ", 2**62, 2**62))
+    return check(path)
+
+
+@broken("LG802")
+def a_gguf_file_with_a_row_too_few(ground):
+    return check(written_gguf(ground, rows=TOKENS))
+
+
+@broken("LG803")
+def a_gguf_file_with_a_score_too_few(ground):
+    return check(written_gguf(ground, scores=TOKENS))
+
+
+@broken("LG804")
+def a_gguf_file_whose_eos_is_of_another_model(ground):
+    return check(written_gguf(ground, eos=128009))
+
+
+@broken("LG805")
+def a_gguf_file_with_a_token_twice(ground):
+    return check(written_gguf(ground, twice=7))
+
+
+@broken("LG601")
+def a_gguf_file_of_another_tokenizer(ground):
+    return check(written_gguf(ground), base=ground.base)
+
+
+@broken("LG505")
+def a_class_that_the_installed_versions_build_otherwise(ground):
+    """The manifest's probe, re-encoded: someone changed how the tokenizer cuts words."""
+    manifest = Manifest.read(ground.model)
+    learned, grafted = manifest.records
+    probe = [Probe(text="the river", ids=[1, 2, 3])]
+    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
+    change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
+    return check(ground.model, deep=True)
+
+
 # -- weights themselves
 
 
@@ -801,6 +886,40 @@ def a_grafted_model_and_its_base(ground):
 @healthy
 def a_vocabulary_and_its_base(ground):
     return check(ground.copy("vocab"), base=ground.sp)
+
+
+@healthy
+def a_gguf_file(ground):
+    return check(written_gguf(ground))
+
+
+@healthy
+def a_gguf_file_and_the_model_it_was_made_from(ground):
+    return check(written_gguf(ground), base=ground.sp)
+
+
+@healthy
+def a_folder_with_a_gguf_file_alone(ground):
+    folder = ground.sp.parent / "folder"
+    folder.mkdir()
+    return check(written_gguf(ground).rename(folder / "tiny.gguf").parent)
+
+
+@healthy
+def an_adapter_on_a_gguf_file(ground):
+    adapter = write_adapter(ground.sp.parent / "a", ground.sp, None)
+    return check(written_gguf(ground), adapter=adapter)
+
+
+@healthy
+def a_probe_that_is_read_as_before(ground):
+    manifest = Manifest.read(ground.model)
+    learned, grafted = manifest.records
+    tokenizer = Tokenizer.from_file(str(ground.model / "tokenizer.json"))
+    probe = [Probe(text=t, ids=tokenizer.encode(t).ids) for t in ("the river", "  冠状 12.5\n")]
+    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
+    change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
+    return check(ground.model, deep=True)
 
 
 @healthy

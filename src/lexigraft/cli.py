@@ -390,7 +390,8 @@ def merge(
 @app.command()
 def check(
     path: Annotated[
-        Path | None, typer.Argument(help="Model, vocabulary or adapter folder.")
+        Path | None,
+        typer.Argument(help="Model, vocabulary or adapter folder, hub id, or GGUF file."),
     ] = None,
     *,
     base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,
@@ -407,6 +408,9 @@ def check(
         str | None, typer.Option(metavar="CODE", help="Tell what a code such as LG302 means.")
     ] = None,
     as_json: Json = False,
+    as_sarif: Annotated[
+        bool, typer.Option("--sarif", help="Print a SARIF 2.1.0 log, for code hosts and editors.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare tokenizer, config, weights and adapter; exit 1 with the fault and a command."""
@@ -434,7 +438,10 @@ def check(
         if fix is None
         else step.mend(path, fix, deep=deep, force=force)
     )
-    _show(result, as_json)
+    if as_sarif:
+        print(json.dumps(result.to_sarif()))
+    else:
+        _show(result, as_json)
     raise typer.Exit(0 if result.ok else 1)
 
 

@@ -240,7 +240,9 @@ def _fewer(model: Facts, rows: int, needed: AdapterRows, merge: str) -> Iterator
 
 def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:
     """LoRA factors against the layers that they change."""
-    tensors = model.checkpoint.tensors if model.checkpoint else {}
+    if model.checkpoint is None:
+        return
+    tensors = model.checkpoint.tensors
     transposed = bool(adapter.config[ADAPTER_CONFIG].get("fan_in_fan_out"))
     seen = 0
     for name, factor in sorted(adapter.adapter.items()):

@@ -365,6 +365,15 @@ CODES: dict[str, Code] = {
         "tokenizer of run A and weights of run B, which learned the same number of tokens.",
         "copy the tokenizer files and the manifest from one folder",
     ),
+    "LG505": Code(
+        "error",
+        "the installed versions read the manifest's probe text otherwise",
+        "`learn` writes down some texts and their ids. transformers, as it is installed here, "
+        "gives other ids from the same files: its versions differ in how they build a tokenizer "
+        "(huggingface/transformers#46686). `--deep` alone sees it.",
+        "`aspirin 100 mg` was [4, 371], transformers 5.0 reads [4, 12, 9].",
+        "pip install with the versions that the manifest names",
+    ),
     "LG601": Code(
         "error",
         "ids of the base mean other tokens here",
@@ -443,6 +452,47 @@ CODES: dict[str, Code] = {
         "sampled, and decode to nothing. `--deep` alone sees it.",
         "a padding row has a norm of 7.1, rows of tokens one of 1.2.",
         "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG801": Code(
+        "error",
+        "the GGUF file cannot be read",
+        "A cut download, or a file made to harm its reader. Its counts are held against its size "
+        "before anything is read for them.",
+        "its header describes 4,368,439,584 bytes, the file has 2,147,483,648.",
+        "download it again",
+    ),
+    "LG802": Code(
+        "error",
+        "a GGUF file has not one row for each entry of its token list",
+        "The tokenizer gained tokens that the model has no rows for, or vocab_size was changed by "
+        "hand before the conversion. llama.cpp stops with `tensor 'token_embd.weight' has wrong "
+        "shape`.",
+        "token_embd.weight has 32,000 rows, the list 32,001 tokens.",
+        "lexigraft check MODEL --for gguf, mend it, and convert again",
+    ),
+    "LG803": Code(
+        "error",
+        "scores or types of a GGUF file are not those of its token list",
+        "A tool edited the token list alone. llama.cpp reads both by the id of the token, beyond "
+        "their end too.",
+        "32,001 tokens and 32,000 scores.",
+        "python convert_hf_to_gguf.py MODEL",
+    ),
+    "LG804": Code(
+        "error",
+        "a special id of a GGUF file is not in its token list",
+        "eos or pad was taken from another tokenizer. llama.cpp warns and takes the default of "
+        "that kind of tokenizer instead, so that the model may never stop.",
+        "tokenizer.ggml.eos_token_id = 32,001, the list ends at 31,999.",
+        "gguf-set-metadata FILE tokenizer.ggml.eos_token_id ID",
+    ),
+    "LG805": Code(
+        "error",
+        "a GGUF file gives one text two ids",
+        "A token was added that the vocabulary has already. llama.cpp ends with `GGML_ASSERT("
+        "id_to_token.size() == token_to_id.size()) failed`.",
+        "`<pad>` has the ids 0 and 32,000.",
+        "mend the tokenizer of the model, and convert again",
     ),
 }
 

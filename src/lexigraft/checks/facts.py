@@ -10,8 +10,10 @@ from typing import Any
 
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.gguf_header import GgufHeader, read_gguf_header
 from lexigraft.checkpoints.header import Tensor, read_header
 from lexigraft.checks.findings import Finding, finding, from_error
+from lexigraft.checks.gguf_files import gguf_rows, token_map
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, joined, read_token_maps
 from lexigraft.files import read_json, require_folder
@@ -24,7 +26,7 @@ _WEIGHTS = re.compile(r"(model|pytorch_model|consolidated).*\.(safetensors|bin|j
 
 @dataclass
 class Facts:
-    """A model, vocabulary or adapter folder.
+    """A model, vocabulary or adapter folder, or a GGUF file.
 
     Attributes:
         folder: where it lies.
@@ -35,6 +37,7 @@ class Facts:
         vocabulary: which tensors are vocabulary tensors.
         adapter: the tensors of an adapter, by name.
         manifest: lexigraft.json.
+        gguf: the header of a GGUF file.
         unreadable: what could not be read.
     """
 
@@ -46,6 +49,7 @@ class Facts:
     vocabulary: VocabularyTensors | None = None
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
     manifest: Manifest | None = None
+    gguf: GgufHeader | None = None
     unreadable: list[Finding] = field(default_factory=list)
 
     @property
@@ -61,15 +65,20 @@ class Facts:
     @property
     def rows(self) -> int | None:
         """Rows of the vocabulary tensors."""
+        if self.gguf is not None:
+            return max(gguf_rows(self.gguf).values(), default=None)
         return self.vocabulary.rows if self.vocabulary else None
 
 
 def read_facts(folder: Path) -> Facts:
-    """Read a folder; what cannot be read becomes a finding.
+    """Read a folder or a GGUF file; what cannot be read becomes a finding.
 
     Raises:
         LexigraftError: there is no such folder.
     """
+    file = _gguf_file(folder)
+    if file is not None:
+        return _read_gguf(file)
     facts = Facts(require_folder(folder, "a model, a vocabulary or an adapter"))
     _read_tokenizer(facts)
     _read_configs(facts)
@@ -78,6 +87,25 @@ def read_facts(folder: Path) -> Facts:
         _read_adapter(facts)
     elif "config.json" in facts.config or facts.has_weights:
         _read_weights(facts)
+    return facts
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that alone is a model in the folder `path`."""
+    if path.is_dir():
+        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
+        alone = len(found) == 1 and not any(path.glob("*.safetensors"))
+        return found[0] if alone else None
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _read_gguf(path: Path) -> Facts:
+    facts = Facts(path)
+    try:
+        facts.gguf = read_gguf_header(path)
+        facts.tokens = token_map(facts.gguf)
+    except LexigraftError as fault:
+        facts.unreadable.append(from_error("LG801", path.name, fault))
     return facts
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
-from lexigraft.families.tokenmap import first_difference, prefix_hash
+from lexigraft.families.llama_cpp import SPACE
+from lexigraft.families.tokenmap import TokenMap, first_difference, prefix_hash
 from lexigraft.manifest import MANIFEST, Manifest
 
 
@@ -73,7 +74,7 @@ def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
 def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
     """Faults between a model or vocabulary and the base that it was made from."""
     if facts.tokens is not None and base.tokens is not None:
-        moved = first_difference(base.tokens, facts.tokens)
+        moved = _moved(base, facts)
         if moved is not None:
             yield finding(
                 "LG601",
@@ -92,6 +93,21 @@ def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
             fix=f"lexigraft graft {base.folder} {facts.folder} -o MODEL",
         )
     yield from _lost_tensors(facts, base)
+
+
+def _moved(base: Facts, facts: Facts) -> int | None:
+    """The lowest id of the base that means another token here; None if all agree."""
+    if base.tokens is None or facts.tokens is None:
+        return None
+    if facts.gguf is None and base.gguf is None:
+        return first_difference(base.tokens, facts.tokens)
+    # The converter writes the spaces of user-defined tokens as spaces.
+    old, new = (
+        {i: text.replace(" ", SPACE) for i, text in part.tokens.texts.items()}
+        for part in (base, facts)
+        if part.tokens is not None
+    )
+    return first_difference(TokenMap(old), TokenMap(new))
 
 
 def _lost_tensors(facts: Facts, base: Facts) -> Iterator[Finding]:

@@ -16,7 +16,9 @@ from lexigraft.checks.adapters import adapter_findings, adapter_rows
 from lexigraft.checks.added import added_findings
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
 from lexigraft.checks.findings import Edit, Finding
+from lexigraft.checks.gguf_files import TOKENS, gguf_findings, gguf_rows
 from lexigraft.checks.lineage import base_findings, manifest_findings
+from lexigraft.checks.sarif import sarif
 from lexigraft.checks.tokenizers import tokenizer_findings
 from lexigraft.checks.weights import stated_rows, weight_findings
 from lexigraft.console import plain_line
@@ -29,6 +31,7 @@ from lexigraft.files import (
     require_free_space,
     write_json,
 )
+from lexigraft.hub import local_folder
 from lexigraft.manifest import MANIFEST
 
 _ROUNDS = 8
@@ -85,6 +88,13 @@ class CheckResult:
             "table": [row.to_json() for row in self.table],
         }
 
+    def to_sarif(self) -> dict[str, Any]:
+        """The findings as a SARIF 2.1.0 log."""
+        from lexigraft import __version__
+
+        folders = dict.fromkeys([self.path, *(Path(row.folder) for row in self.table)])
+        return sarif(self.findings, folders, version=__version__)
+
     def lines(self) -> list[str]:
         """What a person reads: table, findings, verdict."""
         errors = sum(finding.severity == "error" for finding in self.findings)
@@ -106,7 +116,7 @@ def check(
     """Hold the parts of a model, vocabulary or adapter folder against each other.
 
     Args:
-        path: the folder.
+        path: the folder, a hub id (`owner/model`, `owner/model@revision`), or a GGUF file.
         base: the model that `path` was made from; for an adapter, the model it is to be used on.
         adapter: an adapter that is to be used on `path`.
         deep: read the weights too, in blocks: their numbers, untrained and equal rows, old rows
@@ -116,9 +126,9 @@ def check(
         LexigraftError: a folder does not exist, holds nothing that could be checked, or a file
             became shorter while it was read.
     """
-    subject = read_facts(Path(path))
-    origin = read_facts(Path(base)) if base is not None else None
-    patch = read_facts(Path(adapter)) if adapter is not None else None
+    subject = read_facts(_local(path))
+    origin = read_facts(_local(base)) if base is not None else None
+    patch = read_facts(_local(adapter)) if adapter is not None else None
     if patch is not None and not patch.is_adapter:
         raise LexigraftError(
             f"{patch.folder} is no adapter: it has no {ADAPTER_CONFIG}",
@@ -145,6 +155,11 @@ def check(
     return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
 
 
+def _local(name: str | Path) -> Path:
+    """The folder or GGUF file that `name` means."""
+    return Path(name) if Path(name).is_file() else local_folder(name)
+
+
 @dataclass(frozen=True)
 class MendResult:
     """A mended copy: what was done, and what `check` says of it."""
@@ -161,6 +176,10 @@ class MendResult:
         """The machine-readable result."""
         mended = [finding.to_json() for finding in self.mended]
         return {"mended": mended, **self.after.to_json()}
+
+    def to_sarif(self) -> dict[str, Any]:
+        """What `check` finds in the copy, as a SARIF 2.1.0 log."""
+        return self.after.to_sarif()
 
     def lines(self) -> list[str]:
         """What a person reads: what was mended, then the check of the copy."""
@@ -180,7 +199,7 @@ def mend(
         LexigraftError: there is nothing of this kind to mend, `output` exists or is the folder
             itself, or the disk is full.
     """
-    folder, output = Path(path), Path(output)
+    folder, output = _local(path), Path(output)
     refuse_existing(output, force=force)
     refuse_overwriting(output, [folder])
     found = check(folder, deep=deep).findings
@@ -219,13 +238,16 @@ def _apply(folder: Path, edit: Edit | None) -> None:
 
 
 def _something(facts: Facts) -> bool:
-    return bool(facts.maps or facts.config or facts.unreadable or facts.manifest)
+    return bool(facts.maps or facts.config or facts.unreadable or facts.manifest or facts.gguf)
 
 
 def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iterator[Finding]:
     for part in (subject, patch):
         if part is not None:
             yield from part.unreadable
+        if part is not None and part.gguf is not None:
+            yield from gguf_findings(part.gguf)
+        elif part is not None:
             yield from tokenizer_findings(part)
             yield from added_findings(part)
             yield from weight_findings(part)
@@ -241,8 +263,10 @@ def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iter
 
 def _deep(part: Facts, origin: Facts | None) -> Iterator[Finding]:
     from lexigraft.checks.deep import deep_findings  # headers alone need no numpy
+    from lexigraft.checks.probe import probe_findings  # nor a child process
 
     yield from deep_findings(part, origin)
+    yield from probe_findings(part)
 
 
 def _rows(facts: Facts) -> Iterator[Row]:
@@ -260,6 +284,10 @@ def _rows(facts: Facts) -> Iterator[Row]:
             yield Row(folder, "output head", "rows", facts.vocabulary.rows, "tied")
     if facts.adapter and ADAPTER_CONFIG in facts.config:
         yield from _adapter_table(facts)
+    if facts.gguf is not None:
+        yield Row(folder, TOKENS, "tokens", len(facts.gguf.texts(TOKENS)))
+        for name, rows in gguf_rows(facts.gguf).items():
+            yield Row(folder, name, "rows", rows, str(list(facts.gguf.tensors[name].shape)))
     if facts.manifest is not None:
         stages = ", ".join(record.stage for record in facts.manifest.records)
         yield Row(folder, MANIFEST, "", None, stages)

@@ -1,0 +1,71 @@
+"""Findings as SARIF, the format in which code hosts and editors take what a checker found.
+
+Method: the OASIS standard "Static Analysis Results Interchange Format (SARIF) Version 2.1.0".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lexigraft.checks.codes import CODES
+from lexigraft.checks.findings import Finding
+from lexigraft.console import plain_line
+
+SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
+
+
+def sarif(findings: Sequence[Finding], folders: Iterable[Path], *, version: str) -> dict[str, Any]:
+    """One SARIF log with one run; `folders` are those checked, the subject first."""
+    places = list(folders)
+    used = sorted({one.code for one in findings})
+    return {
+        "$schema": SCHEMA,
+        "version": "2.1.0",
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "lexigraft",
+                        "version": version,
+                        "rules": [_rule(code) for code in used],
+                    }
+                },
+                "results": [_result(one, used.index(one.code), places) for one in findings],
+            }
+        ],
+    }
+
+
+def _rule(code: str) -> dict[str, Any]:
+    story = CODES[code]
+    return {
+        "id": code,
+        "shortDescription": {"text": story.meaning},
+        "fullDescription": {"text": story.cause},
+        "help": {"text": f"example: {story.example}\nmend: {story.mend}"},
+        "defaultConfiguration": {"level": story.severity},
+    }
+
+
+def _result(one: Finding, rule: int, places: Sequence[Path]) -> dict[str, Any]:
+    place = next((p / one.where for p in places if (p / one.where).is_file()), places[0])
+    words = [one.found, f"needed: {one.needed}", f"try: {one.fix}"]
+    given = [bool(text) for text in (one.found, one.needed, one.fix)]
+    message = " | ".join(text for text, kept in zip(words, given, strict=True) if kept)
+    return {
+        "ruleId": one.code,
+        "ruleIndex": rule,
+        "level": one.severity,
+        "message": {"text": plain_line(f"{one.where}: {message}")},
+        "locations": [
+            {
+                "physicalLocation": {"artifactLocation": {"uri": quote(place.as_posix())}},
+                "logicalLocations": [{"name": plain_line(one.where)}],
+            }
+        ],
+    }
