@@ -107,6 +107,17 @@ def test_report_is_markdown_and_json(project, finished):
     assert result.to_json()
 
 
+def test_the_report_and_the_summary_tell_whether_the_training_was_enough(project, finished):
+    found = json.loads((project / "run" / "adapter" / "training.json").read_text())
+    text = report(project / "run").text
+    assert found["base"]["domain_bpb"] > 0 and found["base"]["general_bpb"] > 0
+    assert found["verdict"]["verdict"] == "not yet"  # after six steps
+    for reason in found["verdict"]["reasons"]:
+        assert reason["found"] in text and reason["next"] in text
+        assert reason["next"] in "\n".join(finished.lines())
+    assert f"{found['log'][-1]['new_bpb']:.3f}" in text
+
+
 def test_the_report_tells_what_learn_decided_and_proved(project, finished):
     facts = report(project / "run").facts
     text = (project / "run" / "report.md").read_text()

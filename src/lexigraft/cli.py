@@ -315,6 +315,15 @@ def train(
     new_row_learning_rate: Annotated[float, typer.Option(help="Peak rate of new rows.")] = 3e-3,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
     replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model before `graft`, to compare with.", show_default="MODEL, if untrained"
+        ),
+    ] = None,
+    measurements: Annotated[
+        int, typer.Option(help="How often held-out text is measured.", min=1)
+    ] = 4,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")
     ] = None,
@@ -344,6 +353,8 @@ def train(
         new_row_learning_rate=new_row_learning_rate,
         lora_rank=lora_rank,
         replay=replay,
+        base=base,
+        measurements=measurements,
         save_steps=save_steps,
         resume=resume,
         trust_remote_code=trust_remote_code,

@@ -19,7 +19,7 @@ from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
 from lexigraft.reporting.facts import model_rows
 from lexigraft.reporting.markdown import verdict
-from lexigraft.reporting.tables import model_table, sample_lines
+from lexigraft.reporting.tables import model_table, sample_lines, training_lines
 from lexigraft.runfile import RunState
 from lexigraft.stages import Result, Run, opened, require_run_folder
 
@@ -50,6 +50,7 @@ class RunResult:
             *model_table(self.state),
             "",
             *verdict(model_rows(self.state)),
+            *training_lines(self.state),
             "",
             *sample_lines(self.state),
             f"report: {self.output / 'report.md'}",
@@ -183,6 +184,7 @@ def _train_once(
         "general": recipe.general,
         "held_out": recipe.eval.corpus,
     }
+    base = local_folder(recipe.base)
     partial = adapter.with_name(f"{adapter.name}.partial")
 
     def work(killed: bool) -> Result:
@@ -190,9 +192,11 @@ def _train_once(
             shutil.rmtree(partial, ignore_errors=True)
         resume = killed and partial.is_dir()
         adapter.parent.mkdir(parents=True, exist_ok=True)
-        return train(source, **texts, **options, output=adapter, resume=resume, force=True)
+        return train(
+            source, **texts, **options, base=base, output=adapter, resume=resume, force=True
+        )
 
-    current.stage(name, options, {"model": source, **texts}, work, adapter)
+    current.stage(name, options, {"model": source, "base": base, **texts}, work, adapter)
 
 
 def _merge_once(current: Run, source: Path, adapter: Path, merged: Path, *, name: str) -> None:

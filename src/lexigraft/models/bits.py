@@ -128,6 +128,7 @@ def score(
     *,
     start: Sequence[int],
     new_ids: range = range(0),
+    rows: int | None = None,
     advance: Callable[[int], None] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> Score:
@@ -138,28 +139,47 @@ def score(
         encoded: ids of each text, without the start.
         start: ids before each text; at least one.
         new_ids: which ids count as new.
+        rows: score as if the model had only this many rows, the first ones.
         advance: told how many bytes have been scored.
         observe: shown the place of each text and the logits (ids of the text, rows) that
             predict its ids.
     """
-    order = sorted(range(len(texts)), key=lambda place: (len(encoded[place]), place))
-    rows = model.get_output_embeddings().weight.shape[0]
     bits = 0.0
-    was_training = model.training
-    model.eval()
-    for batch in _batches(order, [len(start) + len(ids) for ids in encoded], LOGITS // rows):
-        lines = [encoded[place] for place in batch]
-        for place, line, logits in zip(batch, lines, _logits_of(model, lines, start), strict=True):
-            bits += _sum_nats(logits, line) / math.log(2)
-            if observe is not None:
-                observe(place, logits)
+    for place, found in predictions(model, [[*start, *ids] for ids in encoded], len(start)):
+        logits = found[:, :rows]
+        bits += _sum_nats(logits, encoded[place]) / math.log(2)
+        if observe is not None:
+            observe(place, logits)
         if advance is not None:
-            advance(sum(len(texts[place].encode()) for place in batch))
-    model.train(was_training)
+            advance(len(texts[place].encode()))
     ids = [token for line in encoded for token in line]
     return Score(
         bits, sum(len(t.encode()) for t in texts), len(ids), sum(token in new_ids for token in ids)
     )
+
+
+def predictions(
+    model: Any, lines: Sequence[Sequence[int]], before: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """The place of each line, shortest first, and the logits that predict its ids.
+
+    Args:
+        model: a causal language model (B, T) -> logits (B, T, rows); it runs in eval mode.
+        lines: ids, each line with at least `before` of them.
+        before: how many ids at the start of a line are only read; the logits are those of the
+            ids behind them, (length - before, rows).
+    """
+    rows = model.get_output_embeddings().weight.shape[0]
+    order = sorted(range(len(lines)), key=lambda place: (len(lines[place]), place))
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(order, [len(line) for line in lines], LOGITS // rows):
+            found = _logits_of(model, [lines[place] for place in batch])
+            for place, logits in zip(batch, found, strict=True):
+                yield place, logits[before - 1 : len(lines[place]) - 1]
+    finally:
+        model.train(was_training)
 
 
 def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -173,17 +193,15 @@ def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[li
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
-def _logits_of(model: Any, lines: Sequence[Sequence[int]], start: Sequence[int]) -> list[Tensor]:
-    """Per line the logits (its length, rows) that predict its ids."""
-    longest = len(start) + max(map(len, lines))
-    ids = torch.zeros((len(lines), longest), dtype=torch.int64)
+def _logits_of(model: Any, lines: Sequence[Sequence[int]]) -> Tensor:
+    """The logits (lines, T, rows) behind each id; those behind a line's end mean nothing."""
+    ids = torch.zeros((len(lines), max(map(len, lines))), dtype=torch.int64)
     for place, line in enumerate(lines):
         # Padding stands on the right, where a causal model cannot see it.
-        ids[place, : len(start) + len(line)] = torch.tensor([*start, *line])
+        ids[place, : len(line)] = torch.tensor(line)
     ids = ids.to(model.get_output_embeddings().weight.device)
-    logits = model(input_ids=ids, use_cache=False).logits
-    before = len(start) - 1
-    return [logits[place, before : before + len(line)] for place, line in enumerate(lines)]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _sum_nats(logits: Tensor, line: Sequence[int]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,21 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.files import sha256_json
 from lexigraft.manifest import Manifest, TextSource
-from lexigraft.models.bits import Score, score, windows
-from lexigraft.models.load import new_ids, start_and_end
+from lexigraft.models.bits import score, windows
+from lexigraft.models.evidence import (
+    NewTokens,
+    RowEvidence,
+    Watcher,
+    gather,
+    new_tokens,
+    shares,
+)
+from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
 from lexigraft.models.packing import Blocks, pack
 from lexigraft.models.reading import encoded, reading, shuffled
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
+_SMALLEST_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -63,19 +72,24 @@ class Job:
     """A training run, ready but for the model.
 
     Attributes:
-        ids: the new ids, which may be none.
+        new: the new tokens, which may be none.
         plan: what a resumed run must share with the one it continues.
     """
 
     folder: Path
     family: Family
-    ids: range
+    new: NewTokens
     start: list[int]
     texts: Texts
     blocks: Blocks
     steps: int
     settings: Settings
     plan: dict[str, Any]
+
+    @property
+    def ids(self) -> range:
+        """The new ids."""
+        return self.new.ids
 
 
 def read_texts(
@@ -154,7 +168,24 @@ def prepare(folder: Path, texts: Texts, settings: Settings) -> Job:
         ),
         "steps": steps,
     }
-    return Job(folder, family, ids, start, texts, blocks, steps, settings, plan)
+    new = new_tokens(folder, family, ids)
+    texts = _fitted(texts, new, context_limit(folder) - len(start))
+    return Job(folder, family, new, start, texts, blocks, steps, settings, plan)
+
+
+def _fitted(texts: Texts, new: NewTokens, room: int) -> Texts:
+    """`texts` whose held-out windows fit into `room` tokens, in base ids too."""
+    size = WINDOW_BYTES
+    held = [texts.held_domain, texts.held_general]
+
+    def longest() -> int:
+        lines = new.family.encode_batch([window for found in held for window in found])
+        return max((len(new.spelled(line) or line) for line in lines), default=0)
+
+    while longest() > room and size > _SMALLEST_WINDOW:
+        size //= 2
+        held = [[part for window in found for part in windows(window, size)] for found in held]
+    return replace(texts, held_domain=held[0], held_general=held[1])
 
 
 def _stream(texts: Texts, family: Family, settings: Settings) -> Iterable[tuple[list[int], int]]:
@@ -206,16 +237,64 @@ def occurrences(job: Job) -> tuple[list[int], list[int]]:
 
 
 def measure(job: Job, model: Any) -> dict[str, float | None]:
-    """Held-out bits per byte of `model` as it is now: domain and general, None without text."""
+    """What `model` makes of held-out text as it is now; None where there is no such text.
+
+    Returns:
+        `domain_bpb` and `general_bpb`, bits per byte; for a model with new tokens also what
+        `evidence.shares` says of the domain text.
+    """
+    lines = job.family.encode_batch(job.texts.held_domain)
+    watcher = Watcher(job.new, lines)
+    domain = score(
+        model, job.texts.held_domain, lines, start=job.start, new_ids=job.ids, observe=watcher
+    )
+    general = job.texts.held_general
+    apart = score(model, general, job.family.encode_batch(general), start=job.start)
+    found = {
+        "domain_bpb": domain.bpb if domain.bytes else None,
+        "general_bpb": apart.bpb if apart.bytes else None,
+    }
+    return {**found, **shares(watcher.targets, job.new, domain)} if len(job.ids) else found
+
+
+def base_measure(
+    job: Job, model: Any, base: Path | None, *, trust_remote_code: bool = False
+) -> dict[str, float | None]:
+    """`domain_bpb` and `general_bpb` of the base on the same windows; None where it is unknown.
+
+    A model that was grafted and not trained since still is its base: the same text in base ids,
+    under its old rows alone (so without the base's padding rows). A model that nothing was added
+    to is its own base.
+
+    Args:
+        model: `job`'s, untrained.
+        base: the base's folder, where the user names it.
+    """
+    history = (Manifest.read(job.folder) or Manifest()).records
+    family, rows = job.family, None
+    if base is not None:
+        family, model = families.load(base), load_model(base, trust_remote_code=trust_remote_code)
+    elif history and history[-1].stage == "graft":
+        rows = job.ids.start
+    elif history:
+        return {"domain_bpb": None, "general_bpb": None}
+    start, _ = start_and_end(family)
 
     def bpb(texts: list[str]) -> float | None:
-        return _score(job, model, texts).bpb if texts else None
+        lines = family.encode_batch(texts)
+        spelled = [job.new.spelled(line) if base is None else line for line in lines]
+        known = [line for line in spelled if line is not None]
+        room = context_limit(model) - len(start)
+        if not texts or len(known) < len(lines) or max(map(len, known)) > room:
+            return None
+        return score(model, texts, known, start=start, rows=rows).bpb
 
-    return {
-        "domain_bpb": bpb(job.texts.held_domain),
-        "general_bpb": bpb(job.texts.held_general),
-    }
+    return {"domain_bpb": bpb(job.texts.held_domain), "general_bpb": bpb(job.texts.held_general)}
 
 
-def _score(job: Job, model: Any, texts: list[str]) -> Score:
-    return score(model, texts, job.family.encode_batch(texts), start=job.start, new_ids=job.ids)
+def evidence(job: Job, model: Any, moved: Sequence[float]) -> list[RowEvidence]:
+    """What is known of each new row of the trained `model`; `moved` is how far each went."""
+    held = [[*job.start, *ids] for ids in job.family.encode_batch(job.texts.held_domain)]
+    return gather(
+        model, job.new, held, job.blocks, list(zip(*occurrences(job), moved, strict=True))
+    )

@@ -25,6 +25,8 @@ from lexigraft.models.packing import Blocks, collate
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 
 LOG_FILE = "log.json"
+# Of an entry of the log: what tells where it stands, and is no measurement.
+_PLACE = frozenset({"step", "text_bytes", "tokens", "seconds"})
 WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
 FINAL_RATE = 0.1  # of the learning rate, at the end of the cosine
 CLIP_NORM = 1.0
@@ -116,7 +118,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.progress.log.append(entry)
         self.progress.nats = 0.0
         for key, value in entry.items():
-            if key.endswith("bpb") and value is not None:
+            if key not in _PLACE and value is not None:
                 self._writer.add_scalar(key, value, step)
         self._writer.flush()
 

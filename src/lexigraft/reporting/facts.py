@@ -32,6 +32,7 @@ def run_facts(state: RunState, folder: Path) -> dict[str, Any]:
         "tokens": _first_tokens(folder / "vocab" / NEW_TOKENS),
         "terms": _first_terms(learned),
         "models": model_rows(state),
+        "training": _training(state),
         "check": state.result("check"),
         "samples": state.result("samples").get("samples", []),
         "stages": [
@@ -68,6 +69,13 @@ def _training_stages(state: RunState, last: str) -> list[str]:
     prefix = last.removesuffix("train")
     earlier = [n for n in state.stages if n.startswith(f"{prefix}stage") and n.endswith("/train")]
     return [*earlier, *([last] if last in state.stages else [])]
+
+
+def _training(state: RunState) -> dict[str, Any]:
+    """What the last training says of itself; empty of a run from before there were verdicts."""
+    found = state.result("train")
+    keys = ("base", "adoption", "rows_moved", "new_rows", "log", "verdict")
+    return {key: found[key] for key in keys} if "verdict" in found else {}
 
 
 def _first_tokens(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lexigraft.models.verdict import verdict_lines
 from lexigraft.reporting.tables import HEADERS, cells, pipes
 
 
@@ -14,6 +15,7 @@ def markdown(facts: dict[str, Any]) -> str:
         [] if facts["finished"] else ["The run is not finished."],
         _summary(facts),
         _models(facts),
+        _training(facts),
         _samples(facts),
         _size(facts),
         _tokens(facts),
@@ -100,6 +102,43 @@ def verdict(models: list[dict[str, Any]]) -> list[str]:
 def _speed(merged: dict[str, Any], control: dict[str, Any]) -> str:
     fast, slow = merged.get("characters_per_second"), control.get("characters_per_second")
     return f", and text is generated {fast / slow:.2f} times as fast" if fast and slow else ""
+
+
+_TRAINING_HEADER = (
+    "trained on bytes",
+    "domain bpb",
+    "of old tokens",
+    "of new tokens",
+    "likeliest",
+    "leak",
+    "general bpb",
+)
+
+
+def _training(facts: dict[str, Any]) -> list[str]:
+    """The measurements of the last training, and whether it was enough."""
+    training = facts["training"]
+    if not training:
+        return []
+    keys = ("text_bytes", "domain_bpb", "old_bpb", "new_bpb", "new_top1", "leak", "general_bpb")
+    forms = (",.0f", ".3f", ".3f", ".3f", ".1%", ".1%", ".3f")
+    rows = [
+        [
+            "-" if entry.get(key) is None else format(entry[key], form)
+            for key, form in zip(keys, forms, strict=True)
+        ]
+        for entry in training["log"]
+    ]
+    return [
+        "## Was the training enough?",
+        "",
+        *verdict_lines(training["verdict"]),
+        "",
+        *pipes(_TRAINING_HEADER, rows),
+        "",
+        "Likeliest: how often a new token is, where it comes next. Leak: the probability that the "
+        "first piece of its old spelling keeps there.",
+    ]
 
 
 def _samples(facts: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lexigraft.models.verdict import verdict_lines
 from lexigraft.reporting.facts import model_rows
 from lexigraft.runfile import RunState
 
@@ -72,6 +73,12 @@ def pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def model_table(state: RunState) -> list[str]:
     """The measured models of a run, side by side."""
     return columns(HEADERS, [cells(row) for row in model_rows(state)])
+
+
+def training_lines(state: RunState) -> list[str]:
+    """The verdict on the last training; none of a run from before there were verdicts."""
+    verdict = state.result("train").get("verdict")
+    return verdict_lines(verdict) if verdict else []
 
 
 def sample_lines(state: RunState) -> list[str]:

@@ -26,15 +26,18 @@ from lexigraft.models.load import context_limit, load_model, require_row
 from lexigraft.models.preparation import (
     Job,
     Settings,
+    base_measure,
+    evidence,
     measure,
     new_target_share,
-    occurrences,
     prepare,
     read_texts,
 )
 from lexigraft.models.unfinished import unfinished
+from lexigraft.models.verdict import adoption, judge, verdict_lines
 
 if TYPE_CHECKING:
+    from lexigraft.models.evidence import RowEvidence
     from lexigraft.models.new_rows import NewRows
     from lexigraft.models.training import Monitor, Schedule
 
@@ -51,8 +54,12 @@ class TrainResult:
         tokens: targets, that is predicted tokens, consumed.
         seconds: spent in training steps, measurements not counted.
         domain_bpb, general_bpb: bits per byte of held-out text at the end, None without text.
+        base: the same of the un-grafted base, None where it is unknown.
         rows_moved: new rows that differ from their start.
         new_rows: how many new rows there are.
+        adoption: where the model wrote the text of a new token, the share of places in which it
+            used the token; None where it wrote none.
+        verdict: whether it was enough, and what to do if not (`models/verdict.py`).
         log: one entry per measurement, the untrained model first.
     """
 
@@ -64,8 +71,11 @@ class TrainResult:
     seconds: float
     domain_bpb: float | None
     general_bpb: float | None
+    base: dict[str, float | None]
     rows_moved: int
     new_rows: int
+    adoption: float | None
+    verdict: dict[str, Any]
     log: tuple[dict[str, float | None], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -79,11 +89,28 @@ class TrainResult:
             f"{self.tokens:,} tokens, {self.seconds:,.0f} s"
         ]
         for name, after in (("domain", self.domain_bpb), ("general", self.general_bpb)):
-            before = self.log[0][f"{name}_bpb"]
+            before, base = self.log[0][f"{name}_bpb"], self.base[f"{name}_bpb"]
             if after is not None and before is not None:
-                found.append(f"{name:8} {before:.3f} -> {after:.3f} bits per byte, held out")
+                against = "" if base is None else f", the base {base:.3f}"
+                found.append(f"{name:8} {before:.3f} -> {after:.3f} bits per byte{against}")
         if self.new_rows:
-            found.append(f"new rows {self.rows_moved:,} of {self.new_rows:,} moved")
+            found += self._of_new_rows()
+        return [*found, *verdict_lines(self.verdict)]
+
+    def _of_new_rows(self) -> list[str]:
+        end = self.log[-1]
+        found = [f"new rows {self.rows_moved:,} of {self.new_rows:,} moved"]
+        if self.adoption is not None:
+            found[0] += f"; adopted in {self.adoption:.0%} of the places where they were written"
+        old, new = end.get("old_bpb"), end.get("new_bpb")
+        if old is not None and new is not None:
+            found.append(f"loss     {old:.3f} bits per byte of old tokens, {new:.3f} of new ones")
+        top, leak = end.get("new_top1"), end.get("leak")
+        if top is not None:
+            found.append(
+                f"targets  new tokens are the likeliest at {top:.0%} of theirs"
+                + ("" if leak is None else f"; {leak:.1%} of the probability is left to old pieces")
+            )
         return found
 
 
@@ -105,6 +132,7 @@ def train(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     replay: float = 0.1,
+    base: str | Path | None = None,
     measurements: int = 4,
     measured_bytes: int = 16_384,
     eval_at_bytes: Sequence[int] = (),
@@ -131,6 +159,8 @@ def train(
         max_tokens: predicted tokens to consume, to the end of a document.
         block_size: positions per block; `batch_size` blocks make a step.
         replay: share of general text among the bytes.
+        base: the model before `graft`, to compare with. Without it `model` itself is asked, as
+            long as it was not trained since it was grafted.
         measurements: how often held-out text is measured on the way, the end included.
         measured_bytes: at most so much held-out text per measurement, domain and general each.
         eval_at_bytes, eval_at_tokens: measure also after the first step past each of these.
@@ -144,6 +174,7 @@ def train(
     _require_mode(mode)
     output = Path(output)
     source = local_folder(model)
+    origin = None if base is None else local_folder(base)
     refuse_existing(output, force=force)
     texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
     refuse_overwriting(output, [source, *texts_read])
@@ -172,6 +203,7 @@ def train(
             save_steps,
             folder,
             output,
+            base=origin,
             resume=resume,
             trust_remote_code=trust_remote_code,
         )
@@ -224,6 +256,7 @@ def _train(
     folder: Path,
     output: Path,
     *,
+    base: Path | None,
     resume: bool,
     trust_remote_code: bool,
 ) -> TrainResult:
@@ -232,6 +265,7 @@ def _train(
 
     model = load_model(job.folder, trust_remote_code=trust_remote_code)
     _require_room(job, model)
+    reference = base_measure(job, model, base, trust_remote_code=trust_remote_code)
     wanted = job.settings
     lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
     trained, rows = make_trainable(model, job.ids, lora, seed=wanted.seed)
@@ -246,8 +280,10 @@ def _train(
     )
     _tell(job, trained)
     monitor = _fit(job, trained, rows, schedule, folder, resume=resume)
-    result = _result(job, output, monitor, rows)
+    seen = evidence(job, trained, rows.moved().tolist()) if rows else []
+    result = _result(job, output, monitor, reference, seen)
     _write(job, folder / "result", trained, rows, result)
+    _write_report(job, folder / "result", result, seen)
     return result
 
 
@@ -296,7 +332,13 @@ def _fit(
         )
 
 
-def _result(job: Job, output: Path, monitor: Monitor, rows: NewRows | None) -> TrainResult:
+def _result(
+    job: Job,
+    output: Path,
+    monitor: Monitor,
+    base: dict[str, float | None],
+    seen: list[RowEvidence],
+) -> TrainResult:
     log = monitor.progress.log
     return TrainResult(
         output=output,
@@ -307,8 +349,11 @@ def _result(job: Job, output: Path, monitor: Monitor, rows: NewRows | None) -> T
         seconds=round(monitor.progress.seconds, 3),
         domain_bpb=log[-1]["domain_bpb"],
         general_bpb=log[-1]["general_bpb"],
-        rows_moved=int((rows.moved() > 0).sum()) if rows else 0,
+        base=base,
+        rows_moved=sum(row.moved > 0 for row in seen),
         new_rows=len(job.ids),
+        adoption=adoption(seen)[0],
+        verdict=judge(log, base, seen).to_json(),
         log=tuple(log),
     )
 
@@ -325,19 +370,19 @@ def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: T
         shutil.copyfile(listed, folder / listed.name)
     before = Manifest.read(job.folder) or Manifest()
     before.plus(_record(job, before, rows, result)).write(folder)
-    report = {**result.to_json(), "settings": asdict(job.settings)}
-    report.pop("output")
-    if rows is not None:
-        targets, inputs = occurrences(job)
-        report["new_target_share"] = new_target_share(job)
-        report["rows"] = [
-            {"id": token, "targets": targets[i], "inputs": inputs[i], "moved": distance}
-            for i, (token, distance) in enumerate(zip(rows.ids, rows.moved().tolist(), strict=True))
-        ]
-    write_json(folder / "training.json", report)
     events = folder.parent / "tensorboard"
     if events.is_dir():
         shutil.copytree(events, folder / "tensorboard")
+
+
+def _write_report(job: Job, folder: Path, result: TrainResult, seen: list[RowEvidence]) -> None:
+    """`training.json`: the result, the settings and the evidence of every row."""
+    report = {**result.to_json(), "settings": asdict(job.settings)}
+    report.pop("output")
+    if seen:
+        report["new_target_share"] = new_target_share(job)
+        report["rows"] = [asdict(row) for row in seen]
+    write_json(folder / "training.json", report)
 
 
 def _record(job: Job, before: Manifest, rows: NewRows | None, result: TrainResult) -> TrainRecord:
