@@ -75,6 +75,12 @@ def job_of(place, model, **changes):
     return prepare(place / model, texts, settings(**changes))
 
 
+def held_windows(place, model):
+    """What a training of `QUICK` measures on."""
+    texts = read_texts([place / "corpus.txt"], (), (), **APART)
+    return prepare(place / model, texts, settings()).texts.held_domain
+
+
 @pytest.mark.parametrize("tied", ["tied", "untied"])
 @pytest.mark.parametrize("mode", ["rows", "lora"])
 def test_the_adapter_is_what_was_trained(place, tmp_path, tied, mode):
@@ -86,7 +92,7 @@ def test_the_adapter_is_what_was_trained(place, tmp_path, tied, mode):
     assert result.domain_bpb < result.log[0]["domain_bpb"] - 0.05
     assert result.rows_moved == result.new_rows == 40
     model = PeftModel.from_pretrained(load_model(place / tied), out).eval()
-    apart = read_texts([place / "corpus.txt"], (), (), **APART).held_domain
+    apart = held_windows(place, tied)
     reader = families.load(out)
     again = score(model, apart, reader.encode_batch(apart), start=start_and_end(reader)[0])
     assert again.bpb == pytest.approx(result.domain_bpb, rel=1e-5)
@@ -149,10 +155,9 @@ def test_merging_the_adapter_gives_its_bits(place, tmp_path):
             merged = tmp_path / f"merged_{out.name}_{base.name}"
             merge(base, [out], output=merged)
             reader = families.load(merged)
-            texts = read_texts([place / "corpus.txt"], (), (), **APART)
-            spelled = reader.encode_batch(texts.held_domain)
+            apart = held_windows(place, tied)
             start, _ = start_and_end(reader)
-            found = score(load_model(merged), texts.held_domain, spelled, start=start)
+            found = score(load_model(merged), apart, reader.encode_batch(apart), start=start)
             assert found.bpb == pytest.approx(result.domain_bpb, rel=1e-5), merged.name
 
 
