@@ -108,9 +108,9 @@ FAULTS = [
     ("no run", ["report", "{root}/none"], "none"),
     ("no model", ["eval", "{root}/none", "--corpus", "{root}/c.txt"], "none"),
     (
-        "full",
-        ["train", "{root}/model", "--corpus", "{root}/c.txt", "--mode", "full", "-o", "{out}/o"],
-        "full",
+        "no mode",
+        ["train", "{root}/model", "--corpus", "{root}/c.txt", "--mode", "head", "-o", "{out}/o"],
+        "rows, lora, full",
     ),
     (
         "no method",

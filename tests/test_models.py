@@ -14,7 +14,7 @@ from lexigraft import LexigraftError, families
 from lexigraft.hub import local_folder
 from lexigraft.models.adapter_files import (
     lora_config,
-    read_adapter,
+    read_trained,
     require_saved,
     trainable_tensors,
     write_adapter,
@@ -236,15 +236,15 @@ def test_reading_an_adapter_back_restores_every_value(tmp_path):
     write_adapter(tmp_path, first, rows, "model")
     with pytest.raises(LexigraftError, match="not what was trained"):
         require_saved(tmp_path, second, other)
-    read_adapter(tmp_path, second, other)
+    read_trained(tmp_path, second, other)
     require_saved(tmp_path, second, other)
     assert other.moved().min() == pytest.approx(math.sqrt(32), rel=1e-5)
     smaller = model_with(True)
     with pytest.raises(LexigraftError, match=r"is \[10, 32\]"):
-        read_adapter(tmp_path, smaller, grow(smaller, FIRST, TOKENS - 1))
+        read_trained(tmp_path, smaller, grow(smaller, FIRST, TOKENS - 1))
     plain = model_with(True)
     with pytest.raises(LexigraftError, match="unexpected"):
-        read_adapter(tmp_path, plain, None)
+        read_trained(tmp_path, plain, None)
 
 
 def test_what_cannot_be_loaded_is_said_in_one_message(tmp_path, base):

@@ -158,6 +158,20 @@ def test_a_loader_that_read_nothing_says_why(project, finished, tmp_path):
     assert "not compared with transformers: transformers could not load x" in report(tmp_path).text
 
 
+def test_a_stage_of_full_training_needs_no_merge(project):
+    """rows, then full: the last one's folder is the model that is checked and measured."""
+    first = "    - {mode: rows, max_steps: 2, block_size: 64, measured_bytes: 2000}\n"
+    text = RECIPE.format(steps=4).replace("  stages:\n", "  stages:\n" + first)
+    (project / "full.yaml").write_text(
+        text.replace("mode: lora", "mode: full") + "control: false\n"
+    )
+    stages = run(project / "full.yaml", output=project / "full").to_json()["stages"]
+    assert {"stage1/train", "stage1/merge", "train"} <= set(stages) and "merge" not in stages
+    assert stages["check"]["ok"] and stages["train"]["mode"] == "full"
+    assert [m["path"] for m in stages["evaluate"]["models"]][-1].endswith("merged")
+    assert not (project / "full" / "adapter").exists()
+
+
 def test_a_killed_run_completes_to_the_same_bytes(project):
     whole = project / "whole"
     run(project / "long.yaml", output=whole)

@@ -13,7 +13,6 @@ import torch
 import parts
 from lexigraft import LexigraftError, families, graft, learn, merge, train
 from lexigraft.corpus import held_out, read_documents
-from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
 from lexigraft.models.adapter_files import lora_config, make_trainable
@@ -275,7 +274,6 @@ def test_the_learning_rate_warms_up_from_the_first_step():
 @pytest.mark.parametrize(
     ("changes", "error", "told"),
     [
-        ({"mode": "full"}, RefusalError, "full"),
         ({"mode": "head"}, LexigraftError, "lora"),
         ({"mode": "rows", "model": "base_tied"}, LexigraftError, "no new rows"),
         ({"corpus": "general.txt"}, LexigraftError, "none of the 40 new tokens"),

@@ -304,15 +304,44 @@ def train(
         list[str], typer.Option(help="Text to measure on, instead of a part of the corpus.")
     ] = _NONE,
     mode: Annotated[
-        str, typer.Option(help="rows: new rows only; lora: new rows and LoRA on the body.")
+        str,
+        typer.Option(
+            help="rows: new rows only; lora: new rows and LoRA on the body; full: everything."
+        ),
     ] = "lora",
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per block.", min=8)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Blocks per step.", min=1)] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of LoRA.")] = 1e-3,
-    new_row_learning_rate: Annotated[float, typer.Option(help="Peak rate of new rows.")] = 3e-3,
+    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 1,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Batches that make a step.", min=1)
+    ] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak rate of the body.", show_default="by mode and size"),
+    ] = None,
+    new_row_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of new rows.", show_default="by mode and size")
+    ] = None,
+    old_rows: Annotated[
+        str, typer.Option(help="With --mode full: frozen, or slow: they train too.")
+    ] = "frozen",
+    old_row_scale: Annotated[
+        float, typer.Option(help="Rate of slow old rows over the body's.", min=0)
+    ] = 0.1,
+    schedule: Annotated[str, typer.Option(help="cosine, wsd or constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of the steps.", min=0, max=0.9)] = 0.05,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(help="Of the body's matrices.", show_default="0; full: 0.1", min=0),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")
+    ] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
     replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
     base: Annotated[
@@ -334,7 +363,7 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the new rows, with LoRA on the rest of the model."""
+    """Train the new rows, and of the rest of the model nothing, LoRA, or everything."""
     from lexigraft.steps.train import train as verb
 
     result = verb(
@@ -351,6 +380,14 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         new_row_learning_rate=new_row_learning_rate,
+        old_rows=old_rows,
+        old_row_scale=old_row_scale,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup=warmup,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        dtype=dtype,
         lora_rank=lora_rank,
         replay=replay,
         base=base,

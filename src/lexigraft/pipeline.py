@@ -161,20 +161,26 @@ def _hashes(lists: Sequence[str]) -> list[list[str]]:
 def _train(
     current: Run, recipe: Recipe, source: Path, stages: Sequence[TrainStage], *, at: str
 ) -> Path:
-    """Train and merge, once per stage; returns the last merged folder, `<at>merged`."""
+    """Train and merge, once per stage; returns the last merged folder, `<at>merged`.
+
+    A stage of mode `full` trains a whole model, so there is nothing to merge.
+    """
     for place, stage in enumerate(stages, 1):
         last = place == len(stages)
         prefix = at if last else f"{at}stage{place}/"
         adapter = current.folder / f"{prefix}adapter"
         merged = current.folder / f"{prefix}merged"
-        _train_once(current, recipe, source, stage, adapter, name=f"{prefix}train")
-        _merge_once(current, source, adapter, merged, name=f"{prefix}merge")
+        if stage.mode == "full":
+            _train_once(current, recipe, source, stage, merged, name=f"{prefix}train")
+        else:
+            _train_once(current, recipe, source, stage, adapter, name=f"{prefix}train")
+            _merge_once(current, source, adapter, merged, name=f"{prefix}merge")
         source = merged
     return source
 
 
 def _train_once(
-    current: Run, recipe: Recipe, source: Path, stage: TrainStage, adapter: Path, *, name: str
+    current: Run, recipe: Recipe, source: Path, stage: TrainStage, output: Path, *, name: str
 ) -> None:
     from lexigraft.steps.train import train
 
@@ -185,18 +191,18 @@ def _train_once(
         "held_out": recipe.eval.corpus,
     }
     base = local_folder(recipe.base)
-    partial = adapter.with_name(f"{adapter.name}.partial")
+    partial = output.with_name(f"{output.name}.partial")
 
     def work(killed: bool) -> Result:
         if not killed:
             shutil.rmtree(partial, ignore_errors=True)
         resume = killed and partial.is_dir()
-        adapter.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         return train(
-            source, **texts, **options, base=base, output=adapter, resume=resume, force=True
+            source, **texts, **options, base=base, output=output, resume=resume, force=True
         )
 
-    current.stage(name, options, {"model": source, "base": base, **texts}, work, adapter)
+    current.stage(name, options, {"model": source, "base": base, **texts}, work, output)
 
 
 def _merge_once(current: Run, source: Path, adapter: Path, merged: Path, *, name: str) -> None:
@@ -226,7 +232,7 @@ def _check(current: Run, merged: Path) -> None:
 
 def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
     """The base trained in the same way, once on as much text and once for as many steps."""
-    stages = [stage for stage in recipe.train.stages if stage.mode == "lora"]
+    stages = [stage for stage in recipe.train.stages if stage.mode != "rows"]
     if not stages:
         note("no control: --mode rows has no new rows to train in the base")
         return {}

@@ -89,7 +89,7 @@ class GraftPart(_Part):
 class TrainStage(_Part):
     """Options of one `train`; what is left out takes the default of the verb."""
 
-    mode: Literal["rows", "lora"] = "lora"
+    mode: Literal["rows", "lora", "full"] = "lora"
     max_bytes: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -99,6 +99,14 @@ class TrainStage(_Part):
     new_row_learning_rate: float | None = Field(default=None, gt=0)
     lora_rank: int | None = Field(default=None, ge=1)
     lora_alpha: float | None = Field(default=None, gt=0)
+    old_rows: Literal["frozen", "slow"] | None = None
+    old_row_scale: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] | None = None
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     replay: float | None = Field(default=None, ge=0, lt=1)
     measurements: int | None = Field(default=None, ge=1)
     measured_bytes: int | None = Field(default=None, ge=1)

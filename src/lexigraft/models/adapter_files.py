@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lexigraft.errors import LexigraftError
-from lexigraft.models.new_rows import NewRows, grow
+from lexigraft.models.new_rows import NewRows, grow, whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -82,19 +82,27 @@ def write_adapter(folder: Path, model: Any, rows: NewRows | None, trained_on: st
     Args:
         trained_on: the model folder, which PEFT keeps as `base_model_name_or_path`.
     """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: parameter.detach().to("cpu", torch.float32).contiguous()
-        for key, parameter in trainable_tensors(model, rows).items()
-    }
-    tensors |= {key: tensors[of].clone() for key, of in _copies(model, rows).items()}
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_trained(folder, model, rows)
     config = _config(model, rows)
     config.base_model_name_or_path = trained_on
     config.inference_mode = True
     config.save_pretrained(folder)
+
+
+def write_trained(folder: Path, model: Any, rows: NewRows | None) -> None:
+    """Write every trained tensor, bit for bit, as `adapter_model.safetensors` into `folder`.
+
+    Sharded tensors are gathered, so every process must then call it, each with its own folder.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: whole(parameter).cpu().contiguous()
+        for key, parameter in trainable_tensors(model, rows).items()
+    }
+    tensors |= {key: tensors[of].clone() for key, of in _copies(model, rows).items()}
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _copies(model: Any, rows: NewRows | None) -> dict[str, str]:
@@ -131,8 +139,8 @@ def _config(model: Any, rows: NewRows | None) -> Any:
     )
 
 
-def read_adapter(folder: Path, model: Any, rows: NewRows | None) -> None:
-    """Put the values of a written adapter back into the model that is being trained.
+def read_trained(folder: Path, model: Any, rows: NewRows | None) -> None:
+    """Put what `write_trained` wrote back into the model that is being trained.
 
     Raises:
         LexigraftError: the file holds other tensors than those that are trained.
@@ -151,7 +159,7 @@ def read_adapter(folder: Path, model: Any, rows: NewRows | None) -> None:
 
 
 def require_saved(folder: Path, model: Any, rows: NewRows | None) -> None:
-    """Reload a written adapter and compare it, bit for bit, with what is being trained.
+    """Reload what was written and compare it, bit for bit, with what is being trained.
 
     Raises:
         LexigraftError: a trained tensor is missing in the file or differs there.
@@ -159,7 +167,7 @@ def require_saved(folder: Path, model: Any, rows: NewRows | None) -> None:
     wanted = trainable_tensors(model, rows)
     stored = _load(folder, {*wanted, *_copies(model, rows)})
     for key, parameter in wanted.items():
-        if not torch.equal(stored[key], parameter.detach().to("cpu", torch.float32)):
+        if not torch.equal(stored[key], whole(parameter).cpu()):
             raise LexigraftError(
                 f"{folder / WEIGHTS_FILE}: {key} is not what was trained",
                 needed="every trained tensor, saved bit for bit",

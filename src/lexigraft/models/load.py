@@ -38,12 +38,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | None = None) -> Any:
     """The causal language model in `folder`, frozen and in eval mode.
 
-    In float32 on a CPU, which computes fastest in it; in the stored dtype on a GPU.
-
     Args:
+        dtype: of its weights, by name; without it float32 on a CPU, which computes fastest in it,
+            and the stored one on a GPU.
         trust_remote_code: run the Python files that the folder brings for its architecture.
 
     Raises:
@@ -57,11 +57,11 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not trust_remote_code:
         _refuse_remote_code(folder)
     place = device()
-    dtype = torch.float32 if place == "cpu" else "auto"
+    used: Any = (torch.float32 if place == "cpu" else "auto") if dtype is None else dtype
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+                folder, dtype=used, trust_remote_code=trust_remote_code, local_files_only=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""

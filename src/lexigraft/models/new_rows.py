@@ -19,7 +19,11 @@ from lexigraft.errors import RefusalError
 
 
 class _Grown(nn.Module):  # type: ignore[misc]
-    """A vocabulary matrix whose rows [first_id, first_id + N) are `rows`, the others frozen."""
+    """A vocabulary matrix whose rows [first_id, first_id + N) are `rows`.
+
+    Of the stored matrix the rows before them get a gradient if its weight asks for one (old rows
+    that train slowly); those behind them, which are padding, and those in their place never do.
+    """
 
     def __init__(self, inner: nn.Module, rows: nn.Parameter, first_id: int) -> None:
         super().__init__()
@@ -32,9 +36,14 @@ class _Grown(nn.Module):  # type: ignore[misc]
         """The stored matrix (rows, D), whose new rows are those from before training."""
         return self.inner.weight
 
+    @property
+    def end(self) -> int:
+        """One past the highest new id."""
+        return self.first_id + len(self.rows)
+
 
 class GrownEmbedding(_Grown):
-    """An input embedding whose rows [first_id, first_id + N) are `rows`, the others frozen."""
+    """An input embedding with new rows of its own."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> vectors (B, T, D), in the dtype of the stored matrix."""
@@ -49,15 +58,21 @@ class GrownEmbedding(_Grown):
 
 
 class GrownHead(_Grown):
-    """An output head whose rows [first_id, first_id + N) are `rows`, the others frozen."""
+    """An output head with new rows of its own."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> logits (B, T, rows)."""
-        end = self.first_id + len(self.rows)
-        bias = None if self.inner.bias is None else self.inner.bias[self.first_id : end]
-        old = self.inner(hidden)
-        new = F.linear(hidden, self.rows.to(hidden.dtype), bias)
-        return torch.cat([old[..., : self.first_id], new, old[..., end:]], dim=-1)
+        matrix = self.inner.weight
+        parts = [matrix[: self.first_id], self.rows.to(hidden.dtype), matrix[self.end :].detach()]
+        bounds = [0, self.first_id, self.end, len(matrix)]
+        bias = self.inner.bias
+        return torch.cat(
+            [
+                F.linear(hidden, part, None if bias is None else bias[begin:end])
+                for part, begin, end in zip(parts, bounds, bounds[1:], strict=False)
+            ],
+            dim=-1,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,36 +81,56 @@ class NewRows:
 
     Attributes:
         first_id: the lowest new id.
-        parameters: module path of each vocabulary matrix -> its new rows (N, D), float32. Tied
-            matrices have one entry, the embedding's.
-        before: the same rows as they were.
+        modules: module path of each vocabulary matrix -> the module that holds its new rows.
+            Tied matrices have one entry, the embedding's.
+        before: path -> its new rows (N, D) as they were, float32.
         tied_head: module path of a head that shares the embedding's rows, else None.
     """
 
     first_id: int
-    parameters: dict[str, nn.Parameter]
+    modules: dict[str, _Grown]
     before: dict[str, Tensor]
     tied_head: str | None = None
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Path -> its new rows (N, D), float32; read anew, for sharding puts others in place."""
+        return {path: module.rows for path, module in self.modules.items()}
+
+    @property
     def ids(self) -> list[int]:
         """The new ids, in the order of the rows."""
-        count = len(next(iter(self.parameters.values())))
+        count = len(next(iter(self.before.values())))
         return list(range(self.first_id, self.first_id + count))
 
     def moved(self) -> Tensor:
-        """(N,) float32: how far each row is from where it was, over all matrices."""
+        """(N,) float32: how far each row is from where it was, over all matrices.
+
+        Every process of a sharded run must call it.
+        """
         squares = [
-            (row.detach() - self.before[path]).square().sum(1)
+            (whole(row) - self.before[path]).square().sum(1)
             for path, row in self.parameters.items()
         ]
         return torch.stack(squares).sum(0).sqrt()
 
 
-def grow(model: Any, first_id: int, tokens: int) -> NewRows:
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values; a sharded one is gathered, by all processes together."""
+    values: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return values.detach()
+
+
+def grow(model: Any, first_id: int, tokens: int, *, old_rows: bool = False) -> NewRows:
     """Make rows [first_id, tokens) of a frozen model trainable, in place.
 
     Tied embedding and head get one shared parameter; rows above `tokens` are padding and stay.
+
+    Args:
+        model: a causal language model without gradients.
+        first_id: the lowest new id.
+        tokens: one past the highest.
+        old_rows: let rows [0, first_id) train too, as part of the stored matrices.
 
     Raises:
         RefusalError: the vocabulary matrices are not a plain embedding and linear layer.
@@ -110,14 +145,29 @@ def grow(model: Any, first_id: int, tokens: int) -> NewRows:
     tied = head.weight is embedding.weight
     paths = {id(module): path for path, module in model.named_modules()}
     embedding_path, head_path = paths[id(embedding)], paths[id(head)]
-    parameters = {embedding_path: _rows_of(embedding, first_id, tokens)}
-    if not tied:
-        parameters[head_path] = _rows_of(head, first_id, tokens)
-    before = {path: rows.detach().clone() for path, rows in parameters.items()}
-    grown = GrownEmbedding(embedding, parameters[embedding_path], first_id)
-    _replace(model, embedding_path, grown)
-    _replace(model, head_path, GrownHead(head, list(parameters.values())[-1], first_id))
-    return NewRows(first_id, parameters, before, head_path if tied else None)
+    for module in (embedding, head):
+        module.weight.requires_grad_(old_rows)
+    grown: dict[str, _Grown] = {
+        embedding_path: GrownEmbedding(embedding, _rows_of(embedding, first_id, tokens), first_id)
+    }
+    rows = grown[embedding_path].rows if tied else _rows_of(head, first_id, tokens)
+    grown[head_path] = GrownHead(head, rows, first_id)
+    for path, module in grown.items():
+        _replace(model, path, module)
+    if tied:
+        del grown[head_path]
+    before = {path: module.rows.detach().clone() for path, module in grown.items()}
+    return NewRows(first_id, grown, before, head_path if tied else None)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def fold(model: Any, rows: NewRows) -> None:
+    """Put the new rows into the stored matrices, and the plain modules back in their places."""
+    paths = [*rows.modules, *([rows.tied_head] if rows.tied_head else [])]
+    for path in paths:
+        module = model.get_submodule(path)
+        module.weight[module.first_id : module.end].copy_(module.rows)
+        _replace(model, path, module.inner)
 
 
 def _rows_of(module: nn.Module, first_id: int, tokens: int) -> nn.Parameter:

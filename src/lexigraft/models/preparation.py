@@ -54,6 +54,20 @@ class Settings:
     lora_alpha: float
     replay: float
     seed: int
+    old_rows: str = "frozen"
+    old_row_scale: float = 0.1
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    dtype: str = "auto"
+    processes: int = 1
+
+    @property
+    def step_blocks(self) -> int:
+        """Blocks of one step: over all batches and processes."""
+        return self.batch_size * self.gradient_accumulation * self.processes
 
 
 @dataclass(frozen=True)
@@ -156,11 +170,12 @@ def prepare(folder: Path, texts: Texts, settings: Settings) -> Job:
             fix="give a larger --corpus, or separate texts for --held-out",
         )
     blocks = pack(_stream(texts, family, settings), settings.block_size, start=start, end=end)
-    steps = -(-len(blocks) // settings.batch_size)
+    steps = -(-len(blocks) // settings.step_blocks)
     steps = min(steps, settings.max_steps or steps)
     _require_new_tokens(blocks, ids)
     plan = {
         "settings": asdict(settings),
+        "tokens": family.map.tokens,
         "tokenizer": family.map.hash,
         "model": (Manifest.read(folder) or Manifest()).hash,
         "texts": sha256_json(
@@ -191,7 +206,7 @@ def _fitted(texts: Texts, new: NewTokens, room: int) -> Texts:
 def _stream(texts: Texts, family: Family, settings: Settings) -> Iterable[tuple[list[int], int]]:
     tokens = settings.max_tokens
     if settings.max_steps is not None:
-        room = settings.max_steps * settings.batch_size * settings.block_size
+        room = settings.max_steps * settings.step_blocks * settings.block_size
         tokens = min(room, tokens or room)
     one_pass = sum(len(document.encode()) for document in texts.domain)
     if texts.general:
@@ -228,7 +243,7 @@ def new_target_share(job: Job) -> float:
 
 def occurrences(job: Job) -> tuple[list[int], list[int]]:
     """How often each new id was a target, and an input, in the steps of this run."""
-    used = job.steps * job.settings.batch_size
+    used = job.steps * job.settings.step_blocks
     counts = []
     for found in (job.blocks.targets[:used], job.blocks.inputs[:used]):
         new = found[_is_new(found, job.ids)] - job.ids.start

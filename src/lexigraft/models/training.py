@@ -17,7 +17,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, write_json
-from lexigraft.models.adapter_files import read_adapter, require_saved, write_adapter
+from lexigraft.models.adapter_files import (
+    read_trained,
+    require_saved,
+    write_adapter,
+    write_trained,
+)
 from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
@@ -27,8 +32,10 @@ from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 LOG_FILE = "log.json"
 # Of an entry of the log: what tells where it stands, and is no measurement.
 _PLACE = frozenset({"step", "text_bytes", "tokens", "seconds"})
+SHAPES = ("cosine", "wsd", "constant")
 WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
-FINAL_RATE = 0.1  # of the learning rate, at the end of the cosine
+FINAL_RATE = 0.1  # of the learning rate, at the end of a cosine or a tail
+TAIL = 0.2  # of the steps, in which a WSD schedule falls
 CLIP_NORM = 1.0
 
 
@@ -37,10 +44,17 @@ class Schedule:
     """How blocks become steps.
 
     Attributes:
-        batch_size: blocks per step.
-        learning_rate, new_row_learning_rate: peaks, of LoRA and of the new rows.
+        batch_size: blocks that one process computes at once.
+        learning_rate, new_row_learning_rate, old_row_learning_rate: peaks, of the body (LoRA or
+            all of it), of the new rows, and of old rows where they are trained.
         save_steps: steps between checkpoints.
         measure_at: steps after which held-out text is measured.
+        weight_decay: of the body's matrices; never of rows, norms and biases.
+        shape: of the learning rate over the steps, see `rate`.
+        warmup: share of the steps.
+        accumulation: batches whose gradients are summed for one step.
+        processes: how many work on a step together.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
     """
 
     steps: int
@@ -50,6 +64,18 @@ class Schedule:
     save_steps: int
     measure_at: frozenset[int]
     seed: int
+    old_row_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    shape: str = "cosine"
+    warmup: float = WARM_UP
+    accumulation: int = 1
+    processes: int = 1
+    checkpointing: bool = False
+
+    @property
+    def step_blocks(self) -> int:
+        """Blocks of one step."""
+        return self.batch_size * self.accumulation * self.processes
 
 
 @dataclass
@@ -97,11 +123,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     def text_bytes(self, step: int) -> int:
         """UTF-8 bytes of text consumed after `step` steps."""
-        return _consumed(self._blocks.text_bytes, step * self._schedule.batch_size)
+        return _consumed(self._blocks.text_bytes, step * self._schedule.step_blocks)
 
     def tokens(self, step: int) -> int:
         """Targets consumed after `step` steps."""
-        return _consumed(self._blocks.tokens, step * self._schedule.batch_size)
+        return _consumed(self._blocks.tokens, step * self._schedule.step_blocks)
 
     def record(self, step: int) -> None:
         """Measure now, and note it."""
@@ -163,34 +189,28 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._rows, self._schedule, self._monitor = rows, schedule, monitor
         self._objective = objective
-        self._trained_on: str = options.pop("trained_on")
+        self._trained_on: str | None = options.pop("trained_on")
         self._saved_once = False
         super().__init__(model=model, data_collator=collate, callbacks=[monitor], **options)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that every step's targets are counted
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW without weight decay; new rows are a group with a learning rate of their own."""
+        """AdamW over what trains and nothing else, in the groups of `parameter_groups`."""
         if self.optimizer is None:  # type: ignore[has-type]
-            rows = list(self._rows.parameters.values()) if self._rows else []
-            known = {id(parameter) for parameter in rows}
-            others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-            groups = [
-                {"params": others, "lr": self._schedule.learning_rate},
-                {"params": rows, "lr": self._schedule.new_row_learning_rate},
-            ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], weight_decay=0.0
-            )
+            groups = parameter_groups(self.model, self._rows, self._schedule)
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear warm-up whose first step already moves, then a cosine to `FINAL_RATE`."""
+        """`rate`, of every group."""
         if self.lr_scheduler is None:  # type: ignore[has-type]
+            shape, warmup = self._schedule.shape, self._schedule.warmup
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: rate(step, num_training_steps)
+                optimizer or self.optimizer,
+                lambda step: rate(step, num_training_steps, shape, warmup),
             )
         return self.lr_scheduler
 
@@ -214,25 +234,65 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        write_adapter(folder, self.model, self._rows, self._trained_on)
+        if self._trained_on is None:
+            write_trained(folder, self.model, self._rows)
+        else:
+            write_adapter(folder, self.model, self._rows, self._trained_on)
         if not self._saved_once:
             require_saved(folder, self.model, self._rows)
             self._saved_once = True
         self._monitor.progress.write(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_adapter(Path(resume_from_checkpoint), self.model, self._rows)
+        read_trained(Path(resume_from_checkpoint), self.model, self._rows)
 
 
-def rate(step: int, steps: int) -> float:
+def parameter_groups(model: Any, rows: NewRows | None, schedule: Schedule) -> list[dict[str, Any]]:
+    """Everything that trains, in groups with their own learning rate and weight decay.
+
+    The body's matrices (LoRA's, or all of them) decay; its vectors, new rows and old rows never do:
+    decoupled decay would move rows that have no gradient at all.
+    """
+    new = {id(parameter): parameter for parameter in (rows.parameters.values() if rows else ())}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    old = {id(table.weight): table.weight for table in tables if table.weight.requires_grad}
+    body = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.requires_grad and id(parameter) not in {**new, **old}
+    ]
+    decay, rate = schedule.weight_decay, schedule.learning_rate
+    groups = [
+        {"params": [p for p in body if p.ndim > 1], "lr": rate, "weight_decay": decay},
+        {"params": [p for p in body if p.ndim < 2], "lr": rate},
+        {"params": [*new.values()], "lr": schedule.new_row_learning_rate},
+        {"params": [*old.values()], "lr": schedule.old_row_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def rate(step: int, steps: int, shape: str = "cosine", warmup: float = WARM_UP) -> float:
     """The factor on the learning rate in step `step` of `steps`, counted from 0.
+
+    A linear warm-up whose first step already moves; then `cosine` falls to `FINAL_RATE`,
+    `constant` stays, and `wsd` stays until the last `TAIL` of the steps, in which it falls to
+    `FINAL_RATE` with 1 - the square root of the share done (Hägele et al. 2024, arXiv
+    2405.18392).
 
     >>> [round(rate(step, 40), 2) for step in (0, 1, 2, 20, 39)]
     [0.5, 1.0, 1.0, 0.57, 0.1]
+    >>> [round(rate(step, 40, "wsd"), 2) for step in (0, 1, 31, 32, 34, 39)]
+    [0.5, 1.0, 1.0, 0.68, 0.45, 0.1]
     """
-    warm = max(1, round(WARM_UP * steps))
+    warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
+    if shape == "constant":
+        return 1.0
+    if shape == "wsd":
+        tail = max(1, round(TAIL * steps))
+        done = max(0, step - (steps - tail) + 1) / tail
+        return FINAL_RATE + (1 - FINAL_RATE) * (1 - math.sqrt(min(1.0, done)))
     done = (step - warm) / max(1, steps - 1 - warm)
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
@@ -244,7 +304,7 @@ def fit(
     schedule: Schedule,
     *,
     folder: Path,
-    trained_on: str,
+    trained_on: str | None,
     measure: Callable[[], dict[str, float | None]],
     advance: Callable[[int], None],
     resume: bool,
@@ -254,7 +314,7 @@ def fit(
 
     Args:
         folder: where checkpoints and events go.
-        trained_on: the model folder, for PEFT's config.
+        trained_on: the model folder, for PEFT's config; None where checkpoints need be none.
         measure: held-out bits per byte of the model as it is now.
         resume: continue from the newest checkpoint in `folder`, if there is one.
         objective: what is minimised; by default the loss of the next token.
@@ -294,6 +354,9 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation,
+        gradient_checkpointing=schedule.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         max_grad_norm=CLIP_NORM,
         save_strategy="steps",
         save_steps=schedule.save_steps,

@@ -1,7 +1,8 @@
-"""`train`: continued pretraining of the new rows, alone or with LoRA on the body."""
+"""`train`: continued pretraining of the new rows, alone, with LoRA, or with all of the body."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexigraft import families
+from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.console import note, progress
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
@@ -22,7 +24,7 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
-from lexigraft.models.load import context_limit, load_model, require_row
+from lexigraft.models.load import context_limit, device, load_model, require_row
 from lexigraft.models.preparation import (
     Job,
     Settings,
@@ -41,7 +43,18 @@ if TYPE_CHECKING:
     from lexigraft.models.new_rows import NewRows
     from lexigraft.models.training import Monitor, Schedule
 
-MODES = ("rows", "lora")
+MODES = ("rows", "lora", "full")
+OLD_ROWS = ("frozen", "slow")
+SCHEDULES = ("cosine", "wsd", "constant")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
+RATES = {
+    "rows": ((3e-3, 3e-3), (6e-4, 6e-4)),
+    "lora": ((1e-3, 3e-3), (2e-4, 6e-4)),
+    "full": ((5e-5, 5e-4), (5e-5, 5e-4)),
+}
+LARGE = 10**9
+FULL_WEIGHT_DECAY = 0.1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -127,8 +140,16 @@ def train(
     max_tokens: int | None = None,
     block_size: int = 512,
     batch_size: int = 1,
-    learning_rate: float = 1e-3,
-    new_row_learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
+    new_row_learning_rate: float | None = None,
+    old_rows: str = "frozen",
+    old_row_scale: float = 0.1,
+    weight_decay: float | None = None,
+    schedule: str = "cosine",
+    warmup: float = 0.05,
+    gradient_accumulation: int = 1,
+    gradient_checkpointing: bool = False,
+    dtype: str = "auto",
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     replay: float = 0.1,
@@ -143,21 +164,32 @@ def train(
     seed: int = 0,
     force: bool = False,
 ) -> TrainResult:
-    """Train the new rows of `model`, with LoRA on its body unless `mode` is `rows`.
+    """Train the new rows of `model`, and of its body nothing, LoRA, or everything.
 
     One pass over the documents of `corpus` that are not held out, in an order that depends on
     their content alone, unless `max_*` says otherwise (more text than there is: several
-    passes). Old rows and, in mode `rows`, the body stay bit for bit as they are. Works in
-    `OUT.partial`, which `resume` continues after a kill.
+    passes). Old rows stay bit for bit as they are unless `old_rows` is `slow`, and so does the
+    body in mode `rows`. Works in `OUT.partial`, which `resume` continues after a kill. Modes
+    `rows` and `lora` write an adapter, `full` writes a whole model folder.
 
     Args:
-        model: a folder that `graft` wrote, or any causal LM (then `mode` must be `lora`).
+        model: a folder that `graft` wrote, or any causal LM (then `mode` must not be `rows`).
         general: general text: mixed in as `replay`, and measured for forgetting.
         held_out: domain text to measure on; without it, `corpus.held_out` chooses documents of
             `corpus`, which are then not trained on.
         max_bytes: UTF-8 bytes of text to consume, general text included.
         max_tokens: predicted tokens to consume, to the end of a document.
-        block_size: positions per block; `batch_size` blocks make a step.
+        block_size: positions per block; `batch_size` blocks are computed at once, and
+            `gradient_accumulation` such batches make a step (of each process, where there are
+            several).
+        learning_rate, new_row_learning_rate: peaks, of the body and of the new rows; by default
+            `RATES`, by mode and size of the model.
+        old_rows: in mode `full`, `frozen`, or `slow`: trained at `old_row_scale` of the body's
+            rate.
+        weight_decay: of the body's matrices, never of rows; by default 0, in mode `full` 0.1.
+        schedule: `cosine`, `wsd` or `constant`, after a linear `warmup` (a share of the steps).
+        gradient_checkpointing: less memory for about a third more time.
+        dtype: of the frozen or loaded weights; new rows and LoRA are float32 whatever it is.
         replay: share of general text among the bytes.
         base: the model before `graft`, to compare with. Without it `model` itself is asked, as
             long as it was not trained since it was grafted.
@@ -169,15 +201,26 @@ def train(
 
     Raises:
         LexigraftError: no text, no new token in the text, ids without a row, a full disk.
-        RefusalError: `mode="full"`, or an architecture whose rows cannot be trained alone.
+        RefusalError: an architecture whose rows cannot be trained alone, or a `dtype` in which
+            the mode cannot train.
     """
-    _require_mode(mode)
+    for name, value, known in (
+        ("mode", mode, MODES),
+        ("old-rows", old_rows, OLD_ROWS),
+        ("schedule", schedule, SCHEDULES),
+        ("dtype", dtype, DTYPES),
+    ):
+        _require_known(name, value, known)
+    _require_sense(mode, old_rows, dtype)
     output = Path(output)
     source = local_folder(model)
     origin = None if base is None else local_folder(base)
     refuse_existing(output, force=force)
     texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
     refuse_overwriting(output, [source, *texts_read])
+    body_rate, row_rate = _rates(source, mode)
+    if weight_decay is None:
+        weight_decay = FULL_WEIGHT_DECAY if mode == "full" else 0.0
     settings = Settings(
         mode=mode,
         max_steps=max_steps,
@@ -185,12 +228,22 @@ def train(
         max_tokens=max_tokens,
         block_size=block_size,
         batch_size=batch_size,
-        learning_rate=learning_rate,
-        new_row_learning_rate=new_row_learning_rate,
+        learning_rate=body_rate if learning_rate is None else learning_rate,
+        new_row_learning_rate=(
+            row_rate if new_row_learning_rate is None else new_row_learning_rate
+        ),
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         replay=replay,
         seed=seed,
+        old_rows=old_rows,
+        old_row_scale=old_row_scale,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup=warmup,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        dtype=dtype,
     )
     texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
     job = prepare(source, texts, settings)
@@ -212,17 +265,33 @@ def train(
     return result
 
 
-def _require_mode(mode: str) -> None:
-    if mode == "full":
-        raise RefusalError(
-            "--mode full is not supported yet",
-            needed=f"one of {', '.join(MODES)}",
-            fix="use --mode lora, which trains the body through LoRA",
-        )
-    if mode not in MODES:
+def _require_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
         raise LexigraftError(
-            f"--mode {mode}", needed=f"one of {', '.join(MODES)}", fix="use --mode lora"
+            f"--{name} {value}", needed=f"one of {', '.join(known)}", fix=f"use --{name} {known[0]}"
         )
+
+
+def _require_sense(mode: str, old_rows: str, dtype: str) -> None:
+    if old_rows != "frozen" and mode != "full":
+        raise LexigraftError(
+            f"--old-rows {old_rows} with --mode {mode}",
+            needed="--mode full: an adapter holds new rows alone",
+            fix="add --mode full, or leave --old-rows out",
+        )
+    if dtype == "float16" and (mode == "full" or device() == "cpu"):
+        raise RefusalError(
+            f"--dtype float16 with --mode {mode} on {device()}",
+            needed="frozen float16 weights on a GPU: gradients of 16-bit floats need loss scaling, "
+            "which needs float32 weights and a GPU",
+            fix="use --dtype bfloat16 or --dtype float32",
+        )
+
+
+def _rates(source: Path, mode: str) -> tuple[float, float]:
+    tensors = Checkpoint.open(source).tensors.values()
+    large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
+    return RATES[mode][large]
 
 
 def _require_rows_to_train(job: Job) -> None:
@@ -238,7 +307,7 @@ def _points(
     job: Job, measurements: int, at_bytes: Sequence[int], at_tokens: Sequence[int]
 ) -> frozenset[int]:
     """Steps after which held-out text is measured; the last step is always one of them."""
-    steps, batch = job.steps, job.settings.batch_size
+    steps, batch = job.steps, job.settings.step_blocks
     found = {round(steps * (place + 1) / measurements) for place in range(measurements)}
     for wanted, counted in (
         *((limit, job.blocks.text_bytes) for limit in at_bytes),
@@ -260,23 +329,28 @@ def _train(
     resume: bool,
     trust_remote_code: bool,
 ) -> TrainResult:
-    from lexigraft.models.adapter_files import lora_config, make_trainable
     from lexigraft.models.training import Schedule
 
-    model = load_model(job.folder, trust_remote_code=trust_remote_code)
+    wanted = job.settings
+    model = load_model(job.folder, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
     _require_room(job, model)
     reference = base_measure(job, model, base, trust_remote_code=trust_remote_code)
-    wanted = job.settings
-    lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
-    trained, rows = make_trainable(model, job.ids, lora, seed=wanted.seed)
+    trained, rows = _trainable(job, model)
     schedule = Schedule(
         steps=job.steps,
-        batch_size=job.settings.batch_size,
-        learning_rate=job.settings.learning_rate,
-        new_row_learning_rate=job.settings.new_row_learning_rate,
+        batch_size=wanted.batch_size,
+        learning_rate=wanted.learning_rate,
+        new_row_learning_rate=wanted.new_row_learning_rate,
         save_steps=save_steps or max(1, -(-job.steps // 10)),
         measure_at=points,
-        seed=job.settings.seed,
+        seed=wanted.seed,
+        old_row_learning_rate=wanted.learning_rate * wanted.old_row_scale,
+        weight_decay=wanted.weight_decay,
+        shape=wanted.schedule,
+        warmup=wanted.warmup,
+        accumulation=wanted.gradient_accumulation,
+        processes=wanted.processes,
+        checkpointing=wanted.gradient_checkpointing,
     )
     _tell(job, trained)
     monitor = _fit(job, trained, rows, schedule, folder, resume=resume)
@@ -285,6 +359,24 @@ def _train(
     _write(job, folder / "result", trained, rows, result)
     _write_report(job, folder / "result", result, seen)
     return result
+
+
+def _dtype(settings: Settings) -> str | None:
+    if settings.dtype != "auto":
+        return settings.dtype
+    # What trains is kept in float32: 16-bit weights would swallow small steps.
+    return "float32" if settings.mode == "full" else None
+
+
+def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
+    from lexigraft.models.adapter_files import lora_config, make_trainable
+    from lexigraft.models.whole_model import make_all_trainable
+
+    wanted = job.settings
+    if wanted.mode == "full":
+        return model, make_all_trainable(model, job.ids, old_rows=wanted.old_rows == "slow")
+    lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
+    return make_trainable(model, job.ids, lora, seed=wanted.seed)
 
 
 def _require_room(job: Job, model: Any) -> None:
@@ -317,7 +409,7 @@ def _fit(
 ) -> Monitor:
     from lexigraft.models.training import fit
 
-    last = min(len(job.blocks), job.steps * job.settings.batch_size) - 1
+    last = min(len(job.blocks), job.steps * job.settings.step_blocks) - 1
     with progress("training", total=int(job.blocks.text_bytes[last])) as advance:
         return fit(
             trained,
@@ -325,7 +417,7 @@ def _fit(
             job.blocks,
             schedule,
             folder=folder,
-            trained_on=str(job.folder),
+            trained_on=None if job.settings.mode == "full" else str(job.folder),
             measure=lambda: measure(job, trained),
             advance=advance,
             resume=resume,
@@ -359,12 +451,17 @@ def _result(
 
 
 def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: TrainResult) -> None:
-    """The adapter folder: all that a merge, or PEFT, needs."""
+    """The adapter folder, all that a merge or PEFT needs; or the whole model."""
     from lexigraft.models.adapter_files import write_adapter
+    from lexigraft.models.whole_model import write_model
 
     shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, trained, rows, str(job.folder))
-    families.copy_tokenizer(job.folder, folder)
+    folder.mkdir()
+    if job.settings.mode == "full":
+        write_model(folder, job.folder, trained, rows)
+    else:
+        write_adapter(folder, trained, rows, str(job.folder))
+        families.copy_tokenizer(job.folder, folder)
     listed = job.folder / NEW_TOKENS
     if listed.is_file():
         shutil.copyfile(listed, folder / listed.name)
@@ -372,6 +469,7 @@ def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: T
     before.plus(_record(job, before, rows, result)).write(folder)
     events = folder.parent / "tensorboard"
     if events.is_dir():
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of an earlier stage
         shutil.copytree(events, folder / "tensorboard")
 
 
