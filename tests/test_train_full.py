@@ -12,7 +12,7 @@ from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
 from lexigraft.models.bits import score
 from lexigraft.models.load import load_model, start_and_end
-from lexigraft.models.preparation import read_texts
+from lexigraft.models.preparation import prepare, read_texts
 
 torch.set_num_threads(1)
 QUICK = {"block_size": 64, "max_bytes": 6000, "measurements": 2, "measured_bytes": 3000}
@@ -41,8 +41,12 @@ def grafted(folder):
     return folder
 
 
-def bpb(folder, corpus):
-    texts = read_texts([corpus], (), (), seed=0, measured_bytes=3000).held_domain
+def bpb(folder, source, corpus):
+    """Of the windows on which a training of `source` by `QUICK` measures."""
+    from test_train import settings
+
+    texts = read_texts([corpus], (), (), seed=0, measured_bytes=3000)
+    texts = prepare(source, texts, settings()).texts.held_domain
     reader = families.load(folder)
     start, _ = start_and_end(reader)
     return score(load_model(folder), texts, reader.encode_batch(texts), start=start).bpb
@@ -63,7 +67,7 @@ def test_a_whole_model_comes_out(place, tmp_path, tied, old_rows):
     )
     assert result.domain_bpb < result.log[0]["domain_bpb"] - 0.05
     assert result.rows_moved == 40
-    assert bpb(out, corpus) == pytest.approx(result.domain_bpb, rel=1e-5)
+    assert bpb(out, source, corpus) == pytest.approx(result.domain_bpb, rel=1e-5)
     names = Checkpoint.open(source).tensors.keys()
     assert Checkpoint.open(out).tensors.keys() == names
     tables = {"model.embed_tokens.weight", "lm_head.weight"} & names
