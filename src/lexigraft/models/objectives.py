@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lexigraft.models.bits import nats
+
+# Logits that are held at once in training: 64 MiB of float32, however many rows there are.
+LOGITS = 2**24
+_ToLogits = Callable[[Tensor], Tensor]
+_PROBED = 8  # positions on which the model itself is asked what it makes of its head
 
 
 class Objective(Protocol):
@@ -30,12 +38,153 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """-log p of each next token: ordinary continued pretraining."""
+    """-log p of each next token: ordinary continued pretraining.
+
+    The head and the softmax are computed for a few positions at a time, gradients included, so
+    that the logits of a block, the peak of memory with large vocabularies, are never held at once
+    (the way of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989). What
+    a model does to the logits behind its head must be known for that: caps and scales are, and a
+    model that does anything else is found out on a few tokens and trained in the plain way.
+    """
+
+    def __init__(self) -> None:
+        self._chunked: bool | None = None
 
     def loss(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
         """See `Objective.loss`."""
-        targets = inputs["labels"].flatten()
-        logits = model(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).logits
-        return nats(logits.flatten(0, 1), targets).sum(), int(torch.count_nonzero(targets >= 0))
+        targets = inputs["labels"]
+        count = int(torch.count_nonzero(targets >= 0))
+        if self._chunked is None:
+            self._chunked = can_chunk(unwrapped(model), inputs["input_ids"])
+        if not self._chunked:
+            logits = _logits(model, inputs)
+            return nats(logits.flatten(0, 1), targets.flatten()).sum(), count
+        inner = unwrapped(model)
+        found: list[Tensor] = []
+
+        def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
+            after = _behind_head(inner.config)
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            kept = targets >= 0
+            size = max(1, LOGITS // len(module.weight))
+            loss = _HeadLoss.apply(
+                hidden[kept], targets[kept], lambda part: after(logits_of(part)), size, *parameters
+            )
+            found.append(loss)
+            return loss.reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
+
+        with _replaced_head(inner, head):
+            outputs = _logits(model, inputs)
+        # Wrappers look for what needs a gradient in the outputs: the loss must reach it there too.
+        return found[0] + 0.0 * outputs.sum(), count
+
+
+class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
+    """The sum of -log p over all positions; its gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        logits_of: _ToLogits,
+        size: int,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Hidden states (N, D) and targets (N,) -> a scalar, float32."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        to_hidden = torch.empty_like(hidden)
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        for begin in range(0, len(hidden), size):
+            part = hidden[begin : begin + size].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = nats(logits_of(part), targets[begin : begin + size]).sum()
+            of_part, *others = torch.autograd.grad(loss, [part, *parameters])
+            to_hidden[begin : begin + size] = of_part
+            for place, gradient in enumerate(others):
+                sums[place] += gradient
+            total += loss.detach()
+        ctx.save_for_backward(
+            to_hidden, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients that were made, times that of the scalar."""
+        to_hidden, *sums = ctx.saved_tensors
+        hidden = (to_hidden.float() * scale).to(to_hidden.dtype)
+        return hidden, None, None, None, *(s * scale.to(s.dtype) for s in sums)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what makes several processes train it."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def can_chunk(model: Any, ids: Tensor) -> bool:
+    """Whether its head's output, and what is known to come behind it, are a model's logits.
+
+    Args:
+        model: a causal language model.
+        ids: (B, T) int64 of its vocabulary; a few are enough.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
+        logits = logits_of(hidden)
+        seen.append((hidden, logits))
+        return logits
+
+    few = ids[:1, :_PROBED]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), _replaced_head(model, head):
+        logits = model(input_ids=few, use_cache=False).logits
+    model.train(was_training)
+    if len(seen) != 1 or seen[0][0].shape[:2] != few.shape:
+        return False
+    found = _behind_head(model.config)(seen[0][1])
+    return found.shape == logits.shape and bool(
+        torch.allclose(found.float(), logits.float(), rtol=1e-5, atol=1e-6)
+    )
+
+
+@contextlib.contextmanager
+def _replaced_head(
+    model: Any, forward: Callable[[Any, _ToLogits, Tensor], Tensor]
+) -> Iterator[None]:
+    """While it lasts, the head computes `forward(head, its own forward, hidden states)`."""
+    head = model.get_output_embeddings()
+    head.forward = partial(forward, head, head.forward)
+    try:
+        yield
+    finally:
+        del head.forward  # the one of the class comes back
+
+
+def _behind_head(config: Any) -> _ToLogits:
+    """What a model does to the output of its head, by its config.
+
+    `final_logit_softcapping` is Gemma's, `logit_scale` Cohere's, `logits_scaling` Granite's.
+    """
+    text = config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+    times = getattr(text, "logit_scale", None) or 1.0
+    over = getattr(text, "logits_scaling", None) or 1.0
+
+    def behind(logits: Tensor) -> Tensor:
+        logits = logits * times if times != 1 else logits
+        logits = logits / over if over != 1 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return behind
+
+
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+    ).logits
+    return logits
