@@ -18,7 +18,9 @@ from tokenizers import Tokenizer
 
 import parts
 import test_check as small
+from lexigraft.checks.consumers import CONSUMERS
 from lexigraft.errors import LexigraftError
+from lexigraft.families.llama_cpp import check_text
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.manifest import Manifest, Probe
 from lexigraft.steps.check import CheckResult, check, mend
@@ -698,6 +700,146 @@ def a_class_that_the_installed_versions_build_otherwise(ground):
     return check(ground.model, deep=True)
 
 
+# -- what other programs refuse
+
+
+def with_piece(ground: Ground, *pieces: str) -> Path:
+    """The SentencePiece model with more pieces of score 0, as merge scripts add them."""
+    folder = ground.sp.parent / "grown"
+    folder.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(ground.sp / name, folder / name)
+    add_pieces(folder / "tokenizer.model", list(pieces))
+    return folder
+
+
+@broken("LG911")
+def new_tokens_in_the_text_that_llama_cpp_knows_tokenizers_by(ground):
+    grown = ground.base.parent / "grown"
+    parts.lengthen(ground.base, grown, [check_text()] * 10, tokens=20)
+    return check(grown, base=ground.base, consumer="gguf")
+
+
+@broken("LG912")
+def a_sentencepiece_tokenizer_without_its_model_file(ground):
+    """The merges join `th` and then `e` first; with equal scores the leftmost pair comes first."""
+    (ground.sp / "tokenizer.model").unlink()
+    return check(ground.sp, consumer="gguf")
+
+
+@broken("LG913")
+def a_vocabulary_beside_the_config_of_its_base(ground):
+    folder = ground.copy("vocab")
+    shutil.copyfile(ground.base / "config.json", folder / "config.json")
+    return only_of(check(folder, base=ground.sp, consumer="gguf"), "LG913")
+
+
+@broken("LG913")
+def padding_that_the_converter_will_not_name(ground):
+    (ground.sp / "tokenizer.model").unlink()
+    grow_rows(ground.sp, 384)
+    return only_of(check(ground.sp, consumer="gguf"), "LG913")
+
+
+@broken("LG914")
+def an_adapter_with_tables_for_llama_cpp(ground):
+    return check(ground.adapter, consumer="gguf")
+
+
+@broken("LG915")
+def a_unigram_model_for_llama_cpp(ground):
+    folder = ground.base.parent / "unigram"
+    parts.write_unigram(folder)
+    return check(folder, consumer="gguf")
+
+
+@broken("LG916")
+def a_model_that_puts_spaces_in_its_own_way(ground):
+    return check(ground.sp, consumer="gguf")
+
+
+@broken("LG921")
+def an_adapter_with_saved_modules_for_vllm(ground):
+    edit(ground.adapter / "adapter_config.json", modules_to_save=["embed_tokens", "lm_head"])
+    return check(ground.adapter, consumer="vllm")
+
+
+@broken("LG921")
+def an_adapter_with_tables_for_vllm(ground):
+    return check(ground.adapter, consumer="vllm")
+
+
+@broken("LG922")
+def an_adapter_of_a_high_rank_for_vllm(ground):
+    adapter = write_adapter(ground.base.parent / "a", None, None, r=64)
+    return check(adapter, consumer="vllm")
+
+
+@broken("LG923")
+def an_adapter_on_more_rows_than_vllm_serves(ground):
+    """Of a table of 262,144 rows only the header says so: the file has a hole."""
+    rows = 262_144
+    adapter = write_adapter(ground.base.parent / "a", None, None)
+    write_hollow(ground.base / "model.safetensors", EMBED, rows)
+    edit(ground.base / "config.json", vocab_size=rows)
+    return only_of(check(ground.base, adapter=adapter, consumer="vllm"), "LG923")
+
+
+def write_hollow(path: Path, name: str, rows: int) -> None:
+    """A safetensors file of one table, whose data takes no room on the disk."""
+    end = rows * 32 * 4
+    entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, end]}
+    header = json.dumps({name: entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with path.open("r+b") as stream:
+        stream.truncate(8 + len(header) + end)
+
+
+@broken("LG924")
+def rows_that_are_no_multiple_for_vllm(ground):
+    return check(ground.base, consumer="vllm")
+
+
+@broken("LG931")
+def a_class_of_transformers_5(ground):
+    edit(ground.base / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    return only_of(check(ground.base, consumer="transformers-4"), "LG931")
+
+
+@broken("LG932")
+def special_tokens_as_a_list(ground):
+    edit(ground.base / "tokenizer_config.json", extra_special_tokens=["<|im_end|>"])
+    return only_of(check(ground.base, consumer="transformers-4"), "LG932")
+
+
+@broken("LG933")
+def positions_that_transformers_4_does_not_read(ground):
+    rotary = {"rope_type": "default", "rope_theta": 500000.0}
+    edit(ground.base / "config.json", rope_parameters=rotary)
+    return only_of(check(ground.base, consumer="transformers-4"), "LG933")
+
+
+@broken("LG934")
+def a_type_that_old_versions_do_not_read(ground):
+    return check(ground.base, consumer="transformers-4")
+
+
+@broken("LG941")
+def a_model_file_alone_for_tgi(ground):
+    (ground.sp / "tokenizer.json").unlink()
+    return check(ground.sp, consumer="tgi")
+
+
+@broken("LG942")
+def an_adapter_with_tables_for_tgi(ground):
+    return check(ground.adapter, consumer="tgi")
+
+
+def only_of(result: CheckResult, code: str) -> CheckResult:
+    """The findings of one code, where others follow from the same fault."""
+    return CheckResult(result.path, [f for f in result.findings if f.code == code], result.table)
+
+
 # -- weights themselves
 
 
@@ -920,6 +1062,18 @@ def a_probe_that_is_read_as_before(ground):
     Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
     change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
     return check(ground.model, deep=True)
+
+
+@healthy
+def an_extension_for_llama_cpp(ground):
+    return check(ground.model, base=ground.base, consumer="gguf")
+
+
+@healthy
+def an_adapter_of_linear_layers_for_all(ground):
+    adapter = write_adapter(ground.sp.parent / "a", ground.sp, None)
+    results = [check(ground.sp, adapter=adapter, consumer=name) for name in CONSUMERS]
+    return CheckResult(ground.sp, [f for r in results for f in r.findings], [])
 
 
 @healthy

@@ -447,6 +447,10 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Read the weights too: NaN, untrained and changed rows.")
     ] = False,
+    consumer: Annotated[
+        Literal["gguf", "vllm", "transformers-4", "tgi"] | None,
+        typer.Option("--for", help="Also tell what this program will refuse or garble."),
+    ] = None,
     fix: Annotated[
         Path | None,
         typer.Option(help="Write a copy with what an edit mends: sizes, index, stale files."),
@@ -475,14 +479,14 @@ def check(
         )
     from lexigraft.steps import check as step
 
-    if fix is not None and (base is not None or adapter is not None):
+    if fix is not None and (base, adapter, consumer) != (None, None, None):
         raise LexigraftError(
-            "--fix together with --base or --adapter",
+            "--fix together with --base, --adapter or --for",
             needed="--fix alone: it mends one folder",
             fix=f"lexigraft check {path} --fix {fix}",
         )
     result: step.MendResult | step.CheckResult = (
-        step.check(path, base=base, adapter=adapter, deep=deep)
+        step.check(path, base=base, adapter=adapter, deep=deep, consumer=consumer)
         if fix is None
         else step.mend(path, fix, deep=deep, force=force)
     )

@@ -20,6 +20,7 @@ class Code:
         cause: how it usually comes about, and what follows from it.
         example: such a case, with numbers.
         mend: the command or action that mends it; nothing to mend for most notes.
+        source: of a rule of another program, where it stands in that program.
     """
 
     severity: Severity
@@ -27,6 +28,7 @@ class Code:
     cause: str
     example: str
     mend: str
+    source: str = ""
 
 
 # Codes are stable: scripts may rely on them.
@@ -494,6 +496,154 @@ CODES: dict[str, Code] = {
         "`<pad>` has the ids 0 and 32,000.",
         "mend the tokenizer of the model, and convert again",
     ),
+    "LG911": Code(
+        "error",
+        "`--for gguf`: the converter will not know the extended tokenizer",
+        "llama.cpp's converter names the pre-tokenizer of a byte-level model by the hash of the "
+        "ids of one fixed text. A new token that occurs in that text changes the hash.",
+        "the new token ` multiple` is in the check text.",
+        "lexigraft learn BASE --corpus TEXT -o VOCAB, which leaves such tokens out",
+        "`get_vocab_base_pre` in llama.cpp's convert_hf_to_gguf.py",
+    ),
+    "LG912": Code(
+        "error",
+        "`--for gguf`: llama.cpp reads texts otherwise than the tokenizer",
+        "llama.cpp joins the pieces of a SentencePiece model by their scores. New pieces that all "
+        "have the score 0, or a tokenizer.json without its tokenizer.model (then all scores are "
+        "equal), are joined in another order.",
+        "`angina` is [371] in transformers and [285, 301] in llama.cpp.",
+        "scores in the order of the merges: lexigraft learn BASE --corpus TEXT -o VOCAB",
+        "`llm_tokenizer_spm` in llama.cpp's src/llama-vocab.cpp, `LlamaHfVocab.get_token_score` in "
+        "gguf-py/gguf/vocab.py",
+    ),
+    "LG913": Code(
+        "error",
+        "`--for gguf`: ids or rows are lost in the conversion",
+        "The converter writes as many entries as config.json says, and leaves out or stops at "
+        "every id beyond. It names padding rows, but not where a SentencePiece tokenizer lacks its "
+        "tokenizer.model. A text with two ids ends llama.cpp. The tokenizer is really written and "
+        "read back here.",
+        "the tokenizer has 32,004 tokens, config.json says 32,000.",
+        "lexigraft graft BASE VOCAB -o MODEL, which sets vocab_size to the rows",
+        "`_create_vocab_sentencepiece` (`ignore token ...: id is out of range`) and "
+        "`get_vocab_base`, `_set_vocab_llama_hf` in convert_hf_to_gguf.py; "
+        "`llama_vocab::impl::load` in src/llama-vocab.cpp",
+    ),
+    "LG914": Code(
+        "error",
+        "`--for gguf`: the adapter cannot be converted",
+        "It holds whole tables, rows of tokens or DoRA's magnitudes; the converter takes the two "
+        "factors of LoRA alone.",
+        "`Unexpected name '...lm_head.weight': Not a lora_A or lora_B tensor`.",
+        "lexigraft merge BASE ADAPTER -o MERGED, and convert MERGED",
+        "`get_tensors` in llama.cpp's convert_lora_to_gguf.py",
+    ),
+    "LG915": Code(
+        "note",
+        "`--for gguf`: a kind of tokenizer that is not looked at",
+        "WordPiece and Unigram models are converted by code of each architecture.",
+        "a T5 model, converted by `_set_vocab_t5`.",
+        "nothing to mend",
+        "`set_vocab` of each class in convert_hf_to_gguf.py",
+    ),
+    "LG916": Code(
+        "note",
+        "`--for gguf`: llama.cpp reads some texts otherwise, without new tokens",
+        "It applies no normalizer, and puts a space before a text in its own way. That is so with "
+        "the base as well.",
+        "`  two` is [259, 1023] in llama.cpp and [29871, 1023] in transformers.",
+        "nothing to mend",
+        "`llm_tokenizer_spm` in llama.cpp's src/llama-vocab.cpp",
+    ),
+    "LG921": Code(
+        "error",
+        "`--for vllm`: vLLM refuses the adapter",
+        "Servers share one base among adapters, so rows of the vocabulary, which are the base's, "
+        "cannot be in one; nor can DoRA and biases.",
+        "`vLLM only supports modules_to_save being None`, `...trainable_tokens_delta is "
+        "unsupported LoRA weight`.",
+        "lexigraft merge BASE ADAPTER -o MERGED, and serve MERGED",
+        "`PEFTHelper._validate_features` in vllm/lora/peft_helper.py, "
+        "`parse_fine_tuned_lora_name` in vllm/lora/utils.py",
+    ),
+    "LG922": Code(
+        "warning",
+        "`--for vllm`: the adapter's rank is above the server's default",
+        "vLLM reserves memory for a rank of 16 and refuses others at the first request.",
+        "`LoRA rank 64 is greater than max_lora_rank 16`.",
+        "vllm serve MODEL --enable-lora --max-lora-rank 64",
+        "`PEFTHelper.validate_legal` in vllm/lora/peft_helper.py, `LoRAConfig` in vllm/config",
+    ),
+    "LG923": Code(
+        "error",
+        "`--for vllm`: too many rows for serving adapters",
+        "The kernel of the head's logits has a limit: 33,024 rows in old versions, then 128,512, "
+        "257,024, and 258,048 now.",
+        "`When using LoRA, vocab size must be 32000 >= vocab_size <= 257024`.",
+        "lexigraft merge BASE ADAPTER -o MERGED, and serve MERGED",
+        "`LogitsProcessorWithLoRA.create_lora_weights` in vllm/lora/layers",
+    ),
+    "LG924": Code(
+        "note",
+        "`--for vllm`: rows are no multiple of 64",
+        "vLLM pads a table to 64 rows per GPU. Versions before 0.7 stopped where adapters were "
+        "served on several GPUs.",
+        "`16004 must match 16032`.",
+        "lexigraft graft BASE VOCAB --pad-to 64 -o MODEL",
+        "vllm-project/vllm#12230, `VocabParallelEmbedding` in "
+        "vllm/model_executor/layers/vocab_parallel_embedding.py",
+    ),
+    "LG931": Code(
+        "error",
+        "`--for transformers-4`: the tokenizer's class is one of transformers 5",
+        "transformers 5 writes it on save_pretrained.",
+        "`Tokenizer class TokenizersBackend does not exist or is not currently imported`.",
+        "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json",
+        "`AutoTokenizer.from_pretrained` in models/auto/tokenization_auto.py of 4.57",
+    ),
+    "LG932": Code(
+        "error",
+        "`--for transformers-4`: extra_special_tokens is a list",
+        "transformers 5 writes a list where 4 reads a map.",
+        "`'list' object has no attribute 'keys'`.",
+        "rename the key to additional_special_tokens in tokenizer_config.json",
+        "`_set_model_specific_special_tokens` in tokenization_utils_base.py of 4.57",
+    ),
+    "LG933": Code(
+        "error",
+        "`--for transformers-4`: positions would be computed with another base frequency",
+        "transformers 5 writes rope_parameters, 4 reads rope_theta and rope_scaling, and takes its "
+        "default without a word: the model loads and writes nonsense on long texts.",
+        "rope_parameters has rope_theta = 500,000, the default is 10,000.",
+        "copy rope_theta and rope_scaling out of rope_parameters in config.json",
+        "`__init__` of each class of config (models/llama/configuration_llama.py) of 4.57",
+    ),
+    "LG934": Code(
+        "note",
+        "`--for transformers-4`: dtype instead of torch_dtype",
+        "transformers 5 writes dtype. Versions before 4.56 do not know it and load in float32.",
+        "dtype is bfloat16.",
+        "nothing to mend where 4.56 or later is used, or memory suffices",
+        "`PretrainedConfig.__init__` in configuration_utils.py",
+    ),
+    "LG941": Code(
+        "warning",
+        "`--for tgi`: no tokenizer.json",
+        "TGI's router counts tokens with the Rust tokenizer and needs this file; without it, it "
+        "neither limits nor truncates prompts.",
+        "`Could not find a fast tokenizer implementation`.",
+        "save the tokenizer with transformers, which writes tokenizer.json",
+        "`run` in text-generation-inference's router/src/server.rs",
+    ),
+    "LG942": Code(
+        "error",
+        "`--for tgi`: parts of the adapter are left out",
+        "TGI looks for lora_A and lora_B of the model's layers, and only warns of what else there "
+        "is: trained rows and tables are not used, and new tokens mean nothing.",
+        "lm_head.weight is in the adapter.",
+        "lexigraft merge BASE ADAPTER -o MERGED, and serve MERGED",
+        "`LoraConfig.map_weights_for_model` in server/text_generation_server/adapters/lora.py",
+    ),
 }
 
 
@@ -517,12 +667,15 @@ def explain(code: str) -> list[str]:
         "",
         f"example: {story.example}",
         f"mend:    {story.mend}",
+        *([f"source:  {story.source}"] if story.source else []),
     ]
 
 
 def markdown_table() -> list[str]:
     """The rows of the table in docs/check.md."""
     return [
-        f"| {code} | {story.severity} | {story.meaning} | {story.cause} | {story.mend} |"
+        f"| {code} | {story.severity} | {story.meaning} | {story.cause}"
+        + (f" Source: {story.source}." if story.source else "")
+        + f" | {story.mend} |"
         for code, story in CODES.items()
     ]

@@ -112,6 +112,7 @@ def check(
     base: str | Path | None = None,
     adapter: str | Path | None = None,
     deep: bool = False,
+    consumer: str | None = None,
 ) -> CheckResult:
     """Hold the parts of a model, vocabulary or adapter folder against each other.
 
@@ -121,10 +122,11 @@ def check(
         adapter: an adapter that is to be used on `path`.
         deep: read the weights too, in blocks: their numbers, untrained and equal rows, old rows
             against those of `base`.
+        consumer: `gguf`, `vllm`, `transformers-4` or `tgi`: what that program refuses or garbles.
 
     Raises:
-        LexigraftError: a folder does not exist, holds nothing that could be checked, or a file
-            became shorter while it was read.
+        LexigraftError: a folder does not exist, holds nothing that could be checked, a file
+            became shorter while it was read, or there is no such consumer.
     """
     subject = read_facts(_local(path))
     origin = read_facts(_local(base)) if base is not None else None
@@ -151,6 +153,10 @@ def check(
                 found += _deep(part, origin if part is subject else None)
         if any(one.code == "LG705" for one in found):  # which says more
             found = [one for one in found if one.code != "LG306"]
+    if consumer is not None:
+        from lexigraft.checks.consumers import consumer_findings
+
+        found += consumer_findings(consumer, subject, origin, patch)
     findings = sorted(found, key=lambda f: _ORDER[f.severity])
     return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
 
