@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import adapter_parts
 from lexigraft.adapters.config import AdapterConfig
-from lexigraft.adapters.delta import merged_blocks, to_numpy, to_torch
+from lexigraft.adapters.delta import changed_blocks, to_numpy, to_torch
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.keys import parse
 from lexigraft.adapters.special import with_special_ids
@@ -283,7 +283,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(tmp_path, monkeypatch, dtype,
     tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors").tensors}
     addition = Addition(LowRank("m", tensors["a"], tensors["b"]), 0.3, transposed)
     monkeypatch.setattr(delta, "BLOCK_BYTES", 1)
-    blocks = list(merged_blocks(tensors["w"], addition))
+    blocks = list(changed_blocks(tensors["w"], addition))
     change = values["b"] @ values["a"]
     expected = values["w"].clone()
     expected += (change.T if transposed else change) * 0.3
@@ -324,7 +324,7 @@ def test_norms_of_groups_of_columns_have_the_bits_of_the_whole(tmp_path, monkeyp
     addition = Addition(low_rank, layer.scaling["default"])
     monkeypatch.setattr(delta, "BLOCK_BYTES", 2**16)
     monkeypatch.setattr(delta, "NORM_BYTES", 1)
-    blocks = list(merged_blocks(tensors["w"], addition))
+    blocks = list(changed_blocks(tensors["w"], addition))
     with torch.no_grad():
         expected = model.merge_and_unload()[0].weight
     assert len(blocks) > 1
@@ -372,4 +372,4 @@ def test_a_result_beyond_the_type_is_an_error(tmp_path):
     tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "x.safetensors").tensors}
     addition = Addition(LowRank("m", tensors["a"], tensors["b"]), 1.0)
     with pytest.raises(LexigraftError, match="not finite"):
-        list(merged_blocks(tensors["w"], addition))
+        list(changed_blocks(tensors["w"], addition))

@@ -410,6 +410,14 @@ def merge(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder with the tokenizer, if the adapter has none.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="A number per adapter, such as 0.7,0.3: all are added to BASE together."),
+    ] = None,
+    remap: Annotated[
+        bool,
+        typer.Option("--remap", help="Move rows of adapters with other ids by token text."),
+    ] = False,
     max_shard_size: MaxShardSize = None,
     prove: Annotated[
         bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
@@ -427,12 +435,23 @@ def merge(
         adapters,
         output=output,
         tokenizer=tokenizer,
+        weights=None if weights is None else _numbers("--weights", weights),
+        remap=remap,
         max_shard_size=max_shard_size,
         prove=prove,
         force=force,
         dry_run=dry_run,
     )
     _show(result, as_json)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise LexigraftError(
+            f"{option} {text}", needed="numbers between commas", fix=f"{option} 0.7,0.3"
+        ) from None
 
 
 @app.command()

@@ -170,6 +170,14 @@ class MergeRecord(_Data):
     rows: int
     tied: bool
     versions: dict[str, str]
+    weights: list[float] | None = Field(
+        default=None, description="of each adapter, where they were merged side by side"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_weights(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        return {key: value for key, value in data.items() if key != "weights" or value is not None}
 
 
 Record = Annotated[

@@ -95,6 +95,7 @@ class AdapterConfig:
         parameters: `target_parameters`: names of bare parameters that LoRA was trained on.
         dora: `use_dora`: every LoRA has a magnitude.
         shared_when_tied: `ensure_weight_tying`: one change for embedding and head.
+        classifies: `task_type` SEQ_CLS: a head over labels stands in the place of the vocabulary's.
     """
 
     path: Path
@@ -109,6 +110,7 @@ class AdapterConfig:
     parameters: tuple[str, ...]
     dora: bool
     shared_when_tied: bool
+    classifies: bool
 
     @classmethod
     def read(cls, folder: Path) -> AdapterConfig:
@@ -234,6 +236,7 @@ def _read(path: Path, data: dict[str, Any]) -> AdapterConfig:
         parameters=_names(data.get("target_parameters") or ()),
         dora=bool(data.get("use_dora")),
         shared_when_tied=bool(data.get("ensure_weight_tying")),
+        classifies=data.get("task_type") == "SEQ_CLS",
     )
 
 

@@ -14,8 +14,10 @@ the whole vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import in_blocks, read_rows
 from lexigraft.errors import LexigraftError
+
+Array = npt.NDArray[Any]
 
 # Of the float32 change. Each writer holds one, the weights of the same rows, and A and B.
 BLOCK_BYTES = 8 * 2**20
@@ -40,9 +44,7 @@ NORM_BYTES = 64 * 2**20
 class Delta:
     """The change that a LoRA makes to a matrix W."""
 
-    def __init__(
-        self, addition: Addition, read: Callable[[int, int], npt.NDArray[Any]], dtype: str
-    ) -> None:
+    def __init__(self, addition: Addition, read: Callable[[int, int], Array], dtype: str) -> None:
         """Nothing is read yet.
 
         Args:
@@ -58,7 +60,7 @@ class Delta:
         # PEFT casts what it adds to an embedding or a bare parameter first, and rounds twice.
         self._is_cast = addition.low_rank.of_embedding or addition.low_rank.expert is not None
 
-    def onto(self, rows: npt.NDArray[Any], start: int) -> npt.NDArray[Any]:
+    def onto(self, rows: Array, start: int) -> Array:
         """`rows` of W, the first of which is row `start`, changed; they are overwritten."""
         block = to_torch(rows, self._dtype)
         change = self._rows(start, start + len(rows))
@@ -127,66 +129,94 @@ class Delta:
         return right.reshape(expert.count, -1, right.shape[1])[expert.index]
 
 
-def merged_blocks(weight: Tensor, addition: Addition) -> Iterator[npt.NDArray[Any]]:
-    """The rows of W + s B A, or of DoRA's W', in the type of W, block by block.
+def changed_blocks(tensor: Tensor, change: Addition | Scale | Tensor) -> Iterator[Array]:
+    """The rows of a tensor with one change, in its type, block by block.
 
     Args:
-        weight: W on disk, shape (out, in), or (in, out) if transposed; of an embedding (V, D).
-        addition: s, A, B and m.
+        tensor: on disk: W, shape (out, in), or (in, out) if transposed; of an embedding (V, D); or
+            the bias of a layer, shape (out,).
+        change: LoRA or DoRA, (IA)3, or the values that replace it.
 
     Raises:
         LexigraftError: the result is not finite.
     """
-    delta = Delta(addition, partial(read_rows, weight), weight.dtype)
-    step = max(1, BLOCK_BYTES // (4 * weight.shape[1] * TILE_ROWS)) * TILE_ROWS
-    for start, block in in_blocks(weight, step=step):
-        merged = delta.onto(block, start)
-        if not all_finite(merged, weight.dtype):
-            raise not_finite(weight.name, addition.low_rank.a.path)
-        yield merged
+    changed = changer(tensor, change)
+    for start, block in in_blocks(tensor, step=block_rows(tensor)):
+        rows = changed(block, start)
+        if not all_finite(rows, tensor.dtype):
+            raise not_finite(tensor.name, source_of(change))
+        yield rows
 
 
-def merged_bias(bias: Tensor, addition: Addition) -> npt.NDArray[Any]:
-    """The bias of a layer, shape (out,), plus s times the bias of its LoRA.
-
-    Raises:
-        LexigraftError: the result is not finite.
-    """
-    assert addition.low_rank.bias is not None
-    block = to_torch(read_rows(bias), bias.dtype)
-    block += _matrix(addition.low_rank.bias).mul_(addition.scaling)
-    merged = to_numpy(block, bias.dtype)
-    if not all_finite(merged, bias.dtype):
-        raise not_finite(bias.name, addition.low_rank.bias.path)
-    return merged
+def block_rows(tensor: Tensor) -> int:
+    """How many rows of a tensor are changed at a time: whole tiles."""
+    width = math.prod(tensor.shape[1:])
+    return max(1, BLOCK_BYTES // (4 * width * TILE_ROWS)) * TILE_ROWS
 
 
-def scaled_blocks(tensor: Tensor, scale: Scale) -> Iterator[npt.NDArray[Any]]:
-    """The rows of a matrix or a bias times (IA)3's vector, in its type, block by block.
+def changer(
+    tensor: Tensor, change: Addition | Scale | Tensor, *, wide: bool = False
+) -> Callable[[Array, int], Array]:
+    """What makes rows of `tensor`, and the number of the first, those of the merged model.
 
     Args:
-        tensor: on disk: a matrix, shape (out, in) or transposed, or the bias, shape (out,).
-        scale: the vector; that of outputs for a bias.
-
-    Raises:
-        LexigraftError: the result is not finite.
+        tensor: see `changed_blocks`.
+        change: see there.
+        wide: rows come and go in float32 (or float64), and nothing is rounded to the type of W.
     """
-    vector = _matrix(scale.vector)
+    dtype = wide_type(tensor.dtype) if wide else tensor.dtype
+
+    def read(start: int, stop: int) -> Array:
+        return read_rows(tensor, start, stop).astype(numpy_dtype(dtype), copy=False)
+
+    if isinstance(change, Tensor):
+        values = change
+
+        def replaced(rows: Array, start: int) -> Array:
+            with np.errstate(over="ignore"):  # what is not finite is told by name
+                return read_rows(values, start, start + len(rows)).astype(rows.dtype, copy=False)
+
+        return replaced
+    if isinstance(change, Scale):
+        return partial(_scaled, scale=change, of=tensor, dtype=dtype)
     if len(tensor.shape) == 1:
+        return partial(_with_bias, addition=change, dtype=dtype)
+    return Delta(change, read, dtype).onto
+
+
+def wide_type(dtype: str) -> str:
+    """The type that sums of several changes start from."""
+    return "F64" if dtype == "F64" else "F32"
+
+
+def source_of(change: Addition | Scale | Tensor) -> Path:
+    """The file that a change comes from."""
+    if isinstance(change, Tensor):
+        return change.path
+    return change.vector.path if isinstance(change, Scale) else change.low_rank.a.path
+
+
+def _with_bias(rows: Array, start: int, *, addition: Addition, dtype: str) -> Array:
+    """The bias of a layer, shape (out,), plus s times the bias of its LoRA."""
+    assert addition.low_rank.bias is not None
+    block = to_torch(rows, dtype)
+    block += _matrix(addition.low_rank.bias)[start : start + len(rows)].mul_(addition.scaling)
+    return to_numpy(block, dtype)
+
+
+def _scaled(rows: Array, start: int, *, scale: Scale, of: Tensor, dtype: str) -> Array:
+    """Rows of a matrix or a bias times (IA)3's vector."""
+    vector = _matrix(scale.vector)
+    if len(of.shape) == 1:
         vector = vector.flatten()
     elif scale.transposed:
         vector = vector.T
-    step = max(1, BLOCK_BYTES // (4 * tensor.row_bytes))
-    for start, rows in in_blocks(tensor, step=step):
-        block = to_torch(rows, tensor.dtype)
-        factor = vector[start : start + len(rows)] if len(vector) == tensor.rows else vector
-        scaled = to_numpy(torch.mul(block, factor).to(block.dtype), tensor.dtype)
-        if not all_finite(scaled, tensor.dtype):
-            raise not_finite(tensor.name, scale.vector.path)
-        yield scaled
+    block = to_torch(rows, dtype)
+    factor = vector[start : start + len(rows)] if len(vector) == of.rows else vector
+    return to_numpy(torch.mul(block, factor).to(block.dtype), dtype)
 
 
-def not_finite(name: str, path: Any) -> LexigraftError:
+def not_finite(name: str, path: Path) -> LexigraftError:
     """The fault of a merge whose result is infinite or not a number."""
     return LexigraftError(
         f"{name} is not finite after the merge",
@@ -200,17 +230,17 @@ def _matrix(tensor: Tensor) -> torch.Tensor:
     return to_torch(read_rows(tensor), tensor.dtype).to(torch.float32)
 
 
-def to_torch(array: npt.NDArray[Any], dtype: str) -> torch.Tensor:
+def to_torch(array: Array, dtype: str) -> torch.Tensor:
     """`array` of safetensors type `dtype` as a tensor that shares its memory."""
     if dtype == "BF16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def to_numpy(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+def to_numpy(tensor: torch.Tensor, dtype: str) -> Array:
     """The inverse of `to_torch`."""
     tensor = tensor.contiguous()
     if dtype == "BF16":
         tensor = tensor.view(torch.int16)
-    array: npt.NDArray[Any] = tensor.numpy()
+    array: Array = tensor.numpy()
     return array.view(numpy_dtype(dtype))

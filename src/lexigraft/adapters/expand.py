@@ -17,6 +17,7 @@ from lexigraft.adapters.vocabulary import (
     Change,
     VocabularyRows,
     equal_rows,
+    moved_rows,
     vocabulary_rows,
 )
 from lexigraft.checkpoints.architectures import VocabularyTensors
@@ -25,6 +26,8 @@ from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
+from lexigraft.families.tokenmap import TokenMap
+from lexigraft.selection.union import aligned
 
 NOTHING = Change()
 
@@ -86,7 +89,7 @@ def expand(
         return survey(checkpoint.tensors[stored], growth.first_id)
 
     def rows(name: str, change: Change) -> VocabularyRows:
-        stored = name if name in checkpoint.tensors else vocabulary.embeds[0]
+        stored = _stored(name, checkpoint, vocabulary)
         return vocabulary_rows(
             name,
             checkpoint.tensors[stored],
@@ -119,6 +122,51 @@ def expand(
         else:
             tensors[head] = separate
     return Expansion(tuple(tensors.values()), growth, tied, known or growth.rows)
+
+
+def expand_moved(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    vocabulary: VocabularyTensors,
+    *,
+    changes: Mapping[str, Change],
+    own: TokenMap,
+    base: TokenMap,
+) -> Expansion:
+    """The vocabulary tensors of an adapter that was trained with a sibling of the base's tokenizer.
+
+    Rows go by the ids of `own`: see `moved_rows`.
+
+    Raises:
+        RefusalError: a form that needs rows which nobody holds.
+        LexigraftError: row counts contradict each other or `own`, or a row has no source.
+    """
+    known = _rows_of_full(adapter, changes)
+    highest = max((max(c.ids, default=-1) for c in changes.values()), default=-1)
+    if (known and known < own.tokens) or highest >= own.tokens:
+        raise LexigraftError(
+            f"{adapter.weights} has {known or highest + 1:,} rows for a tokenizer of "
+            f"{own.tokens:,} tokens",
+            needed="the tokenizer that the adapter was trained with",
+            fix="name it with --tokenizer FOLDER",
+        )
+    places = aligned(own, base)
+    written, tied = _settle_ties(vocabulary, changes, adapter.config)
+    lacks = bool(own.texts.keys() - places.keys())
+    tensors = tuple(
+        moved_rows(
+            name, checkpoint.tensors[_stored(name, checkpoint, vocabulary)], change, own, places
+        )
+        for name, change in written.items()
+        if lacks or change or (vocabulary.tied and not tied)
+    )
+    growth = Growth(own.tokens, own.tokens, own.tokens, own.tokens)
+    return Expansion(tensors, growth, tied, known or own.tokens)
+
+
+def _stored(name: str, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> str:
+    """The tensor of the base that `name` starts from: a tied head is not stored."""
+    return name if name in checkpoint.tensors else vocabulary.embeds[0]
 
 
 def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change]) -> int:

@@ -72,6 +72,11 @@ class LowRank:
         inner, outer = self.a.shape[1], self.b.shape[0]
         return (inner, outer) if self.of_embedding else (outer, inner)
 
+    @property
+    def is_scaled_by_column(self) -> bool:
+        """True for DoRA of an embedding, whose norms run over all rows that it was trained on."""
+        return self.magnitude is not None and self.of_embedding
+
 
 @dataclass(frozen=True)
 class Addition:

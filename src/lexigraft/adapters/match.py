@@ -38,6 +38,7 @@ class Matched:
         scaled: name of a weight or bias outside the vocabulary -> what (IA)3 multiplies it with.
         replaced: name of a tensor outside the vocabulary -> its new values.
         vocabulary: name of a vocabulary tensor -> its change; only those that change.
+        labels: name of a tensor of a classifier's head -> its values: the base has no such tensor.
     """
 
     linear: Mapping[str, Addition]
@@ -45,11 +46,12 @@ class Matched:
     scaled: Mapping[str, Scale]
     replaced: Mapping[str, Tensor]
     vocabulary: Mapping[str, Change]
+    labels: Mapping[str, Tensor]
 
     @property
-    def names(self) -> set[str]:
-        """The tensors outside the vocabulary that change."""
-        return {*self.linear, *self.biases, *self.scaled, *self.replaced}
+    def changes(self) -> dict[str, Addition | Scale | Tensor]:
+        """Every change of a tensor outside the vocabulary; each tensor has one."""
+        return {**self.linear, **self.biases, **self.scaled, **self.replaced}
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Matched:
@@ -69,7 +71,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     vocabulary_names = {*vocabulary.names, *unstored}
     find = _Finder(checkpoint, unstored)
     added = _additions(adapter, checkpoint, find, vocabulary_names)
-    full = find.all(adapter.full)
+    labels = {t: tensor for t, tensor in adapter.full.items() if _is_of_labels(t, adapter, find)}
+    full = find.all({t: tensor for t, tensor in adapter.full.items() if t not in labels})
     biases = _biases(added, checkpoint, find, vocabulary_names)
     _require_one_change({*added, *biases} & full.keys(), adapter, "replaces")
     scaled = _scales(adapter, checkpoint, find, vocabulary_names)
@@ -83,7 +86,13 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     for name, change in changes.items():
         base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
         _require_width(change, base, name)
-    return Matched(linear, biases, scaled, replaced, changes)
+    return Matched(linear, biases, scaled, replaced, changes, labels)
+
+
+def _is_of_labels(target: str, adapter: Adapter, find: _Finder) -> bool:
+    """True for a tensor of the head over labels that a classifier was given for its training."""
+    saved = any(target.startswith(f"{name}.") for name in adapter.config.modules_to_save)
+    return adapter.config.classifies and saved and not find.has(target)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -12,7 +11,6 @@ import numpy.typing as npt
 from lexigraft.adapters.expand import Expansion
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
-from lexigraft.adapters.vocabulary import replaced_blocks
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.header import Tensor
@@ -24,6 +22,8 @@ def merged_plan(
     vocabulary: VocabularyTensors,
     matched: Matched,
     expansion: Expansion,
+    *,
+    dropped: Iterable[str] = (),
 ) -> Plan:
     """The base with every change of an adapter: LoRA, replaced tensors, vocabulary rows.
 
@@ -32,58 +32,35 @@ def merged_plan(
         vocabulary: its vocabulary tensors.
         matched: the adapter by tensors of the base.
         expansion: the vocabulary tensors of the result.
+        dropped: tensors of the base that the result has not.
     """
-    plan = Plan.of(checkpoint)
-    changed = [
-        _with_lora(checkpoint.tensors[name], addition) for name, addition in matched.linear.items()
-    ]
-    changed += [
-        _with_lora_bias(checkpoint.tensors[name], addition)
-        for name, addition in matched.biases.items()
-    ]
-    changed += [_scaled(checkpoint.tensors[name], scale) for name, scale in matched.scaled.items()]
-    changed += [
-        _replaced(checkpoint.tensors[name], tensor) for name, tensor in matched.replaced.items()
-    ]
+    plan = without(Plan.of(checkpoint), dropped)
+    changed = [_changed(checkpoint.tensors[name], by) for name, by in matched.changes.items()]
     if expansion.tied and expansion.tensors and vocabulary.head_name in checkpoint.tensors:
         # A stored copy of the embedding: loaders tie the two again.
-        plan = plan.drop(vocabulary.head_name)
-        plan = dataclasses.replace(plan, files=tuple(file for file in plan.files if file.tensors))
+        plan = without(plan, [vocabulary.head_name])
     for rows in expansion.tensors:
         if rows.name in checkpoint.tensors:
             changed.append(rows.planned())
         else:
             plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
+    for name, tensor in matched.labels.items():
+        head = dataclasses.replace(PlannedTensor.copy(tensor), name=name)
+        plan = plan.add(head, after=list(plan.tensors)[-1])
     return plan.replace(changed)
 
 
-def _with_lora(weight: Tensor, addition: Addition) -> PlannedTensor:
+def without(plan: Plan, names: Iterable[str]) -> Plan:
+    """`plan` without some tensors, and without the files that held nothing else."""
+    for name in names:
+        plan = plan.drop(name)
+    return dataclasses.replace(plan, files=tuple(file for file in plan.files if file.tensors))
+
+
+def _changed(tensor: Tensor, change: Addition | Scale | Tensor) -> PlannedTensor:
     def blocks() -> Iterator[npt.NDArray[Any]]:
-        from lexigraft.adapters.delta import merged_blocks
+        from lexigraft.adapters.delta import changed_blocks
 
-        return merged_blocks(weight, addition)
-
-    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))
-
-
-def _with_lora_bias(bias: Tensor, addition: Addition) -> PlannedTensor:
-    def blocks() -> Iterator[npt.NDArray[Any]]:
-        from lexigraft.adapters.delta import merged_bias
-
-        yield merged_bias(bias, addition)
-
-    return PlannedTensor(bias.name, bias.dtype, bias.shape, (Compute(bias.bytes, blocks),))
-
-
-def _scaled(tensor: Tensor, scale: Scale) -> PlannedTensor:
-    def blocks() -> Iterator[npt.NDArray[Any]]:
-        from lexigraft.adapters.delta import scaled_blocks
-
-        return scaled_blocks(tensor, scale)
+        return changed_blocks(tensor, change)
 
     return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Compute(tensor.bytes, blocks),))
-
-
-def _replaced(weight: Tensor, values: Tensor) -> PlannedTensor:
-    blocks = partial(replaced_blocks, weight, values)
-    return PlannedTensor(weight.name, weight.dtype, weight.shape, (Compute(weight.bytes, blocks),))

@@ -7,11 +7,11 @@ Letters: V base tokens, T tokens of the result, R rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,9 @@ from lexigraft.adapters.folder import Addition, LowRank
 from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, read_ids, read_rows
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import TokenMap
 
 if TYPE_CHECKING:
     from lexigraft.adapters.delta import Delta
@@ -77,6 +78,20 @@ class Span:
     copied: Tensor | None = None
 
 
+class WrittenRows(Protocol):
+    """A vocabulary tensor of a result."""
+
+    @property
+    def name(self) -> str:
+        """Under which it is written."""
+
+    def line(self) -> str:
+        """Where each row comes from, for a person to read."""
+
+    def planned(self) -> PlannedTensor:
+        """The tensor to be written."""
+
+
 @dataclass(frozen=True)
 class VocabularyRows:
     """A vocabulary tensor of the result.
@@ -87,13 +102,15 @@ class VocabularyRows:
         spans: its rows, in order, without a hole.
         change: whose single rows lie over the spans, and whose LoRA is added to them.
         added_rows: how many rows LoRA is added to, from the first.
+        dtype: the type in which rows are made: that of `base`, or a wider one to go on from.
     """
 
     name: str
     base: Tensor
     spans: tuple[Span, ...]
     change: Change
-    added_rows: int = 0
+    added_rows: int
+    dtype: str
 
     @property
     def rows(self) -> int:
@@ -146,17 +163,16 @@ class VocabularyRows:
             yield self._rows(span, start, min(start + step, span.stop))
 
     def _rows(self, span: Span, start: int, stop: int) -> Array:
-        dtype = numpy_dtype(self.base.dtype)
         with np.errstate(over="ignore"):  # found below, with the name of the file
-            rows = np.array(span.read(start, stop), dtype=dtype)
+            rows = np.array(span.read(start, stop), dtype=numpy_dtype(self.dtype))
             self._lay_single_rows(rows, start, stop)
             if self.change.added is not None and start < self.added_rows:
                 changed = rows[: self.added_rows - start]
                 changed[:] = self._delta.onto(changed, start)
-        if (span.copied is None or self.added_rows) and not all_finite(rows, self.base.dtype):
+        if (span.copied is None or self.added_rows) and not all_finite(rows, self.dtype):
             raise LexigraftError(
                 f"{self.name}: rows {_ids(start, stop)} are not finite after the merge",
-                needed=f"finite numbers within the range of {self.base.dtype}",
+                needed=f"finite numbers within the range of {self.dtype}",
                 fix="look at the training run of the adapter: its loss became NaN or infinite",
             )
         return rows
@@ -166,12 +182,12 @@ class VocabularyRows:
         from lexigraft.adapters.delta import Delta
 
         assert self.change.added is not None
-        return Delta(self.change.added, self._trained_on, self.base.dtype)
+        return Delta(self.change.added, self._trained_on, self.dtype)
 
     def _trained_on(self, start: int, stop: int) -> Array:
         """Rows of the matrix that LoRA was trained on; `vocabulary_rows` has seen to it."""
         source = self.base if self.change.full is None else self.change.full
-        return read_rows(by_row(source), start, stop).astype(numpy_dtype(self.base.dtype))
+        return read_rows(by_row(source), start, stop).astype(numpy_dtype(self.dtype))
 
     def _is_changed(self, span: Span) -> bool:
         return bool(self._touched(span.start, span.stop).size) or span.start < self.added_rows
@@ -248,12 +264,63 @@ def vocabulary_rows(
             add(growth.tokens, origin, read)
     add(growth.rows_before, "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: repeated(mean(), stop - start))
-    return VocabularyRows(name, base, tuple(spans), change, full_rows if change.added else 0)
+    added_rows = full_rows if change.added else 0
+    return VocabularyRows(name, base, tuple(spans), change, added_rows, base.dtype)
+
+
+def moved_rows(
+    name: str, base: Tensor, change: Change, own: TokenMap, places: Mapping[int, int]
+) -> VocabularyRows:
+    """The rows of an adapter of a sibling vocabulary, by its own ids.
+
+    Args:
+        name: of the vocabulary tensor.
+        base: the base's tensor, whose ids mean other tokens.
+        change: what the adapter does to it.
+        own: the tokenizer that the adapter was trained with.
+        places: id there -> id of the same token in the base.
+
+    Raises:
+        RefusalError: DoRA of an embedding, which scales by norms over rows that nobody holds.
+        LexigraftError: a token that the base lacks has no row in the adapter.
+    """
+    view = by_row(base)
+    lost = own.texts.keys() - places.keys() - set(change.ids)
+    if change.full is None:
+        if change.added is not None and change.added.low_rank.is_scaled_by_column:
+            raise RefusalError(
+                f"DoRA on {name} was trained with the norms of all rows of another vocabulary",
+                needed="the model that it was trained on: one of its rows changes all",
+                fix="merge the adapter into that model, then lexigraft blend the two models",
+            )
+        if lost:
+            first = min(lost)
+            raise LexigraftError(
+                f"no row of {name} for {len(lost):,} tokens that the base lacks (id {first} is "
+                f"{own.texts[first]!r} in the adapter's tokenizer): the adapter holds none",
+                needed=f"{name} in the adapter",
+                fix="merge the adapter into the model that it was trained on, then lexigraft blend "
+                "the two models",
+            )
+
+    def from_base(start: int, stop: int) -> Array:
+        rows = np.zeros((stop - start, *view.shape[1:]), numpy_dtype(view.dtype))
+        here = sorted((places[own_id], own_id) for own_id in range(start, stop) if own_id in places)
+        if here:
+            rows[[own_id - start for _, own_id in here]] = read_ids(view, [i for i, _ in here])
+        return rows
+
+    if change.full is None:
+        span = Span(0, own.tokens, "the base's", from_base)
+    else:
+        span = Span(0, own.tokens, "the adapter's", partial(read_rows, by_row(change.full)))
+    added_rows = own.tokens if change.added else 0
+    return VocabularyRows(name, base, (span,), change, added_rows, base.dtype)
 
 
 def _require_rows_of_norm(name: str, low_rank: LowRank, growth: Growth) -> None:
     """DoRA of an embedding scales by norms over all rows that it was trained on."""
-    if low_rank.magnitude is None or not low_rank.of_embedding:
+    if not low_rank.is_scaled_by_column:
         return
     if (
         not low_rank.shape[0] == growth.rows_before == growth.rows
@@ -320,13 +387,3 @@ def equal_rows(one: VocabularyRows, other: VocabularyRows) -> bool:
         == other.read(start, min(start + step, one.rows)).tobytes()
         for start in range(0, one.rows, step)
     )
-
-
-def replaced_blocks(base: Tensor, values: Tensor) -> Iterator[Array]:
-    """`values` in the type of `base`, a block at a time: a tensor that was trained in full.
-
-    Raises:
-        LexigraftError: a value is not finite in the base's type.
-    """
-    whole = Span(0, values.rows, "the adapter's", partial(read_rows, values))
-    return VocabularyRows(base.name, base, (whole,), Change()).blocks()

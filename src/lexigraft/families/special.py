@@ -13,20 +13,16 @@ from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, parse_sentencepiece
 from lexigraft.files import read_json
 
 _USER_DEFINED = 4  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
-_FLAGS = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
-def add_special(folder: Path, tokens: Sequence[str], first_id: int) -> None:
+def add_special(
+    folder: Path, tokens: Sequence[str], first_id: int, *, special: bool = True
+) -> None:
     """Write `tokens` into the tokenizer files of `folder`, with ids from `first_id` on.
 
-    They are matched literally and skipped in decoding, as special tokens are; a SentencePiece
-    `.model` holds them as user-defined pieces, so that its own engine reads them alike.
+    They are matched literally and, if `special`, skipped in decoding; a SentencePiece `.model`
+    holds them as user-defined pieces, so that its own engine reads them alike.
 
     Raises:
         RefusalError: a rank file without a tokenizer.json, which has no place for them, or a
@@ -54,7 +50,7 @@ def add_special(folder: Path, tokens: Sequence[str], first_id: int) -> None:
     for path in models:
         _append_pieces(path, tokens)
     if (folder / "tokenizer.json").is_file():
-        _edit(folder / "tokenizer.json", lambda data: _with_added(data, ids))
+        _edit(folder / "tokenizer.json", lambda data: _with_added(data, ids, special))
     if (folder / "vocab.txt").is_file():
         with (folder / "vocab.txt").open("a", encoding="utf-8") as stream:
             stream.writelines(f"{token}\n" for token in tokens)
@@ -64,7 +60,7 @@ def add_special(folder: Path, tokens: Sequence[str], first_id: int) -> None:
         listed.write_text(json.dumps({**old, **ids}, ensure_ascii=False, indent=2), "utf-8")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            _edit(folder / name, lambda data, name=name: _with_names(data, ids, name))
+            _edit(folder / name, lambda data, name=name: _with_names(data, ids, name, special))
 
 
 def _append_pieces(path: Path, tokens: Sequence[str]) -> None:
@@ -76,8 +72,11 @@ def _append_pieces(path: Path, tokens: Sequence[str]) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _with_added(data: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
-    entries = [{"id": token_id, "content": token, **_FLAGS} for token, token_id in ids.items()]
+def _with_added(data: dict[str, Any], ids: Mapping[str, int], special: bool) -> dict[str, Any]:
+    entries = [
+        {"id": token_id, "content": token, **_FLAGS, "special": special}
+        for token, token_id in ids.items()
+    ]
     model = data["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: the place in the list is the id
@@ -94,11 +93,18 @@ def _with_added(data: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
     return {**data, "added_tokens": added, "model": {**model, "vocab": vocabulary}}
 
 
-def _with_names(data: dict[str, Any], ids: Mapping[str, int], name: str) -> dict[str, Any]:
-    names = [*(data.get("additional_special_tokens") or []), *ids]
-    changed = {**data, "additional_special_tokens": names}
+def _with_names(
+    data: dict[str, Any], ids: Mapping[str, int], name: str, special: bool
+) -> dict[str, Any]:
+    changed = dict(data)
+    if special:
+        names = [*(data.get("additional_special_tokens") or []), *ids]
+        changed["additional_special_tokens"] = names
     if name == "tokenizer_config.json":
-        entries = {str(token_id): {"content": token, **_FLAGS} for token, token_id in ids.items()}
+        entries = {
+            str(token_id): {"content": token, **_FLAGS, "special": special}
+            for token, token_id in ids.items()
+        }
         changed["added_tokens_decoder"] = {**(data.get("added_tokens_decoder") or {}), **entries}
     return changed
 

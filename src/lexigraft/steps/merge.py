@@ -7,24 +7,29 @@ blocks, so that memory stays constant whatever the model's size.
 
 Several adapters are a stack: each was trained on the result of those before it, and its
 vocabulary may be larger than theirs. What lies between two of them is a whole model, on the disk
-of the output.
+of the output. With weights they stand side by side instead: each was trained on the base.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from lexigraft.adapters.expand import Expansion, as_loaded, expand
+from lexigraft.adapters.classifier import classifier_config, without_head
+from lexigraft.adapters.expand import as_loaded, expand, expand_moved
 from lexigraft.adapters.folder import Adapter
-from lexigraft.adapters.match import Matched, match
+from lexigraft.adapters.match import match
 from lexigraft.adapters.planning import merged_plan
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
+from lexigraft.adapters.vocabulary import WrittenRows
+from lexigraft.adapters.weighted import Weighted, weighted_plan
 from lexigraft.checkpoints.architectures import (
     VocabularyTensors,
     is_tied_by_config,
@@ -33,13 +38,15 @@ from lexigraft.checkpoints.architectures import (
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows, edit_config, refuse_quantised
 from lexigraft.checkpoints.fit import require_floats
-from lexigraft.checkpoints.growth import survey
+from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import TokenMap, first_difference, joined, read_token_maps
 from lexigraft.files import (
     publish,
     read_json,
@@ -51,9 +58,12 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, MergeRecord, versions
+from lexigraft.selection.union import aligned, write_union
 
 # Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
 WRITERS = 2
+# What the rows of a vocabulary that no adapter was trained on are a multiple of.
+ROW_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -132,12 +142,17 @@ class _Job:
     """A merge that has been thought through and not yet begun."""
 
     checkpoint: Checkpoint
-    adapter: Adapter
+    adapters: tuple[Adapter, ...]
     vocabulary: VocabularyTensors
     tokenizer: TokenizerChoice
-    matched: Matched
-    expansion: Expansion
+    changed: frozenset[str]
+    written: tuple[WrittenRows, ...]
+    growth: Growth
+    tied: bool
     plan: Plan
+    adapter_rows: int = 0
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: tuple[float, ...] | None = None
 
 
 def merge(
@@ -146,12 +161,14 @@ def merge(
     *,
     output: str | Path,
     tokenizer: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    remap: bool = False,
     max_shard_size: str | int | None = None,
     prove: bool = False,
     force: bool = False,
     dry_run: bool = False,
 ) -> MergeResult:
-    """Put PEFT adapters into the weights of their base, one after another.
+    """Put PEFT adapters into the weights of their base, one after another or side by side.
 
     Args:
         base: the model that was trained, or the model as it was before it was grafted.
@@ -159,6 +176,10 @@ def merge(
         output: the folder to write.
         tokenizer: the tokenizer that the (last) adapter was trained with, where its folder has
             none.
+        weights: one per adapter: all were trained on the base and are added to it together, rows
+            aligned by token text; `adapters.weighted` has the rule.
+        remap: accept adapters whose tokenizer has other ids than the base's, and move their rows
+            by token text.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
         prove: compare the logits of the result with those of base + adapter, unmerged; after
@@ -171,14 +192,25 @@ def merge(
         LexigraftError: base, adapter and tokenizer do not fit together, a row has no source, or
             a file is missing or damaged.
     """
-    *before, folder = _folders(adapters, dry_run=dry_run)
+    together = weights is not None or remap
+    *before, folder = _folders(adapters, dry_run=dry_run and not together)
     source, target = local_folder(base), Path(output)
     given = None if tokenizer is None else Path(tokenizer)
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, *before, folder))
-    with _merged_so_far(source, before, target, prove=prove) as (so_far, stages):
-        job = _prepare(so_far, folder, given)
+    with ExitStack() as stack:
+        stages: list[MergeResult] = []
+        if together:
+            _refuse_proof(prove)
+            union = Path(stack.enter_context(TemporaryDirectory(prefix="lexigraft-")))
+            shares = _weights(weights, [*before, folder])
+            job = _prepare_together(source, [*before, folder], shares, given, union, remap=remap)
+        else:
+            so_far, stages = stack.enter_context(
+                _merged_so_far(source, before, target, prove=prove)
+            )
+            job = _prepare(so_far, folder, given)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
         refuse_overwriting(target, (job.tokenizer.folder,))
@@ -188,6 +220,27 @@ def merge(
             _write(job, partial_folder)
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])
+
+
+def _refuse_proof(prove: bool) -> None:
+    if prove:
+        raise RefusalError(
+            "--prove with --weights or --remap",
+            needed="one adapter by its own ids: PEFT cannot run the unmerged model of these",
+            fix="leave --prove out; lexigraft check MERGED --base BASE --deep reads the result",
+        )
+
+
+def _weights(given: Sequence[float] | None, adapters: Sequence[Path]) -> tuple[float, ...]:
+    weights = (1.0,) * len(adapters) if given is None else tuple(map(float, given))
+    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+        raise LexigraftError(
+            f"--weights {','.join(f'{weight:g}' for weight in weights)} for "
+            f"{len(adapters)} adapters",
+            needed="a finite number for each adapter",
+            fix="--weights " + ",".join(["0.5"] * len(adapters)),
+        )
+    return weights
 
 
 def _folders(adapters: str | Path | Sequence[str | Path], *, dry_run: bool) -> list[Path]:
@@ -238,11 +291,8 @@ def _of_all(results: Sequence[MergeResult]) -> MergeResult:
 
 def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
     adapter = Adapter.open(adapter_folder)
-    checkpoint = Checkpoint.open(base)
-    refuse_quantised(checkpoint)
-    vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
-    require_floats(checkpoint, vocabulary)
-    _require_stated_rows(checkpoint, vocabulary)
+    checkpoint, whole = _open_base(base)
+    vocabulary = without_head(whole) if adapter.config.classifies else whole
     tokenizer = TokenizerChoice.among(base, adapter_folder, given)
     require_recorded(adapter.manifest, tokenizer, adapter_folder)
     matched = match(adapter, checkpoint, vocabulary)
@@ -250,8 +300,107 @@ def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
         adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
     )
     _say_if_other_base(checkpoint, adapter, tokenizer)
-    plan = merged_plan(checkpoint, vocabulary, matched, expansion)
-    return _Job(checkpoint, adapter, vocabulary, tokenizer, matched, expansion, plan)
+    dropped = [name for name in whole.names if name not in vocabulary.names]
+    return _Job(
+        checkpoint,
+        (adapter,),
+        vocabulary,
+        tokenizer,
+        frozenset((*matched.changes, *matched.labels)),
+        expansion.tensors,
+        expansion.growth,
+        expansion.tied,
+        merged_plan(checkpoint, vocabulary, matched, expansion, dropped=dropped),
+        expansion.adapter_rows,
+        matched.labels,
+    )
+
+
+def _open_base(base: Path) -> tuple[Checkpoint, VocabularyTensors]:
+    checkpoint = Checkpoint.open(base)
+    refuse_quantised(checkpoint)
+    vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
+    require_floats(checkpoint, vocabulary)
+    _require_stated_rows(checkpoint, vocabulary)
+    return checkpoint, vocabulary
+
+
+def _prepare_together(
+    base: Path,
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    given: Path | None,
+    union_folder: Path,
+    *,
+    remap: bool,
+) -> _Job:
+    """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
+    checkpoint, vocabulary = _open_base(base)
+    base_map = TokenMap.read(base)
+    adapters, parts, tokenizers, rows = [], [], [], vocabulary.rows
+    for folder, weight in zip(folders, weights, strict=True):
+        adapter = Adapter.open(folder)
+        if adapter.config.classifies:
+            raise RefusalError(
+                f"{folder} is a classifier, merged with --weights or --remap",
+                needed="adapters of the language model: each classifier has labels of its own",
+                fix=f"lexigraft merge {base} {folder} -o MERGED",
+            )
+        matched = match(adapter, checkpoint, vocabulary)
+        own = joined(read_token_maps(folder))
+        source = given if own is None and given is not None else folder
+        own = own or (base_map if given is None else TokenMap.read(given))
+        if remap and not _one_extends_the_other(base_map, own):
+            expansion = expand_moved(
+                adapter,
+                checkpoint,
+                vocabulary,
+                changes=matched.vocabulary,
+                own=own,
+                base=base_map,
+            )
+            found = len(aligned(own, base_map))
+            note(
+                f"{folder}: rows move by token text: {found:,} of its {len(own.texts):,} tokens "
+                "are in the base"
+            )
+        else:
+            choice = TokenizerChoice.among(base, folder, None if source == folder else source)
+            require_recorded(adapter.manifest, choice, folder)
+            expansion = expand(
+                adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=choice
+            )
+            _say_if_other_base(checkpoint, adapter, choice)
+            own, source = choice.map, choice.folder
+            rows = max(rows, expansion.growth.rows)
+        adapters.append(adapter)
+        parts.append(Weighted(weight, own, matched, expansion))
+        tokenizers.append(source)
+    union = write_union(base, [t for t in tokenizers if t != base], union_folder)
+    for text in union.left_out[:5]:
+        note(f"{text!r} is left out: the base's merges leave no way to it")
+    same = all(part.tokens.hash == union.map.hash for part in parts)
+    step = 1 if same or union.map.tokens <= vocabulary.rows else ROW_STEP
+    growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
+    growth = replace(growth, rows=max(growth.rows, rows) if same else growth.rows)
+    plan, written, tied = weighted_plan(checkpoint, vocabulary, parts, growth, union.map)
+    return _Job(
+        checkpoint,
+        tuple(adapters),
+        vocabulary,
+        TokenizerChoice(union_folder, union.map, base_map, None, tuple(tokenizers) if same else ()),
+        frozenset(name for part in parts for name in part.matched.changes),
+        written,
+        growth,
+        tied,
+        plan,
+        weights=tuple(weights),
+    )
+
+
+def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
+    shorter, longer = (base, own) if base.tokens <= own.tokens else (own, base)
+    return first_difference(shorter, longer) is None
 
 
 def _require_stated_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
@@ -298,11 +447,12 @@ def _write(job: _Job, folder: Path) -> None:
 
 
 def _write_configs(job: _Job, folder: Path) -> None:
-    source, expansion = job.checkpoint.folder, job.expansion
+    source = job.checkpoint.folder
     ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
     for key, token_id in ids.items():
         note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
-    untied = False if is_tied_by_config(job.checkpoint.config) and not expansion.tied else None
+    comes_apart = is_tied_by_config(job.checkpoint.config) and not job.tied
+    untied = False if comes_apart and not job.adapters[0].config.classifies else None
     if untied is False:
         note(
             f"head and embedding differ now: {job.vocabulary.head_name} is written, and "
@@ -311,10 +461,16 @@ def _write_configs(job: _Job, folder: Path) -> None:
     config = edit_config(
         job.checkpoint.config,
         job.vocabulary,
-        rows=expansion.growth.rows,
-        tokens=expansion.growth.tokens,
+        rows=job.growth.rows,
+        tokens=job.growth.tokens,
         tied=untied,
     )
+    if job.labels:
+        config = classifier_config(config, job.labels)
+        note(
+            f"the result is a classifier of {len(config['id2label'])} labels: "
+            f"{', '.join(config['architectures'])}; the adapter does not hold their names"
+        )
     _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
     if (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
@@ -331,19 +487,22 @@ def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, 
 
 
 def _write_manifest(job: _Job, folder: Path) -> None:
-    inputs = (job.checkpoint.folder, job.adapter.folder)
+    inputs = (job.checkpoint.folder, *(adapter.folder for adapter in job.adapters))
     records: list[Any] = []
     for manifest in map(Manifest.read, inputs):
         records += [record for record in (manifest or Manifest()).records if record not in records]
     record = MergeRecord(
-        adapters=[sha256_file(job.adapter.weights)],
+        adapters=[sha256_file(adapter.weights) for adapter in job.adapters],
         token_map=job.tokenizer.map.hash,
-        rows=job.expansion.growth.rows,
-        tied=job.expansion.tied,
+        rows=job.growth.rows,
+        tied=job.tied,
         versions=versions(["lexigraft", "torch"]),
+        weights=None if job.weights is None else list(job.weights),
     )
     Manifest(records=records).plus(record).write(folder)
-    for source in (job.adapter.folder, job.tokenizer.folder, job.checkpoint.folder):
+    # Of several vocabularies none lists the tokens of the result.
+    named = (job.adapters[0].folder, job.tokenizer.folder, job.checkpoint.folder)
+    for source in named if job.weights is None else job.tokenizer.spare:
         if (source / NEW_TOKENS).is_file():
             shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)
             break
@@ -354,7 +513,7 @@ def _require_consistent(job: _Job, folder: Path) -> None:
     written = Checkpoint.open(folder)
     vocabulary = vocabulary_of(written)
     rows, tokens = vocabulary.rows, job.tokenizer.map.tokens
-    if not rows == config_rows(written, vocabulary) == job.expansion.growth.rows >= tokens:
+    if not rows == config_rows(written, vocabulary) == job.growth.rows >= tokens:
         raise LexigraftError(
             f"the result has {rows:,} rows, its config says {config_rows(written, vocabulary)}, "
             f"its tokenizer has {tokens:,} tokens",
@@ -373,11 +532,11 @@ def _prove(job: _Job, folder: Path) -> dict[str, float]:
 
     found = compare_merged(
         job.checkpoint.folder,
-        job.adapter.folder,
+        job.adapters[0].folder,
         folder,
         base_tokens=job.tokenizer.base.tokens,
         tokens=job.tokenizer.map.tokens,
-        adapter_rows=job.expansion.adapter_rows,
+        adapter_rows=job.adapter_rows,
         dtype=job.checkpoint.tensors[job.vocabulary.embeds[0]].dtype,
     )
     if not found.difference <= found.limit:
@@ -391,15 +550,15 @@ def _prove(job: _Job, folder: Path) -> dict[str, float]:
 
 def _result(job: _Job, output: Path, **found: Any) -> MergeResult:
     vocabulary = {name: by_row(job.checkpoint.tensors[name]).rows for name in job.vocabulary.names}
-    changed = {rows.name for rows in job.expansion.tensors}
+    changed = {rows.name for rows in job.written}
     kept = [f"{n}: {rows:,} rows: the base's" for n, rows in vocabulary.items() if n not in changed]
     return MergeResult(
         output=output,
-        rows=job.expansion.growth.rows,
+        rows=job.growth.rows,
         tokens=job.tokenizer.map.tokens,
-        tied=job.expansion.tied,
-        tensors=len(job.matched.names | changed),
-        adapters=(job.adapter.folder,),
-        sources=(*kept, *(rows.line() for rows in job.expansion.tensors)),
+        tied=job.tied,
+        tensors=len(job.changed | changed),
+        adapters=tuple(adapter.folder for adapter in job.adapters),
+        sources=(*kept, *(rows.line() for rows in job.written)),
         **found,
     )
