@@ -26,8 +26,7 @@ from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
-from lexigraft.families.tokenmap import TokenMap
-from lexigraft.selection.union import aligned
+from lexigraft.families.tokenmap import TokenMap, aligned
 
 NOTHING = Change()
 

@@ -33,8 +33,7 @@ from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import block_rows, by_row, in_blocks, read_rows
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.families.tokenmap import TokenMap
-from lexigraft.selection.union import aligned
+from lexigraft.families.tokenmap import TokenMap, aligned
 
 Array = npt.NDArray[Any]
 

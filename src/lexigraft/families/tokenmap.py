@@ -114,6 +114,18 @@ def first_difference(old: TokenMap, new: TokenMap) -> int | None:
     return next((i for i, t in sorted(old.texts.items()) if new.texts.get(i) != t), None)
 
 
+def aligned(one: TokenMap, other: TokenMap) -> dict[int, int]:
+    """Id in `one` -> id of the same token in `other`, for the tokens that both have.
+
+    Where several ids share a text, the same id is taken if it is among them.
+    """
+    return {
+        token_id: token_id if other.texts.get(token_id) == text else other.ids[text]
+        for token_id, text in one.texts.items()
+        if text in other.ids
+    }
+
+
 def read_token_maps(folder: Path) -> dict[str, TokenMap]:
     """Each file's own token map, by file name: what `check` compares.
 

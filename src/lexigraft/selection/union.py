@@ -58,18 +58,6 @@ def write_union(base: Path, others: Sequence[Path], target: Path) -> Union:
     return _write(families.load(base), others, maps, target)
 
 
-def aligned(one: TokenMap, other: TokenMap) -> dict[int, int]:
-    """Id in `one` -> id of the same token in `other`, for the tokens that both have.
-
-    Where several ids share a text, the same id is taken if it is among them.
-    """
-    return {
-        token_id: token_id if other.texts.get(token_id) == text else other.ids[text]
-        for token_id, text in one.texts.items()
-        if text in other.ids
-    }
-
-
 def _write(base: Family, others: Sequence[Path], maps: Sequence[TokenMap], target: Path) -> Union:
     added = [
         (one.texts[token_id], token_id in one.special)

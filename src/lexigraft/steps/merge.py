@@ -46,7 +46,13 @@ from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.families.tokenmap import TokenMap, first_difference, joined, read_token_maps
+from lexigraft.families.tokenmap import (
+    TokenMap,
+    aligned,
+    first_difference,
+    joined,
+    read_token_maps,
+)
 from lexigraft.files import (
     publish,
     read_json,
@@ -58,7 +64,6 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, MergeRecord, versions
-from lexigraft.selection.union import aligned, write_union
 
 # Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
 WRITERS = 2
@@ -335,6 +340,8 @@ def _prepare_together(
     remap: bool,
 ) -> _Job:
     """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
+    from lexigraft.selection.union import write_union  # imports what `learn` needs
+
     checkpoint, vocabulary = _open_base(base)
     base_map = TokenMap.read(base)
     adapters, parts, tokenizers, rows = [], [], [], vocabulary.rows
