@@ -1,7 +1,8 @@
 """The command line: parse, call one function, print.
 
 Each verb imports its function when it is run, so that `lexigraft --help` needs no torch.
-Exit status: 0 done, 1 a check failed, 2 the user must change something, 130 interrupted.
+Exit status: 0 done, 1 a check failed, 2 the user must change something, 130 interrupted, 143 told
+to stop (SIGTERM).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 import typer
 
 from lexigraft import __version__
-from lexigraft.console import plain, set_quiet
+from lexigraft.console import is_first_process, plain, set_quiet
 from lexigraft.errors import LexigraftError
 
 app = typer.Typer(
@@ -95,11 +96,14 @@ def main() -> None:
 
 
 def _fail(fault: LexigraftError) -> None:
-    print(plain(str(fault)), file=sys.stderr)
-    sys.exit(2)
+    prefix = "" if is_first_process() else "in a further process:\n"
+    print(plain(prefix + str(fault)), file=sys.stderr)
+    sys.exit(fault.status)
 
 
 def _show(result: Result, as_json: bool) -> None:
+    if not is_first_process():
+        return
     if as_json:
         print(json.dumps(result.to_json()))
     else:

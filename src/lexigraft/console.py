@@ -7,6 +7,7 @@ of a file passes through `plain`, so that no file can move the cursor or retitle
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -26,6 +27,11 @@ def set_quiet(quiet: bool) -> None:
     """Silence `note` and `progress` (the command line's `-q`); errors are still shown."""
     global _quiet  # noqa: PLW0603 - one process has one terminal
     _quiet = quiet
+
+
+def is_first_process() -> bool:
+    """False in the further processes of a distributed launch, which print and write nothing."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def plain(text: str) -> str:
@@ -56,7 +62,7 @@ def plain_line(text: str) -> str:
 
 def note(text: str) -> None:
     """Print one warning or notice on standard error, unless quiet."""
-    if not _quiet:
+    if not _quiet and is_first_process():
         print(plain(text), file=sys.stderr, flush=True)  # noqa: T201 - this is the one place
 
 
@@ -67,7 +73,7 @@ def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
     Bytes (`unit="B"`) are shown with their rate and the time left, anything else as a count.
     Nothing is drawn when quiet or when standard error is no terminal.
     """
-    if _quiet or not sys.stderr.isatty():
+    if _quiet or not sys.stderr.isatty() or not is_first_process():
         yield _count_silently
         return
     from rich.console import Console

@@ -13,11 +13,16 @@ class LexigraftError(Exception):
         needed: what would have been right.
         fix: one command or action to try next.
 
+    Attributes:
+        status: what the command line exits with.
+
     >>> print(LexigraftError("a.txt is empty", needed="some text", fix="name another file"))
     found:  a.txt is empty
     needed: some text
     try:    name another file
     """
+
+    status = 2
 
     def __init__(self, found: str, *, needed: str, fix: str) -> None:
         super().__init__(found)
@@ -31,3 +36,9 @@ class LexigraftError(Exception):
 
 class RefusalError(LexigraftError):
     """An input of a kind that lexigraft does not support, refused by name."""
+
+
+class StoppedError(LexigraftError):
+    """SIGTERM asked a run to stop; what it had done is kept."""
+
+    status = 143  # 128 + SIGTERM, as a shell has it

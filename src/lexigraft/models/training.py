@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lexigraft.errors import LexigraftError
+from lexigraft.console import is_first_process
+from lexigraft.errors import LexigraftError, StoppedError
 from lexigraft.files import read_json, write_json
 from lexigraft.models.adapter_files import (
     read_trained,
@@ -26,7 +29,7 @@ from lexigraft.models.adapter_files import (
 from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
-from lexigraft.models.packing import Blocks, collate
+from lexigraft.models.packing import IGNORED, Blocks, collate
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 
 LOG_FILE = "log.json"
@@ -37,6 +40,8 @@ WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use
 FINAL_RATE = 0.1  # of the learning rate, at the end of a cosine or a tail
 TAIL = 0.2  # of the steps, in which a WSD schedule falls
 CLIP_NORM = 1.0
+# A run has diverged when so many steps in a row cost more than so many times what it began with.
+DIVERGED_STEPS, DIVERGED_TIMES = 10, 2.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Schedule:
         accumulation: batches whose gradients are summed for one step.
         processes: how many work on a step together.
         checkpointing: compute activations again in the backward pass instead of keeping them.
+        guess: the loss of a blind guess among all rows, nats per target.
     """
 
     steps: int
@@ -71,6 +77,7 @@ class Schedule:
     accumulation: int = 1
     processes: int = 1
     checkpointing: bool = False
+    guess: float = 0.0
 
     @property
     def step_blocks(self) -> int:
@@ -86,11 +93,13 @@ class Progress:
         log: one entry per measurement.
         seconds: spent in training steps, measurements not counted.
         nats: training loss summed since the last entry.
+        first: training loss of the first step, nats per target.
     """
 
     log: list[dict[str, float | None]] = field(default_factory=list)
     seconds: float = 0.0
     nats: float = 0.0
+    first: float | None = None
 
     def write(self, folder: Path) -> None:
         """Save beside a checkpoint."""
@@ -110,14 +119,18 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         blocks: Blocks,
         schedule: Schedule,
         measure: Callable[[], dict[str, float | None]],
-        events: Path,
+        folder: Path,
         advance: Callable[[int], None],
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder
+        events = folder / "tensorboard"
         self.progress = Progress()
+        self.stopping = False
+        self._step_nats, self._bad_steps = 0.0, 0
         self._blocks, self._schedule, self._measure = blocks, schedule, measure
-        self._writer = SummaryWriter(str(events))
+        self._writer = SummaryWriter(str(events)) if is_first_process() else None
         self._advance = advance
         self._began = time.monotonic()
 
@@ -128,6 +141,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def tokens(self, step: int) -> int:
         """Targets consumed after `step` steps."""
         return _consumed(self._blocks.tokens, step * self._schedule.step_blocks)
+
+    def add(self, nats: float) -> None:
+        """Count the training loss of a batch."""
+        self.progress.nats += nats
+        self._step_nats += nats
 
     def record(self, step: int) -> None:
         """Measure now, and note it."""
@@ -143,10 +161,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         }
         self.progress.log.append(entry)
         self.progress.nats = 0.0
-        for key, value in entry.items():
-            if key not in _PLACE and value is not None:
-                self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+        if self._writer is not None:
+            for key, value in entry.items():
+                if key not in _PLACE and value is not None:
+                    self._writer.add_scalar(key, value, step)
+            self._writer.flush()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the untrained model, unless a checkpoint is resumed."""
@@ -159,16 +178,37 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count one step, and measure if it is one of the planned ones."""
+        """Count one step, measure if it is one of the planned ones, stop if that was asked for."""
         step = state.global_step
         self.progress.seconds += time.monotonic() - self._began
         self._advance(self.text_bytes(step) - self.text_bytes(step - 1))
+        self._require_sense(step)
         if step in self._schedule.measure_at:
             self.record(step)
+        if self.stopping and step < self._schedule.steps:
+            control.should_save = control.should_training_stop = True
+
+    def _require_sense(self, step: int) -> None:
+        """Raise when the loss has long been worse than both the first one and a blind guess."""
+        loss = self._step_nats / max(1, self.tokens(step) - self.tokens(step - 1))
+        self._step_nats = 0.0
+        if self.progress.first is None:
+            self.progress.first = loss
+        limit = DIVERGED_TIMES * max(self.progress.first, self._schedule.guess)
+        self._bad_steps = self._bad_steps + 1 if loss > limit else 0
+        if self._bad_steps >= DIVERGED_STEPS:
+            raise _diverged(
+                f"the loss of step {step} is {loss:.3g} nats per token, after "
+                f"{self.progress.first:.3g} in the first one, and has been as bad for "
+                f"{self._bad_steps} steps",
+                self.folder,
+                before=step - self._bad_steps + 1,
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _consumed(cumulative: Any, blocks: int) -> int:
@@ -226,14 +266,26 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The objective's mean over the targets of the whole step."""
         total, targets = self._objective.loss(model, inputs)
-        if not torch.isfinite(total):
-            raise _diverged(f"the loss of step {self.state.global_step + 1} is not a finite number")
-        self._monitor.progress.nats += float(total.detach())
-        loss = total / (targets if num_items_in_batch is None else num_items_in_batch)
+        # Summed over the processes, so that all of them stop at the same step.
+        seen = torch.stack([total.detach().float(), total.new_tensor(self._monitor.stopping)])
+        if self._schedule.processes > 1:
+            seen = self.accelerator.reduce(seen, "sum")
+        nats, stopping = seen.tolist()
+        self._monitor.stopping = stopping > 0
+        if not math.isfinite(nats):
+            step = self.state.global_step + 1
+            raise _diverged(f"the loss of step {step} is not a finite number", self._monitor.folder)
+        self._monitor.add(nats)
+        # Gradients of several processes are averaged, and their targets are counted together.
+        share = 1 if num_items_in_batch is None else self._schedule.processes
+        loss = total * share / (targets if num_items_in_batch is None else num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
+        _require_finite(self.model, self._monitor.folder)
         if self._trained_on is None:
             write_trained(folder, self.model, self._rows)
         else:
@@ -319,11 +371,14 @@ def fit(
         resume: continue from the newest checkpoint in `folder`, if there is one.
         objective: what is minimised; by default the loss of the next token.
     """
-    monitor = Monitor(blocks, schedule, measure, folder / "tensorboard", advance)
+    monitor = Monitor(blocks, schedule, measure, folder, advance)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         monitor.progress = Progress.read(checkpoint)
-    with _told_apart(), quiet_transformers():
+    if schedule.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    data: Any = blocks if schedule.processes == 1 else _WholeSteps(blocks, schedule.step_blocks)
+    with _told_apart(), quiet_transformers(), _stopped_by_sigterm(monitor):
         trainer = AdapterTrainer(
             model,
             rows,
@@ -331,32 +386,76 @@ def fit(
             monitor,
             objective or NextToken(),
             trained_on=trained_on,
-            train_dataset=blocks,
-            args=_arguments(folder / CHECKPOINTS, schedule),
+            train_dataset=data,
+            args=_arguments(folder / CHECKPOINTS, schedule, model),
         )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-        raise _diverged("the last step made weights that are not finite numbers")
+        done = trainer.state.global_step
+    if done < schedule.steps:
+        raise StoppedError(
+            f"stopped by SIGTERM after step {done:,} of {schedule.steps:,}, which is saved",
+            needed="the rest of the steps",
+            fix="run the same command again with --resume",
+        )
+    _require_finite(model, folder)
     return monitor
 
 
-def _diverged(found: str) -> LexigraftError:
+class _WholeSteps:
+    """Blocks, and behind them empty ones, so that every process has as many in the last step."""
+
+    def __init__(self, blocks: Blocks, step_blocks: int) -> None:
+        self._blocks, self._step = blocks, step_blocks
+
+    def __len__(self) -> int:
+        return -(-len(self._blocks) // self._step) * self._step
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        if place < len(self._blocks):
+            return self._blocks[place]
+        block = self._blocks[0]
+        return {**block, "labels": block["labels"] * 0 + IGNORED}
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(monitor: Monitor) -> Iterator[None]:
+    """SIGTERM lets the step under way end, and its checkpoint be written, while this lasts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+
+    def stop(*_: object) -> None:
+        monitor.stopping = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_finite(model: Any, folder: Path) -> None:
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise _diverged("the last step made weights that are not finite numbers", folder)
+
+
+def _diverged(found: str, folder: Path, before: int | None = None) -> LexigraftError:
+    good = last_checkpoint(folder, before)
+    kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written before"
     return LexigraftError(
-        found,
-        needed="a training run that stays finite; checkpoints up to here are kept",
+        f"{found}; {kept}",
+        needed="a training run that stays finite, and better than a blind guess",
         fix="halve --learning-rate and --new-row-learning-rate, and start again with --force",
     )
 
 
-def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
+def _arguments(folder: Path, schedule: Schedule, model: Any) -> TrainingArguments:
     on_gpu = device() == "cuda"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulation,
-        gradient_checkpointing=schedule.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         max_grad_norm=CLIP_NORM,
         save_strategy="steps",
         save_steps=schedule.save_steps,
@@ -368,7 +467,13 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         seed=schedule.seed,
         use_cpu=not on_gpu,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        average_tokens_across_devices=True,
+        # Experts that no token of a batch went to have no gradient; to look for them costs time.
+        ddp_find_unused_parameters=any(".experts." in name for name, _ in model.named_parameters()),
     )
+    if arguments.n_gpu > 1:  # several GPUs are for several processes, not for DataParallel
+        arguments._n_gpu = 1
+    return arguments
 
 
 @contextlib.contextmanager

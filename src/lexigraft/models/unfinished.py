@@ -20,6 +20,11 @@ PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
 
 
+def partial_of(output: Path) -> Path:
+    """`OUT.partial`."""
+    return output.with_name(f"{output.name}.partial")
+
+
 @contextmanager
 def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> Iterator[Path]:
     """`OUT.partial`, locked: new, or that of the run which `resume` continues.
@@ -30,7 +35,7 @@ def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool)
         LexigraftError: a run works there, or an unfinished one is neither resumed nor replaced,
             or the one to resume had another plan.
     """
-    folder = output.with_name(f"{output.name}.partial")
+    folder = partial_of(output)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
@@ -55,13 +60,20 @@ def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool)
     shutil.rmtree(folder)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of an unfinished run; Trainer writes its state last."""
+def last_checkpoint(folder: Path, before: int | None = None) -> Path | None:
+    """The newest whole checkpoint of an unfinished run; Trainer writes its state last.
+
+    Args:
+        folder: `OUT.partial`.
+        before: look only at those of earlier steps than this.
+    """
     found = []
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((path / "trainer_state.json").read_text())
-            found.append((int(state["global_step"]), path))
+            step = int(state["global_step"])
+            if before is None or step < before:
+                found.append((step, path))
     return max(found, default=(0, None))[1]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.console import note, progress
+from lexigraft.console import is_first_process, note, progress
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
@@ -35,7 +35,8 @@ from lexigraft.models.preparation import (
     prepare,
     read_texts,
 )
-from lexigraft.models.unfinished import unfinished
+from lexigraft.models.processes import process_count, refuse_other_ways, shared
+from lexigraft.models.unfinished import partial_of, unfinished
 from lexigraft.models.verdict import adoption, judge, verdict_lines
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def train(
     ):
         _require_known(name, value, known)
     _require_sense(mode, old_rows, dtype)
+    refuse_other_ways()
     output = Path(output)
     source = local_folder(model)
     origin = None if base is None else local_folder(base)
@@ -244,12 +246,14 @@ def train(
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
+        processes=process_count(),
     )
     texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
     job = prepare(source, texts, settings)
     _require_rows_to_train(job)
     points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
-    with unfinished(output, job.plan, resume=resume, force=force) as folder:
+    workplace = unfinished(output, job.plan, resume=resume, force=force)
+    with shared(workplace, partial_of(output)) as folder:
         result = _train(
             job,
             points,
@@ -260,8 +264,9 @@ def train(
             resume=resume,
             trust_remote_code=trust_remote_code,
         )
-        fsync_tree(folder / "result")
-        replace_folder(folder / "result", output, force=force)
+        if is_first_process():
+            fsync_tree(folder / "result")
+            replace_folder(folder / "result", output, force=force)
     return result
 
 
@@ -351,13 +356,15 @@ def _train(
         accumulation=wanted.gradient_accumulation,
         processes=wanted.processes,
         checkpointing=wanted.gradient_checkpointing,
+        guess=math.log(len(model.get_input_embeddings().weight)),
     )
     _tell(job, trained)
     monitor = _fit(job, trained, rows, schedule, folder, resume=resume)
     seen = evidence(job, trained, rows.moved().tolist()) if rows else []
     result = _result(job, output, monitor, reference, seen)
-    _write(job, folder / "result", trained, rows, result)
-    _write_report(job, folder / "result", result, seen)
+    if is_first_process():
+        _write(job, folder / "result", trained, rows, result)
+        _write_report(job, folder / "result", result, seen)
     return result
 
 
