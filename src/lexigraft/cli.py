@@ -313,6 +313,16 @@ def train(
             help="rows: new rows only; lora: new rows and LoRA on the body; full: everything."
         ),
     ] = "lora",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="lm: the next token; distill: the model's own reading (with --mode rows)."
+        ),
+    ] = "lm",
+    passes: Annotated[
+        int | None,
+        typer.Option(help="Times the text is read.", show_default="1; distill: 4", min=1),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
@@ -377,6 +387,8 @@ def train(
         general=general,
         held_out=held_out,
         mode=mode,
+        objective=objective,
+        passes=passes,
         max_steps=max_steps,
         max_bytes=max_bytes,
         max_tokens=max_tokens,

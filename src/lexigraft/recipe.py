@@ -90,6 +90,8 @@ class TrainStage(_Part):
     """Options of one `train`; what is left out takes the default of the verb."""
 
     mode: Literal["rows", "lora", "full"] = "lora"
+    objective: Literal["lm", "distill"] | None = None
+    passes: int | None = Field(default=None, ge=1)
     max_bytes: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)

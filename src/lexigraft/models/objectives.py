@@ -63,7 +63,7 @@ class NextToken:
         found: list[Tensor] = []
 
         def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
-            after = _behind_head(inner.config)
+            after = behind_head(inner.config)
             parameters = [p for p in module.parameters() if p.requires_grad]
             kept = targets >= 0
             size = max(1, LOGITS // len(module.weight))
@@ -73,7 +73,7 @@ class NextToken:
             found.append(loss)
             return loss.reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
 
-        with _replaced_head(inner, head):
+        with replaced_head(inner, head):
             outputs = _logits(model, inputs)
         # Wrappers look for what needs a gradient in the outputs: the loss must reach it there too.
         return found[0] + 0.0 * outputs.sum(), count
@@ -141,19 +141,19 @@ def can_chunk(model: Any, ids: Tensor) -> bool:
     few = ids[:1, :_PROBED]
     was_training = model.training
     model.eval()
-    with torch.no_grad(), _replaced_head(model, head):
+    with torch.no_grad(), replaced_head(model, head):
         logits = model(input_ids=few, use_cache=False).logits
     model.train(was_training)
     if len(seen) != 1 or seen[0][0].shape[:2] != few.shape:
         return False
-    found = _behind_head(model.config)(seen[0][1])
+    found = behind_head(model.config)(seen[0][1])
     return found.shape == logits.shape and bool(
         torch.allclose(found.float(), logits.float(), rtol=1e-5, atol=1e-6)
     )
 
 
 @contextlib.contextmanager
-def _replaced_head(
+def replaced_head(
     model: Any, forward: Callable[[Any, _ToLogits, Tensor], Tensor]
 ) -> Iterator[None]:
     """While it lasts, the head computes `forward(head, its own forward, hidden states)`."""
@@ -165,7 +165,7 @@ def _replaced_head(
         del head.forward  # the one of the class comes back
 
 
-def _behind_head(config: Any) -> _ToLogits:
+def behind_head(config: Any) -> _ToLogits:
     """What a model does to the output of its head, by its config.
 
     `final_logit_softcapping` is Gemma's, `logit_scale` Cohere's, `logits_scaling` Granite's.

@@ -91,6 +91,20 @@ def pack(
     )
 
 
+def repeated(blocks: Blocks, passes: int, seed: int) -> Blocks:
+    """`blocks` read `passes` times: first in their order, then each time in another one."""
+    random = np.random.default_rng(seed)
+    orders = [np.arange(len(blocks)), *(random.permutation(len(blocks)) for _ in range(passes - 1))]
+    order = np.concatenate(orders)
+    return Blocks(
+        blocks.inputs[order],
+        blocks.targets[order],
+        blocks.positions[order],
+        np.diff(blocks.text_bytes, prepend=0)[order].cumsum(),
+        np.diff(blocks.tokens, prepend=0)[order].cumsum(),
+    )
+
+
 def _joined(parts: list[NDArray[np.int32]], length: int, fill: int) -> NDArray[np.int32]:
     flat = np.full(length, fill, dtype=np.int32)
     if parts:

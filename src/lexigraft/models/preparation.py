@@ -28,7 +28,7 @@ from lexigraft.models.evidence import (
     shares,
 )
 from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
-from lexigraft.models.packing import Blocks, pack
+from lexigraft.models.packing import Blocks, pack, repeated
 from lexigraft.models.reading import encoded, reading, shuffled
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
@@ -63,6 +63,8 @@ class Settings:
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     processes: int = 1
+    objective: str = "lm"
+    passes: int = 1
 
     @property
     def step_blocks(self) -> int:
@@ -170,6 +172,8 @@ def prepare(folder: Path, texts: Texts, settings: Settings) -> Job:
             fix="give a larger --corpus, or separate texts for --held-out",
         )
     blocks = pack(_stream(texts, family, settings), settings.block_size, start=start, end=end)
+    if settings.passes > 1:
+        blocks = repeated(blocks, settings.passes, settings.seed)
     steps = -(-len(blocks) // settings.step_blocks)
     steps = min(steps, settings.max_steps or steps)
     _require_new_tokens(blocks, ids)

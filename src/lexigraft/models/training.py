@@ -151,12 +151,13 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         """Measure now, and note it."""
         last = int(self.progress.log[-1]["text_bytes"] or 0) if self.progress.log else 0
         size = self.text_bytes(step)
+        nats = self.progress.nats
         entry: dict[str, float | None] = {
             "step": step,
             "text_bytes": size,
             "tokens": self.tokens(step),
             "seconds": round(self.progress.seconds, 3),
-            "train_bpb": self.progress.nats / math.log(2) / (size - last) if size > last else None,
+            "train_bpb": nats / math.log(2) / (size - last) if nats else None,
             **self._measure(),
         }
         self.progress.log.append(entry)
@@ -275,7 +276,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(nats):
             step = self.state.global_step + 1
             raise _diverged(f"the loss of step {step} is not a finite number", self._monitor.folder)
-        self._monitor.add(nats)
+        if isinstance(self._objective, NextToken):
+            self._monitor.add(nats)
         # Gradients of several processes are averaged, and their targets are counted together.
         share = 1 if num_items_in_batch is None else self._schedule.processes
         loss = total * share / (targets if num_items_in_batch is None else num_items_in_batch)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lexigraft.models.training import Monitor, Schedule
 
 MODES = ("rows", "lora", "full")
+OBJECTIVES = ("lm", "distill")
 OLD_ROWS = ("frozen", "slow")
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -56,6 +57,7 @@ RATES = {
 }
 LARGE = 10**9
 FULL_WEIGHT_DECAY = 0.1
+DISTILL_PASSES = 4  # the teacher reads once, and later passes are a fifth of the work
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -136,6 +138,8 @@ def train(
     general: Sequence[str | Path] = (),
     held_out: Sequence[str | Path] = (),
     mode: str = "lora",
+    objective: str = "lm",
+    passes: int | None = None,
     max_steps: int | None = None,
     max_bytes: int | None = None,
     max_tokens: int | None = None,
@@ -167,14 +171,17 @@ def train(
 ) -> TrainResult:
     """Train the new rows of `model`, and of its body nothing, LoRA, or everything.
 
-    One pass over the documents of `corpus` that are not held out, in an order that depends on
-    their content alone, unless `max_*` says otherwise (more text than there is: several
-    passes). Old rows stay bit for bit as they are unless `old_rows` is `slow`, and so does the
+    Reads the documents of `corpus` that are not held out, in an order that depends on their
+    content alone, unless `max_*` says otherwise (more text than there is: it begins again). Old
+    rows stay bit for bit as they are unless `old_rows` is `slow`, and so does the
     body in mode `rows`. Works in `OUT.partial`, which `resume` continues after a kill. Modes
     `rows` and `lora` write an adapter, `full` writes a whole model folder.
 
     Args:
         model: a folder that `graft` wrote, or any causal LM (then `mode` must not be `rows`).
+        objective: `lm`, the next token; or `distill`, in mode `rows`: the model's own reading of
+            the text in base ids (`models/distill.py`).
+        passes: how often that text is read; by default once, with `distill` `DISTILL_PASSES` times.
         general: general text: mixed in as `replay`, and measured for forgetting.
         held_out: domain text to measure on; without it, `corpus.held_out` chooses documents of
             `corpus`, which are then not trained on.
@@ -207,12 +214,13 @@ def train(
     """
     for name, value, known in (
         ("mode", mode, MODES),
+        ("objective", objective, OBJECTIVES),
         ("old-rows", old_rows, OLD_ROWS),
         ("schedule", schedule, SCHEDULES),
         ("dtype", dtype, DTYPES),
     ):
         _require_known(name, value, known)
-    _require_sense(mode, old_rows, dtype)
+    _require_sense(mode, objective, old_rows, dtype)
     refuse_other_ways()
     output = Path(output)
     source = local_folder(model)
@@ -221,6 +229,8 @@ def train(
     texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
     refuse_overwriting(output, [source, *texts_read])
     body_rate, row_rate = _rates(source, mode)
+    if passes is None:
+        passes = DISTILL_PASSES if objective == "distill" else 1
     if weight_decay is None:
         weight_decay = FULL_WEIGHT_DECAY if mode == "full" else 0.0
     settings = Settings(
@@ -247,6 +257,8 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
         processes=process_count(),
+        objective=objective,
+        passes=passes,
     )
     texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
     job = prepare(source, texts, settings)
@@ -277,7 +289,13 @@ def _require_known(name: str, value: str, known: Sequence[str]) -> None:
         )
 
 
-def _require_sense(mode: str, old_rows: str, dtype: str) -> None:
+def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
+    if objective == "distill" and mode != "rows":
+        raise LexigraftError(
+            f"--objective distill with --mode {mode}",
+            needed="--mode rows: a body that moves is no teacher",
+            fix="distil first with --mode rows, merge, and train with --objective lm",
+        )
     if old_rows != "frozen" and mode != "full":
         raise LexigraftError(
             f"--old-rows {old_rows} with --mode {mode}",
@@ -414,6 +432,8 @@ def _fit(
     *,
     resume: bool,
 ) -> Monitor:
+    from lexigraft.models.distill import Distill
+    from lexigraft.models.objectives import NextToken
     from lexigraft.models.training import fit
 
     last = min(len(job.blocks), job.steps * job.settings.step_blocks) - 1
@@ -428,6 +448,11 @@ def _fit(
             measure=lambda: measure(job, trained),
             advance=advance,
             resume=resume,
+            objective=(
+                Distill(trained, rows, job.new, job.blocks)
+                if rows and job.settings.objective == "distill"
+                else NextToken()
+            ),
         )
 
 
