@@ -142,10 +142,10 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         """Targets consumed after `step` steps."""
         return _consumed(self._blocks.tokens, step * self._schedule.step_blocks)
 
-    def add(self, nats: float) -> None:
-        """Count the training loss of a batch."""
-        self.progress.nats += nats
-        self._step_nats += nats
+    def add(self, loss: float, *, is_likelihood: bool) -> None:
+        """Count the training loss of a batch; only a likelihood can be told in bits."""
+        self.progress.nats += loss if is_likelihood else 0.0
+        self._step_nats += loss
 
     def record(self, step: int) -> None:
         """Measure now, and note it."""
@@ -276,8 +276,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(nats):
             step = self.state.global_step + 1
             raise _diverged(f"the loss of step {step} is not a finite number", self._monitor.folder)
-        if isinstance(self._objective, NextToken):
-            self._monitor.add(nats)
+        self._monitor.add(nats, is_likelihood=isinstance(self._objective, NextToken))
         # Gradients of several processes are averaged, and their targets are counted together.
         share = 1 if num_items_in_batch is None else self._schedule.processes
         loss = total * share / (targets if num_items_in_batch is None else num_items_in_batch)
