@@ -27,8 +27,8 @@ QUICK = {"block_size": 64, "max_bytes": 6000, "measurements": 2, "measured_bytes
 APART = {"seed": 0, "measured_bytes": 3000}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
+@pytest.fixture(scope="module", name="place")
+def make_place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     (folder / "corpus.txt").write_text(parts.corpus_text(documents=40), "utf-8")
     english = parts.plain_english().splitlines()

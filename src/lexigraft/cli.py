@@ -358,6 +358,9 @@ def train(
     ] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
     replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
+    replay_schedule: Annotated[
+        str, typer.Option(help="even, or early: all general text in the first part.")
+    ] = "even",
     base: Annotated[
         Path | None,
         typer.Option(
@@ -406,6 +409,7 @@ def train(
         dtype=dtype,
         lora_rank=lora_rank,
         replay=replay,
+        replay_schedule=replay_schedule,
         base=base,
         measurements=measurements,
         save_steps=save_steps,

@@ -2,8 +2,9 @@
 
 A spec is a file, a folder (searched to any depth), a quoted glob or a data set
 `hf:owner/name[:config][:split]`; `#weight=2,column=findings` behind it says how much its
-occurrences count in `learn` and which field holds the text. The formats are those of
-`lexigraft.text_formats`. Files are streamed: memory does not grow with the corpus.
+occurrences count in `learn`, how often `train` reads it, and which field holds the text. The
+formats are those of `lexigraft.text_formats`. Files are streamed: memory does not grow with the
+corpus.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ __all__ = [
     "say_remarks",
     "sources",
     "text_files",
+    "weighted_documents",
 ]
 
 HELD_OUT_SHARE = 0.05
@@ -108,13 +110,18 @@ def read_documents(specs: Sequence[str | Path]) -> Iterator[str]:
     Raises:
         LexigraftError: nothing to read, text that is not UTF-8, or damaged records.
     """
+    return (document for document, _ in weighted_documents(specs))
+
+
+def weighted_documents(specs: Sequence[str | Path]) -> Iterator[tuple[str, float]]:
+    """`read_documents`, each with the weight of its file."""
     empty = True
     files = inputs(specs)
     for file in files:
         remarks = Remarks()
         for document in read_part(Part(file), remarks):
             empty = False
-            yield document
+            yield document, file.weight
         say_remarks(file.name, remarks)
     if empty:
         raise nothing_to_read(files)

@@ -131,16 +131,21 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
     Raises:
         LexigraftError: less is free.
     """
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if free < needed_bytes:
         raise LexigraftError(
             f"{free / 1e9:,.2f} GB free on the disk of {folder}",
             needed=f"{needed_bytes / 1e9:,.2f} GB",
             fix="free some space or choose another -o",
         )
+
+
+def existing_parent(path: Path) -> Path:
+    """`path` itself or the nearest folder above it that is there."""
+    place = path.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
 
 
 def fsync_path(path: Path) -> None:

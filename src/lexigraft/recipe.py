@@ -110,6 +110,7 @@ class TrainStage(_Part):
     gradient_checkpointing: bool | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     replay: float | None = Field(default=None, ge=0, lt=1)
+    replay_schedule: Literal["even", "early"] | None = None
     measurements: int | None = Field(default=None, ge=1)
     measured_bytes: int | None = Field(default=None, ge=1)
 

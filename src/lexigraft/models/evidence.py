@@ -33,6 +33,7 @@ WRITTEN = 512
 # Positions of training text that are read for rows that held-out text lacks: about as many as a
 # measurement reads.
 TRAINING_POSITIONS = 8192
+_BLOCKS = 2**12  # blocks that are looked at together
 
 
 class NewTokens(NamedTuple):
@@ -243,7 +244,7 @@ def _row(
 ) -> RowEvidence:
     return RowEvidence(
         id=token,
-        text=_shown(new.family.token_bytes(token)),
+        text=shown(new, token),
         targets=seen[0],
         inputs=seen[1],
         moved=seen[2],
@@ -258,8 +259,9 @@ def _row(
     )
 
 
-def _shown(data: bytes) -> str:
+def shown(new: NewTokens, token: int) -> str:
     """A token as text; one that is no whole characters, in hexadecimal."""
+    data = new.family.token_bytes(token)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -269,17 +271,20 @@ def _shown(data: bytes) -> str:
 def _training_lines(blocks: Blocks, ids: range, at_hand: set[int]) -> list[list[int]]:
     """Parts of documents that end in new tokens which are not `at_hand`, one for each."""
     lines: list[list[int]] = []
-    missing = set(ids) - at_hand
+    missing = np.array([token not in at_hand for token in ids])
     room = TRAINING_POSITIONS
-    for place in range(len(blocks)):
-        if not missing or room <= 0:
-            break
-        wanted = [int(t) for t in np.unique(blocks.targets[place]) if int(t) in missing]
-        for token in wanted:
-            line = _up_to(blocks, place, token)
-            room -= len(line)
-            lines.append(line)
-        missing.difference_update(wanted)
+    for begin in range(0, len(blocks), _BLOCKS):
+        found = blocks.targets[begin : begin + _BLOCKS]
+        place, _ = np.nonzero((found >= ids.start) & (found < ids.stop))
+        for number in np.unique(place).tolist():
+            targets = found[number]
+            new = np.unique(targets[(targets >= ids.start) & (targets < ids.stop)]) - ids.start
+            for token in (new[missing[new]] + ids.start).tolist():
+                lines.append(_up_to(blocks, begin + number, token))
+                room -= len(lines[-1])
+            missing[new] = False
+            if room <= 0 or not missing.any():
+                return lines
     return lines
 
 

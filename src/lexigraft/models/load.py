@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lexigraft.checkpoints.architectures import vocabulary_of
+from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import token_text
 from lexigraft.files import read_json
@@ -102,7 +104,11 @@ def require_row(folder: Path, model: Any, family: Family, token_id: int) -> None
     Raises:
         LexigraftError: it does; the id is named with its text.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    require_rows(folder, model.get_input_embeddings().weight.shape[0], family, token_id)
+
+
+def require_rows(folder: Path, rows: int, family: Family, token_id: int) -> None:
+    """`require_row`, of a model of which only the number of rows is known."""
     if token_id >= rows:
         raise LexigraftError(
             f"the text holds {family.map.texts.get(token_id)!r} (token id {token_id}), "
@@ -111,6 +117,14 @@ def require_row(folder: Path, model: Any, family: Family, token_id: int) -> None
             fix=f"lexigraft graft BASE {folder} -o MODEL (BASE is this model before its tokenizer "
             "was extended)",
         )
+
+
+def rows_on_disk(folder: Path) -> int | None:
+    """Rows of the vocabulary tensors, by the headers of the files; None where they do not tell."""
+    try:
+        return vocabulary_of(Checkpoint.open(folder)).rows
+    except LexigraftError:  # an architecture that transformers may still load, or explain
+        return None
 
 
 def context_limit(model: Any) -> int:

@@ -8,14 +8,18 @@ document and each block; attention is cut where they restart (`position_ids` in 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORED = -100  # the target that no loss counts, as everywhere in torch and transformers
+_COLUMNS = ("inputs.bin", "targets.bin", "positions.bin")
+_WAITING = 2**18  # positions that are gathered before they are written
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def pack(
     *,
     start: Sequence[int],
     end: int | None,
+    folder: Path | None = None,
 ) -> Blocks:
     """Blocks of `block_size` positions out of (ids, UTF-8 bytes) of documents.
 
@@ -59,35 +64,48 @@ def pack(
         block_size: T, positions per block.
         start: what stands before each document (bos, else eos); only its last id predicts.
         end: what the model should predict after each document, or None.
+        folder: where the blocks are kept, in files that are mapped into memory; without it they
+            are in memory.
 
     >>> blocks = pack([([5, 6], 2), ([7], 1)], 3, start=[1], end=2)
     >>> blocks.inputs.tolist(), blocks.targets.tolist(), blocks.positions.tolist()
     ([[1, 5, 6], [1, 7, 0]], [[5, 6, 2], [7, 2, -100]], [[0, 1, 2], [0, 1, 0]])
     """
-    inputs: list[NDArray[np.int32]] = []
-    targets: list[NDArray[np.int32]] = []
-    ends, sizes = [0], [0]
+    columns = _Columns(block_size, folder)
+    # Two numbers for each document, however many there are.
+    ends, sizes = array("q", [0]), array("q", [0])
     tail = [] if end is None else [end]
     for ids, size in documents:
         line = np.array([*start, *ids, *tail], dtype=np.int32)
         target = line[1:].copy()
         target[: len(start) - 1] = IGNORED
-        inputs.append(line[:-1])
-        targets.append(target)
+        columns.add(line[:-1], target)
         ends.append(ends[-1] + len(target))
         sizes.append(sizes[-1] + size)
-    total = ends[-1]
-    padded = -(-total // block_size) * block_size
-    shape = (-1, block_size)
-    flat_inputs = _joined(inputs, padded, 0)
-    flat_targets = _joined(targets, padded, IGNORED)
-    block_ends = np.minimum(np.arange(block_size, padded + 1, block_size), total)
-    return Blocks(
-        flat_inputs.reshape(shape),
-        flat_targets.reshape(shape),
-        _positions(np.array(ends), padded, block_size).reshape(shape),
+    inputs, targets, positions = columns.finish()
+    block_ends = np.minimum(np.arange(1, len(inputs) + 1) * block_size, ends[-1])
+    blocks = Blocks(
+        inputs,
+        targets,
+        positions,
         np.floor(np.interp(block_ends, ends, sizes) + 1e-6).astype(np.int64),
-        (flat_targets.reshape(shape) != IGNORED).sum(axis=1).cumsum(),
+        columns.counted(),
+    )
+    if folder is not None:
+        np.save(folder / "text_bytes.npy", blocks.text_bytes)
+        np.save(folder / "tokens.npy", blocks.tokens)
+    return blocks
+
+
+def packed(folder: Path, block_size: int) -> Blocks:
+    """The blocks that `pack` left in `folder`."""
+    inputs, targets, positions = (_mapped(folder / name, block_size) for name in _COLUMNS)
+    return Blocks(
+        inputs,
+        targets,
+        positions,
+        np.load(folder / "text_bytes.npy", allow_pickle=False),
+        np.load(folder / "tokens.npy", allow_pickle=False),
     )
 
 
@@ -105,21 +123,72 @@ def repeated(blocks: Blocks, passes: int, seed: int) -> Blocks:
     )
 
 
-def _joined(parts: list[NDArray[np.int32]], length: int, fill: int) -> NDArray[np.int32]:
-    flat = np.full(length, fill, dtype=np.int32)
-    if parts:
-        joined = np.concatenate(parts)
-        flat[: len(joined)] = joined
-    return flat
+class _Columns:
+    """Inputs, targets and positions as they grow, in memory or in files.
+
+    A position is the distance to the start of the document or of the block, whichever is nearer.
+    """
+
+    def __init__(self, block_size: int, folder: Path | None) -> None:
+        self._block_size, self._folder = block_size, folder
+        self._parts: list[NDArray[np.int32]] = []  # each (3, n)
+        self._length = self._waiting = 0
+        self._counts: list[NDArray[np.int64]] = []  # targets of each block that is whole
+        self._rest = np.zeros((3, 0), dtype=np.int32)
+        self._whole: list[NDArray[np.int32]] = []
+        if folder is not None:
+            for name in _COLUMNS:
+                (folder / name).write_bytes(b"")
+
+    def add(self, inputs: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """One document."""
+        place = np.arange(self._length, self._length + len(inputs))
+        begin = np.maximum(self._length, place // self._block_size * self._block_size)
+        part = np.stack([inputs, targets, (place - begin).astype(np.int32)])
+        self._parts.append(part)
+        self._length += len(inputs)
+        self._waiting += len(inputs)
+        if self._waiting >= _WAITING:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Move all whole blocks on."""
+        joined = np.concatenate([self._rest, *self._parts], axis=1)
+        blocks = joined.shape[1] // self._block_size
+        whole, self._rest = np.split(joined, [blocks * self._block_size], axis=1)
+        self._parts, self._waiting = [], 0
+        self._counts.append((whole[1].reshape(-1, self._block_size) != IGNORED).sum(axis=1))
+        if self._folder is None:
+            self._whole.append(whole)
+            return
+        for name, column in zip(_COLUMNS, whole, strict=True):
+            with (self._folder / name).open("ab") as stream:
+                stream.write(column.tobytes())
+
+    def finish(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """The columns, each (B, T), the last block filled up."""
+        missing = -self._length % self._block_size
+        self.add(np.zeros(missing, np.int32), np.full(missing, IGNORED, np.int32))
+        self._flush()
+        if self._folder is not None:
+            first, second, third = (
+                _mapped(self._folder / name, self._block_size) for name in _COLUMNS
+            )
+        else:
+            joined = np.concatenate(self._whole, axis=1)
+            first, second, third = joined.reshape(3, -1, self._block_size)
+        return first, second, third
+
+    def counted(self) -> NDArray[np.int64]:
+        """Targets up to each block's end."""
+        return np.concatenate(self._counts).cumsum()
 
 
-def _positions(ends: NDArray[np.int64], length: int, block_size: int) -> NDArray[np.int32]:
-    """Distance to the start of the document or of the block, whichever is nearer."""
-    place = np.arange(length)
-    document = ends[np.searchsorted(ends, place, side="right") - 1]
-    block = place // block_size * block_size
-    distance: NDArray[np.int32] = (place - np.maximum(document, block)).astype(np.int32)
-    return distance
+def _mapped(path: Path, block_size: int) -> NDArray[np.int32]:
+    if not path.stat().st_size:  # which cannot be mapped
+        return np.zeros((0, block_size), dtype=np.int32)
+    flat = np.memmap(path, dtype=np.int32, mode="r")
+    return flat.reshape(-1, block_size)
 
 
 def collate(items: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Any]:

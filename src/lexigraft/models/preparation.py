@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lexigraft import families
 from lexigraft.console import note
+from lexigraft.corpus import content_digest, read_documents, sources, weighted_documents
 from lexigraft.corpus import held_out as is_held_out
-from lexigraft.corpus import read_documents, sources
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.files import sha256_json
+from lexigraft.files import read_json, require_free_space, sha256_json, write_json
 from lexigraft.manifest import Manifest, TextSource
 from lexigraft.models.bits import score, windows
 from lexigraft.models.evidence import (
@@ -26,13 +28,27 @@ from lexigraft.models.evidence import (
     gather,
     new_tokens,
     shares,
+    shown,
 )
-from lexigraft.models.load import context_limit, load_model, new_ids, start_and_end
-from lexigraft.models.packing import Blocks, pack, repeated
-from lexigraft.models.reading import encoded, reading, shuffled
+from lexigraft.models.load import (
+    context_limit,
+    load_model,
+    new_ids,
+    require_rows,
+    rows_on_disk,
+    start_and_end,
+)
+from lexigraft.models.packing import Blocks, pack, packed, repeated
+from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
+from lexigraft.models.verdict import Thresholds
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
 _SMALLEST_WINDOW = 64
+_SHOWN = 60  # characters of a document, in a message
+_KEY = "key.json"
+_PACKED = 8  # bytes of packed blocks per byte of text: three numbers of 4 bytes for each token
+_FIRST = 64  # documents that tell how long tokens are
+_CHUNK = 2**12  # blocks that are looked at together
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Settings:
     processes: int = 1
     objective: str = "lm"
     passes: int = 1
+    replay_schedule: str = "even"
 
     @property
     def step_blocks(self) -> int:
@@ -74,10 +91,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to train on and windows to measure on, domain and general."""
+    """Documents to train on and windows to measure on, domain and general.
 
-    domain: list[str]
-    general: list[str]
+    Attributes:
+        general: in the pieces that are mixed in.
+    """
+
+    domain: Documents
+    general: Documents
     held_domain: list[str]
     held_general: list[str]
     sources: dict[str, list[TextSource]]
@@ -89,7 +110,7 @@ class Job:
 
     Attributes:
         new: the new tokens, which may be none.
-        plan: what a resumed run must share with the one it continues.
+        highest: the highest id in the blocks.
     """
 
     folder: Path
@@ -98,9 +119,9 @@ class Job:
     start: list[int]
     texts: Texts
     blocks: Blocks
+    highest: int
     steps: int
     settings: Settings
-    plan: dict[str, Any]
 
     @property
     def ids(self) -> range:
@@ -115,12 +136,24 @@ def read_texts(
     *,
     seed: int,
     measured_bytes: int,
+    near: Path | None = None,
 ) -> Texts:
-    """Read and split the texts; what is measured is at most `measured_bytes` of each kind."""
-    domain, apart = _split(read_documents(corpus), whole=bool(held_out))
+    """Read and split the texts; what is measured is at most `measured_bytes` of each kind.
+
+    Args:
+        near: a folder on whose disk texts are kept that do not fit into memory.
+
+    Raises:
+        LexigraftError: nothing to read, or a document of `held_out` that would be trained on too.
+    """
+    separate = list(read_documents(held_out)) if held_out else []
+    given = set(map(_fingerprint, separate))
+    domain, apart = _split(corpus, given, near, "corpus", whole=bool(held_out))
     if held_out:
-        apart = list(read_documents(held_out))
-    replayed, general_apart = _split(read_documents(general) if general else [])
+        apart = Documents((document, 1.0) for document in separate)
+    replayed, general_apart = (
+        _split(general, given, near, "general") if general else (Documents(), Documents())
+    )
     for name, texts in (("corpus", apart), ("general", general_apart)):
         if not texts and (name == "corpus" or general):
             note(f"no document of --{name} is held out (too few documents), so none is measured")
@@ -135,19 +168,54 @@ def read_texts(
     )
 
 
-def _split(documents: Iterable[str], *, whole: bool = False) -> tuple[list[str], list[str]]:
-    kept: list[str] = []
-    apart: list[str] = []
-    for document in documents:
-        (apart if not whole and is_held_out(document) else kept).append(document)
-    return kept, apart
+def _fingerprint(document: str) -> bytes:
+    """The hash of a document, whatever white space its format left around it."""
+    return content_digest(document.strip())
 
 
-def _measured(documents: list[str], *, seed: int, limit: int) -> list[str]:
+def _split(
+    specs: Sequence[str | Path],
+    given: set[bytes],
+    near: Path | None,
+    name: str,
+    *,
+    whole: bool = False,
+) -> tuple[Documents, Documents]:
+    """Documents to train on, general ones in pieces, and those held out unless all are trained on.
+
+    Raises:
+        LexigraftError: one to train on is among those that are `given` to be measured on.
+    """
+    apart = Documents(near=near)
+    shared: dict[bytes, str] = {}
+
+    def kept() -> Iterator[tuple[str, float]]:
+        for document, weight in weighted_documents(specs):
+            if not whole and is_held_out(document):
+                apart.add(document)
+                continue
+            if given and (mark := _fingerprint(document)) in given:
+                shared[mark] = document
+            yield document, weight
+
+    found = Documents(pieces(kept()) if name == "general" else kept(), near)
+    if shared:
+        first = " ".join(next(iter(shared.values())).split())[:_SHOWN]
+        raise LexigraftError(
+            f"{len(shared):,} of {len(given):,} documents of --held-out are in --{name} too, the "
+            f"first: {first!r}",
+            needed="text to measure on that is not trained on",
+            fix=f"remove them from --{name}, or leave out --held-out: then a part of the corpus is "
+            "held out",
+        )
+    return found, apart
+
+
+def _measured(documents: Documents, *, seed: int, limit: int) -> list[str]:
     """Windows of `documents`, in a fixed random order, up to `limit` bytes in all."""
     found: list[str] = []
     left = limit
-    for document in shuffled(documents, seed):
+    for document in in_order(documents, seed):
         for window in windows(document, WINDOW_BYTES):
             left -= len(window.encode())
             if left < 0:
@@ -156,40 +224,80 @@ def _measured(documents: list[str], *, seed: int, limit: int) -> list[str]:
     return found
 
 
-def prepare(folder: Path, texts: Texts, settings: Settings) -> Job:
-    """Encode, order and pack the texts, and check them against the tokenizer.
+def plan_of(family: Family, texts: Texts, settings: Settings) -> dict[str, Any]:
+    """What a resumed run must share with the one it continues; `family` is the model's."""
+    return {
+        "settings": asdict(settings),
+        "tokens": family.map.tokens,
+        "tokenizer": sha256_json([family.map.hash, family.content_hash]),
+        "model": (Manifest.read(family.folder) or Manifest()).hash,
+        "texts": sha256_json(
+            {
+                name: [[s.sha256, s.weight, s.column] for s in found]
+                for name, found in texts.sources.items()
+            }
+        ),
+    }
+
+
+def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None = None) -> Job:
+    """Encode, order and pack the texts, and check them against tokenizer and rows.
+
+    Args:
+        folder: the model's.
+        cache: where the packed blocks are kept; those of an earlier call are taken if texts,
+            tokenizer and settings are the same by their content. Without it they are in memory.
 
     Raises:
-        LexigraftError: nothing is left to train on, or no new token occurs in it.
+        LexigraftError: nothing is left to train on, no new token occurs in it, or an id in it has
+            no row.
     """
     family = families.load(folder)
     ids = new_ids(folder, family)
-    start, end = start_and_end(family)
+    start, _ = start_and_end(family)
+    blocks = pack_texts(family, texts, settings, cache)
+    if settings.passes > 1:
+        blocks = repeated(blocks, settings.passes, settings.seed)
+    steps = -(-len(blocks) // settings.step_blocks)
+    steps = min(steps, settings.max_steps or steps)
+    highest = max(int(found.max()) for found in _chunks(blocks.targets, blocks.inputs))
+    rows = rows_on_disk(folder)
+    if rows is not None:  # before the model is loaded
+        require_rows(folder, rows, family, highest)
+    _require_new_tokens(blocks, ids)
+    new = new_tokens(folder, family, ids)
+    texts = _fitted(texts, new, context_limit(folder) - len(start))
+    job = Job(folder, family, new, start, texts, blocks, highest, steps, settings)
+    _tell_of_rare_ones(job)
+    return job
+
+
+def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | None) -> Blocks:
+    """The packed texts: those in `cache` if they are of this plan, else made anew.
+
+    Raises:
+        LexigraftError: nothing is left to train on, or the disk has no room.
+    """
     if not texts.domain:
         raise LexigraftError(
             "every document of the corpus is held out",
             needed="documents to train on",
             fix="give a larger --corpus, or separate texts for --held-out",
         )
-    blocks = pack(_stream(texts, family, settings), settings.block_size, start=start, end=end)
-    if settings.passes > 1:
-        blocks = repeated(blocks, settings.passes, settings.seed)
-    steps = -(-len(blocks) // settings.step_blocks)
-    steps = min(steps, settings.max_steps or steps)
-    _require_new_tokens(blocks, ids)
-    plan = {
-        "settings": asdict(settings),
-        "tokens": family.map.tokens,
-        "tokenizer": family.map.hash,
-        "model": (Manifest.read(folder) or Manifest()).hash,
-        "texts": sha256_json(
-            {name: [s.sha256 for s in found] for name, found in texts.sources.items()}
-        ),
-        "steps": steps,
-    }
-    new = new_tokens(folder, family, ids)
-    texts = _fitted(texts, new, context_limit(folder) - len(start))
-    return Job(folder, family, new, start, texts, blocks, steps, settings, plan)
+    start, end = start_and_end(family)
+    if cache is None:
+        documents = _stream(texts, family, settings)
+        return pack(documents, settings.block_size, start=start, end=end)
+    key = {"plan": sha256_json(plan_of(family, texts, settings))}
+    if (cache / _KEY).is_file() and read_json(cache / _KEY) == key:
+        return packed(cache, settings.block_size)
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True)
+    require_free_space(cache, _PACKED * _planned_bytes(texts, family, settings))
+    documents = _stream(texts, family, settings)
+    blocks = pack(documents, settings.block_size, start=start, end=end, folder=cache)
+    write_json(cache / _KEY, key)  # last: without it, they are not whole
+    return blocks
 
 
 def _fitted(texts: Texts, new: NewTokens, room: int) -> Texts:
@@ -208,26 +316,53 @@ def _fitted(texts: Texts, new: NewTokens, room: int) -> Texts:
 
 
 def _stream(texts: Texts, family: Family, settings: Settings) -> Iterable[tuple[list[int], int]]:
-    tokens = settings.max_tokens
-    if settings.max_steps is not None:
-        room = settings.max_steps * settings.step_blocks * settings.block_size
-        tokens = min(room, tokens or room)
-    one_pass = sum(len(document.encode()) for document in texts.domain)
-    if texts.general:
-        one_pass = int(one_pass / (1 - settings.replay))
-    size = settings.max_bytes or (one_pass if tokens is None else 2**62)
+    tokens = _token_limit(settings)
     order = reading(
         texts.domain,
         texts.general,
         seed=settings.seed,
-        max_bytes=size,
+        max_bytes=settings.max_bytes or (_one_pass(texts, settings) if tokens is None else 2**62),
         replay=settings.replay,
+        early=(
+            _planned_bytes(texts, family, settings) if settings.replay_schedule == "early" else None
+        ),
     )
     return encoded(order, family, max_tokens=tokens)
 
 
+def _token_limit(settings: Settings) -> int | None:
+    if settings.max_steps is None:
+        return settings.max_tokens
+    room = settings.max_steps * settings.step_blocks * settings.block_size
+    return min(room, settings.max_tokens or room)
+
+
+def _one_pass(texts: Texts, settings: Settings) -> int:
+    """Bytes of the domain text, and of the general text that is mixed into it."""
+    share = settings.replay if texts.general else 0.0
+    return int(texts.domain.bytes / (1 - share))
+
+
+def _planned_bytes(texts: Texts, family: Family, settings: Settings) -> int:
+    """About how many bytes will be read; tokens are taken to be as long as in the first texts."""
+    tokens = _token_limit(settings)
+    if tokens is None:
+        return settings.max_bytes or _one_pass(texts, settings)
+    first = texts.domain[:_FIRST]
+    length = sum(len(text.encode()) for text in first) / sum(map(len, family.encode_batch(first)))
+    planned = int(tokens * length)
+    return min(planned, settings.max_bytes or planned)
+
+
+def _chunks(*arrays: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
+    """Mapped arrays piece by piece, so that what is computed of them needs little memory."""
+    for found in arrays:
+        for begin in range(0, len(found), _CHUNK):
+            yield found[begin : begin + _CHUNK]
+
+
 def _require_new_tokens(blocks: Blocks, ids: range) -> None:
-    if len(ids) and not _is_new(blocks.targets, ids).any():
+    if len(ids) and not any(_is_new(found, ids).any() for found in _chunks(blocks.targets)):
         raise LexigraftError(
             f"none of the {len(ids):,} new tokens occurs in the text to train on",
             needed="text of the field that the tokens were learned from",
@@ -241,18 +376,34 @@ def _is_new(found: Any, ids: range) -> Any:
 
 def new_target_share(job: Job) -> float:
     """Share of new tokens among all targets."""
-    targets = job.blocks.targets
-    return float(_is_new(targets, job.ids).sum() / max(1, (targets >= 0).sum()))
+    new = sum(int(_is_new(found, job.ids).sum()) for found in _chunks(job.blocks.targets))
+    return new / max(1, int(job.blocks.tokens[-1]))
 
 
 def occurrences(job: Job) -> tuple[list[int], list[int]]:
     """How often each new id was a target, and an input, in the steps of this run."""
     used = job.steps * job.settings.step_blocks
     counts = []
-    for found in (job.blocks.targets[:used], job.blocks.inputs[:used]):
-        new = found[_is_new(found, job.ids)] - job.ids.start
-        counts.append(np.bincount(new, minlength=len(job.ids)).tolist())
+    for column in (job.blocks.targets[:used], job.blocks.inputs[:used]):
+        count = np.zeros(len(job.ids), dtype=np.int64)
+        for found in _chunks(column):
+            new = found[_is_new(found, job.ids)] - job.ids.start
+            count += np.bincount(new, minlength=len(job.ids))
+        counts.append(count.tolist())
     return counts[0], counts[1]
+
+
+def _tell_of_rare_ones(job: Job) -> None:
+    """Warn of new tokens that this run will predict too seldom to learn."""
+    targets, _ = occurrences(job)
+    few = sorted((count, i) for i, count in enumerate(targets) if count < Thresholds.floor)
+    if few:
+        named = ", ".join(repr(shown(job.new, job.ids[i])) for _, i in few[: Thresholds.weakest])
+        note(
+            f"{len(few):,} of {len(targets):,} new tokens will be predicted fewer than "
+            f"{Thresholds.floor} times, the rarest: {named}; train on more text, or learn fewer "
+            "tokens"
+        )
 
 
 def measure(job: Job, model: Any) -> dict[str, float | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lexigraft.console import is_first_process, note, progress
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
+    existing_parent,
     fsync_tree,
     refuse_existing,
     refuse_overwriting,
@@ -28,10 +30,13 @@ from lexigraft.models.load import context_limit, device, load_model, require_row
 from lexigraft.models.preparation import (
     Job,
     Settings,
+    Texts,
     base_measure,
     evidence,
     measure,
     new_target_share,
+    pack_texts,
+    plan_of,
     prepare,
     read_texts,
 )
@@ -48,6 +53,7 @@ MODES = ("rows", "lora", "full")
 OBJECTIVES = ("lm", "distill")
 OLD_ROWS = ("frozen", "slow")
 SCHEDULES = ("cosine", "wsd", "constant")
+REPLAY_SCHEDULES = ("even", "early")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
 RATES = {
@@ -56,6 +62,7 @@ RATES = {
     "full": ((5e-5, 5e-4), (5e-5, 5e-4)),
 }
 LARGE = 10**9
+BLOCKS = "blocks"  # folder of the packed texts, in a run's workplace
 FULL_WEIGHT_DECAY = 0.1
 DISTILL_PASSES = 4  # the teacher reads once, and later passes are a fifth of the work
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
@@ -158,6 +165,7 @@ def train(
     lora_rank: int = 16,
     lora_alpha: float = 32.0,
     replay: float = 0.1,
+    replay_schedule: str = "even",
     base: str | Path | None = None,
     measurements: int = 4,
     measured_bytes: int = 16_384,
@@ -198,7 +206,8 @@ def train(
         schedule: `cosine`, `wsd` or `constant`, after a linear `warmup` (a share of the steps).
         gradient_checkpointing: less memory for about a third more time.
         dtype: of the frozen or loaded weights; new rows and LoRA are float32 whatever it is.
-        replay: share of general text among the bytes.
+        replay: share of general text among the bytes, spread evenly, or with `replay_schedule`
+            `early` all of it first, as half of what is read.
         base: the model before `graft`, to compare with. Without it `model` itself is asked, as
             long as it was not trained since it was grafted.
         measurements: how often held-out text is measured on the way, the end included.
@@ -218,6 +227,7 @@ def train(
         ("old-rows", old_rows, OLD_ROWS),
         ("schedule", schedule, SCHEDULES),
         ("dtype", dtype, DTYPES),
+        ("replay-schedule", replay_schedule, REPLAY_SCHEDULES),
     ):
         _require_known(name, value, known)
     _require_sense(mode, objective, old_rows, dtype)
@@ -259,13 +269,21 @@ def train(
         processes=process_count(),
         objective=objective,
         passes=passes,
+        replay_schedule=replay_schedule,
     )
-    texts = read_texts(corpus, general, held_out, seed=seed, measured_bytes=measured_bytes)
-    job = prepare(source, texts, settings)
-    _require_rows_to_train(job)
-    points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
-    workplace = unfinished(output, job.plan, resume=resume, force=force)
+    texts = read_texts(
+        corpus,
+        general,
+        held_out,
+        seed=seed,
+        measured_bytes=measured_bytes,
+        near=existing_parent(output),
+    )
+    workplace = _packed(source, texts, settings, output, resume=resume, force=force)
     with shared(workplace, partial_of(output)) as folder:
+        job = prepare(source, texts, settings, folder / BLOCKS)
+        _require_rows_to_train(job)
+        points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
         result = _train(
             job,
             points,
@@ -280,6 +298,18 @@ def train(
             fsync_tree(folder / "result")
             replace_folder(folder / "result", output, force=force)
     return result
+
+
+@contextmanager
+def _packed(
+    source: Path, texts: Texts, settings: Settings, output: Path, *, resume: bool, force: bool
+) -> Iterator[Path]:
+    """The run's workplace, with the packed texts in it."""
+    family = families.load(source)
+    plan = plan_of(family, texts, settings)
+    with unfinished(output, plan, resume=resume, force=force) as folder:
+        pack_texts(family, texts, settings, folder / BLOCKS)
+        yield folder
 
 
 def _require_known(name: str, value: str, known: Sequence[str]) -> None:
@@ -405,7 +435,7 @@ def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
 
 
 def _require_room(job: Job, model: Any) -> None:
-    require_row(job.folder, model, job.family, int(job.blocks.targets.max()))
+    require_row(job.folder, model, job.family, job.highest)
     limit = context_limit(model)
     if job.settings.block_size > limit:
         raise LexigraftError(
