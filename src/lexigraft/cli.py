@@ -367,6 +367,17 @@ def train(
             help="The model before `graft`, to compare with.", show_default="MODEL, if untrained"
         ),
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many measurements without a better one.", min=1),
+    ] = None,
+    general_limit: Annotated[
+        str | None,
+        typer.Option(help="Stop where general text gets worse by this, such as 1%."),
+    ] = None,
+    report_to: Annotated[
+        list[str], typer.Option(help="A tracker that Trainer knows, such as wandb. Repeatable.")
+    ] = _NONE,
     measurements: Annotated[
         int, typer.Option(help="How often held-out text is measured.", min=1)
     ] = 4,
@@ -411,6 +422,9 @@ def train(
         replay=replay,
         replay_schedule=replay_schedule,
         base=base,
+        patience=patience,
+        general_limit=None if general_limit is None else _share(general_limit),
+        report_to=report_to,
         measurements=measurements,
         save_steps=save_steps,
         resume=resume,
@@ -419,6 +433,19 @@ def train(
         force=force,
     )
     _show(result, as_json)
+
+
+def _share(text: str) -> float:
+    """`1%` or `0.01` as 0.01."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise LexigraftError(
+            f"--general-limit {text}", needed="a share such as 1% or 0.01", fix="--general-limit 1%"
+        )
+    return share
 
 
 @app.command()

@@ -111,6 +111,8 @@ class TrainStage(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     replay: float | None = Field(default=None, ge=0, lt=1)
     replay_schedule: Literal["even", "early"] | None = None
+    patience: int | None = Field(default=None, ge=1)
+    general_limit: float | None = Field(default=None, ge=0, lt=1)
     measurements: int | None = Field(default=None, ge=1)
     measured_bytes: int | None = Field(default=None, ge=1)
 

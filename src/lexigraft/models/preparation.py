@@ -82,6 +82,8 @@ class Settings:
     objective: str = "lm"
     passes: int = 1
     replay_schedule: str = "even"
+    patience: int | None = None
+    general_limit: float | None = None
 
     @property
     def step_blocks(self) -> int:
@@ -380,9 +382,9 @@ def new_target_share(job: Job) -> float:
     return new / max(1, int(job.blocks.tokens[-1]))
 
 
-def occurrences(job: Job) -> tuple[list[int], list[int]]:
-    """How often each new id was a target, and an input, in the steps of this run."""
-    used = job.steps * job.settings.step_blocks
+def occurrences(job: Job, steps: int | None = None) -> tuple[list[int], list[int]]:
+    """How often each new id is a target, and an input, in the steps of this run, or its first."""
+    used = (job.steps if steps is None else steps) * job.settings.step_blocks
     counts = []
     for column in (job.blocks.targets[:used], job.blocks.inputs[:used]):
         count = np.zeros(len(job.ids), dtype=np.int64)
@@ -462,9 +464,9 @@ def base_measure(
     return {"domain_bpb": bpb(job.texts.held_domain), "general_bpb": bpb(job.texts.held_general)}
 
 
-def evidence(job: Job, model: Any, moved: Sequence[float]) -> list[RowEvidence]:
-    """What is known of each new row of the trained `model`; `moved` is how far each went."""
+def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[RowEvidence]:
+    """What is known of each new row of a `model` trained so many steps; `moved` as in `NewRows`."""
     held = [[*job.start, *ids] for ids in job.family.encode_batch(job.texts.held_domain)]
     return gather(
-        model, job.new, held, job.blocks, list(zip(*occurrences(job), moved, strict=True))
+        model, job.new, held, job.blocks, list(zip(*occurrences(job, steps), moved, strict=True))
     )

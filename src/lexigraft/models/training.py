@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import IGNORED, Blocks, collate
+from lexigraft.models.stopping import BestKept, StopRule, best_state
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
 
 LOG_FILE = "log.json"
+BEST = "best"  # folder of the states that an early stop may go back to
 # Of an entry of the log: what tells where it stands, and is no measurement.
 _PLACE = frozenset({"step", "text_bytes", "tokens", "seconds"})
 SHAPES = ("cosine", "wsd", "constant")
@@ -129,6 +131,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.progress = Progress()
         self.stopping = False
         self._step_nats, self._bad_steps = 0.0, 0
+        self.report: Callable[[dict[str, float]], None] | None = None
         self._blocks, self._schedule, self._measure = blocks, schedule, measure
         self._writer = SummaryWriter(str(events)) if is_first_process() else None
         self._advance = advance
@@ -167,6 +170,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
                 if key not in _PLACE and value is not None:
                     self._writer.add_scalar(key, value, step)
             self._writer.flush()
+        if self.report is not None:
+            self.report({key: value for key, value in entry.items() if value is not None})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the untrained model, unless a checkpoint is resumed."""
@@ -282,15 +287,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         loss = total * share / (targets if num_items_in_batch is None else num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
+    def save_trained(self, folder: Path) -> None:
+        """Write what trains into `folder`, from where `read_trained` takes it."""
+        if self._trained_on is None:
+            write_trained(folder, self.model, self._rows)
+        else:
+            write_adapter(folder, self.model, self._rows, self._trained_on)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         _require_finite(self.model, self._monitor.folder)
-        if self._trained_on is None:
-            write_trained(folder, self.model, self._rows)
-        else:
-            write_adapter(folder, self.model, self._rows, self._trained_on)
+        self.save_trained(folder)
         if not self._saved_once:
             require_saved(folder, self.model, self._rows)
             self._saved_once = True
@@ -362,6 +371,8 @@ def fit(
     advance: Callable[[int], None],
     resume: bool,
     objective: Objective | None = None,
+    rule: StopRule | None = None,
+    report_to: Sequence[str] = (),
 ) -> Monitor:
     """Train `model` on `blocks`, in place.
 
@@ -371,7 +382,10 @@ def fit(
         measure: held-out bits per byte of the model as it is now.
         resume: continue from the newest checkpoint in `folder`, if there is one.
         objective: what is minimised; by default the loss of the next token.
+        rule: when to stop early; the model is then left as it was at the best measurement.
+        report_to: trackers that Trainer knows, which are given the measurements too.
     """
+    rule = rule or StopRule()
     monitor = Monitor(blocks, schedule, measure, folder, advance)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
@@ -388,16 +402,26 @@ def fit(
             objective or NextToken(),
             trained_on=trained_on,
             train_dataset=data,
-            args=_arguments(folder / CHECKPOINTS, schedule, model),
+            args=_arguments(folder / CHECKPOINTS, schedule, model, report_to),
         )
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if report_to:
+            monitor.report = trainer.log
+        log = monitor.progress.log
+        if rule.is_set:
+            trainer.add_callback(BestKept(rule, lambda: log, folder / BEST, trainer.save_trained))
+        if rule.reason(log) is None:  # unless the run was killed after it had stopped
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         done = trainer.state.global_step
-    if done < schedule.steps:
+    if done < schedule.steps and rule.reason(log) is None:
         raise StoppedError(
             f"stopped by SIGTERM after step {done:,} of {schedule.steps:,}, which is saved",
             needed="the rest of the steps",
             fix="run the same command again with --resume",
         )
+    if rule.is_set:
+        trainer.accelerator.wait_for_everyone()  # until the first process has written it
+        step = int(log[rule.best(log)]["step"] or 0)
+        read_trained(best_state(folder / BEST, step), model, rows)
     _require_finite(model, folder)
     return monitor
 
@@ -450,7 +474,9 @@ def _diverged(found: str, folder: Path, before: int | None = None) -> LexigraftE
     )
 
 
-def _arguments(folder: Path, schedule: Schedule, model: Any) -> TrainingArguments:
+def _arguments(
+    folder: Path, schedule: Schedule, model: Any, report_to: Sequence[str]
+) -> TrainingArguments:
     on_gpu = device() == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -462,7 +488,7 @@ def _arguments(folder: Path, schedule: Schedule, model: Any) -> TrainingArgument
         save_steps=schedule.save_steps,
         save_total_limit=2,
         logging_strategy="no",
-        report_to="none",
+        report_to=list(report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=schedule.seed,

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,14 @@ from lexigraft.models.preparation import (
     read_texts,
 )
 from lexigraft.models.processes import process_count, refuse_other_ways, shared
+from lexigraft.models.trackers import trackers
 from lexigraft.models.unfinished import partial_of, unfinished
 from lexigraft.models.verdict import adoption, judge, verdict_lines
 
 if TYPE_CHECKING:
     from lexigraft.models.evidence import RowEvidence
     from lexigraft.models.new_rows import NewRows
+    from lexigraft.models.stopping import StopRule
     from lexigraft.models.training import Monitor, Schedule
 
 MODES = ("rows", "lora", "full")
@@ -80,6 +82,9 @@ class TrainResult:
         base: the same of the un-grafted base, None where it is unknown.
         rows_moved: new rows that differ from their start.
         new_rows: how many new rows there are.
+        kept_step: the step whose state was written: the last, or the best of a run that may stop
+            early. Figures, rows and the verdict are of it.
+        stopped: why the run ended before its last step; None where it did not.
         adoption: where the model wrote the text of a new token, the share of places in which it
             used the token; None where it wrote none.
         verdict: whether it was enough, and what to do if not (`models/verdict.py`).
@@ -95,6 +100,8 @@ class TrainResult:
     domain_bpb: float | None
     general_bpb: float | None
     base: dict[str, float | None]
+    kept_step: int
+    stopped: str | None
     rows_moved: int
     new_rows: int
     adoption: float | None
@@ -111,6 +118,10 @@ class TrainResult:
             f"trained {self.output}: {self.steps:,} steps, {self.text_bytes:,} bytes of text, "
             f"{self.tokens:,} tokens, {self.seconds:,.0f} s"
         ]
+        if self.stopped is not None:
+            found.append(f"stopped  early: {self.stopped}")
+        if self.kept_step != self.steps:
+            found.append(f"kept     the best measurement, after {self.kept_step:,} steps")
         for name, after in (("domain", self.domain_bpb), ("general", self.general_bpb)):
             before, base = self.log[0][f"{name}_bpb"], self.base[f"{name}_bpb"]
             if after is not None and before is not None:
@@ -121,7 +132,7 @@ class TrainResult:
         return [*found, *verdict_lines(self.verdict)]
 
     def _of_new_rows(self) -> list[str]:
-        end = self.log[-1]
+        end = next(entry for entry in self.log if entry["step"] == self.kept_step)
         found = [f"new rows {self.rows_moved:,} of {self.new_rows:,} moved"]
         if self.adoption is not None:
             found[0] += f"; adopted in {self.adoption:.0%} of the places where they were written"
@@ -167,6 +178,9 @@ def train(
     replay: float = 0.1,
     replay_schedule: str = "even",
     base: str | Path | None = None,
+    patience: int | None = None,
+    general_limit: float | None = None,
+    report_to: Sequence[str] = (),
     measurements: int = 4,
     measured_bytes: int = 16_384,
     eval_at_bytes: Sequence[int] = (),
@@ -210,6 +224,11 @@ def train(
             `early` all of it first, as half of what is read.
         base: the model before `graft`, to compare with. Without it `model` itself is asked, as
             long as it was not trained since it was grafted.
+        patience: stop after so many measurements without a better one of domain text.
+        general_limit: stop where general text takes this share more bits per byte than with the
+            base. With either, the best measurement's state is what is written.
+        report_to: trackers that transformers' Trainer knows, such as `wandb`; TensorBoard events
+            are always written.
         measurements: how often held-out text is measured on the way, the end included.
         measured_bytes: at most so much held-out text per measurement, domain and general each.
         eval_at_bytes, eval_at_tokens: measure also after the first step past each of these.
@@ -232,6 +251,7 @@ def train(
         _require_known(name, value, known)
     _require_sense(mode, objective, old_rows, dtype)
     refuse_other_ways()
+    asked = trackers(report_to)
     output = Path(output)
     source = local_folder(model)
     origin = None if base is None else local_folder(base)
@@ -270,6 +290,8 @@ def train(
         objective=objective,
         passes=passes,
         replay_schedule=replay_schedule,
+        patience=patience,
+        general_limit=general_limit,
     )
     texts = read_texts(
         corpus,
@@ -291,6 +313,7 @@ def train(
             folder,
             output,
             base=origin,
+            report_to=asked,
             resume=resume,
             trust_remote_code=trust_remote_code,
         )
@@ -379,12 +402,16 @@ def _train(
     output: Path,
     *,
     base: Path | None,
+    report_to: Sequence[str],
     resume: bool,
     trust_remote_code: bool,
 ) -> TrainResult:
+    from lexigraft.models.stopping import StopRule
     from lexigraft.models.training import Schedule
 
     wanted = job.settings
+    rule = StopRule(wanted.patience, wanted.general_limit)
+    rule.require_texts(domain=bool(job.texts.held_domain), general=bool(job.texts.held_general))
     model = load_model(job.folder, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
     _require_room(job, model)
     reference = base_measure(job, model, base, trust_remote_code=trust_remote_code)
@@ -407,9 +434,15 @@ def _train(
         guess=math.log(len(model.get_input_embeddings().weight)),
     )
     _tell(job, trained)
-    monitor = _fit(job, trained, rows, schedule, folder, resume=resume)
-    seen = evidence(job, trained, rows.moved().tolist()) if rows else []
-    result = _result(job, output, monitor, reference, seen)
+    rule = replace(rule, general=reference["general_bpb"])
+    monitor = _fit(
+        job, trained, rows, schedule, folder, rule=rule, report_to=report_to, resume=resume
+    )
+    log = monitor.progress.log
+    kept = log[: rule.best(log) + 1]
+    step = int(kept[-1]["step"] or 0)
+    seen = evidence(job, trained, rows.moved().tolist(), step) if rows else []
+    result = _result(job, output, monitor, rule, base=reference, seen=seen)
     if is_first_process():
         _write(job, folder / "result", trained, rows, result)
         _write_report(job, folder / "result", result, seen)
@@ -460,6 +493,8 @@ def _fit(
     schedule: Schedule,
     folder: Path,
     *,
+    rule: StopRule,
+    report_to: Sequence[str],
     resume: bool,
 ) -> Monitor:
     from lexigraft.models.distill import Distill
@@ -483,6 +518,8 @@ def _fit(
                 if rows and job.settings.objective == "distill"
                 else NextToken()
             ),
+            rule=rule,
+            report_to=report_to,
         )
 
 
@@ -490,24 +527,30 @@ def _result(
     job: Job,
     output: Path,
     monitor: Monitor,
+    rule: StopRule,
+    *,
     base: dict[str, float | None],
     seen: list[RowEvidence],
 ) -> TrainResult:
     log = monitor.progress.log
+    kept = log[: rule.best(log) + 1]
+    steps = int(log[-1]["step"] or 0)
     return TrainResult(
         output=output,
         mode=job.settings.mode,
-        steps=job.steps,
-        text_bytes=monitor.text_bytes(job.steps),
-        tokens=monitor.tokens(job.steps),
+        steps=steps,
+        text_bytes=monitor.text_bytes(steps),
+        tokens=monitor.tokens(steps),
         seconds=round(monitor.progress.seconds, 3),
-        domain_bpb=log[-1]["domain_bpb"],
-        general_bpb=log[-1]["general_bpb"],
+        domain_bpb=kept[-1]["domain_bpb"],
+        general_bpb=kept[-1]["general_bpb"],
         base=base,
+        kept_step=int(kept[-1]["step"] or 0),
+        stopped=rule.reason(log),
         rows_moved=sum(row.moved > 0 for row in seen),
         new_rows=len(job.ids),
         adoption=adoption(seen)[0],
-        verdict=judge(log, base, seen).to_json(),
+        verdict=judge(kept, base, seen).to_json(),
         log=tuple(log),
     )
 
