@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LexigraftError",
+    "blend",
     "check",
     "demo",
     "evaluate",
@@ -35,6 +36,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from lexigraft.pipeline import demo, run
     from lexigraft.reporting import report
+    from lexigraft.steps.blend import blend
     from lexigraft.steps.check import check
     from lexigraft.steps.evaluate import evaluate
     from lexigraft.steps.graft import graft

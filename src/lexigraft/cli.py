@@ -492,6 +492,56 @@ def merge(
     _show(result, as_json)
 
 
+@app.command()
+def blend(
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders or hub ids; or one mergekit recipe (.yml).")
+    ],
+    *,
+    output: Output,
+    base: Annotated[
+        str | None, typer.Option(help="What the models were made from; its ids are kept.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="linear, slerp, task, ties, dare, dare_ties, della, della_linear or chat-vector."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A number per model, such as 0.7,0.3.", show_default="1 each")
+    ] = None,
+    density: Annotated[
+        str | None,
+        typer.Option(help="Share of changes that stays (ties, dare, della): one, or per model."),
+    ] = None,
+    t: Annotated[
+        float | None, typer.Option("--t", help="slerp: 0 is the base, 1 the other model.")
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Blend whole models into one; their vocabularies are aligned by token text."""
+    from lexigraft.steps.blend import blend as verb
+
+    result = verb(
+        models,
+        output=output,
+        base=base,
+        method=method,
+        weights=None if weights is None else _numbers("--weights", weights),
+        density=None if density is None else _numbers("--density", density),
+        t=t,
+        seed=seed,
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]

@@ -62,7 +62,7 @@ class TextSource(_Data):
 
 
 class BaseTokenizer(_Data):
-    """The tokenizer that was extended: name without path, token-map hash, max id + 1."""
+    """The tokenizer of a model: name without path, token-map hash, max id + 1."""
 
     name: str
     token_map: str
@@ -180,8 +180,23 @@ class MergeRecord(_Data):
         return {key: value for key, value in data.items() if key != "weights" or value is not None}
 
 
+class BlendRecord(_Data):
+    """`blend`: whole models that became one."""
+
+    stage: Literal["blend"] = "blend"
+    base: BaseTokenizer
+    models: list[BaseTokenizer]
+    method: str
+    settings: dict[str, Any]
+    token_map: str
+    rows: int
+    tied: bool
+    versions: dict[str, str]
+
+
 Record = Annotated[
-    LearnRecord | GraftRecord | TrainRecord | MergeRecord, Field(discriminator="stage")
+    LearnRecord | GraftRecord | TrainRecord | MergeRecord | BlendRecord,
+    Field(discriminator="stage"),
 ]
 
 
