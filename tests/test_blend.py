@@ -41,7 +41,9 @@ def family(root, *, tied=False, dtype="float32", count=3):
     return base, [moved(base, root / f"m{i}", seed=i) for i in range(count)]
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)])
+@pytest.fixture(
+    scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)]
+)
 def models(request, tmp_path_factory):
     return family(tmp_path_factory.mktemp("models"), dtype=request.param)
 
