@@ -72,8 +72,12 @@ class Ground:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
+    return write_gallery(tmp_path_factory.mktemp("gallery"))
+
+
+def write_gallery(place: Path) -> Path:
+    """The healthy folders of which `Ground` makes copies."""
     torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("gallery")
     base, sp = place / "base", place / "sp"
     write_byte_level(base, vocab_size=TOKENS)
     write_model(base, tokens=TOKENS, tied=True, eos=TOKENS - 2)
