@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TOR
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install compat demo test test-all check lint bench clean
+.PHONY: install compat demo test test-all check lint fuzz bench clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: install ## mutants of real folders over check, graft, merge, learn and recipes; FIRST=N goes on
+	$(BIN)/python tests/fuzz.py --mutants $(or $(MUTANTS),10000) --first $(or $(FIRST),0)
 
 check: lint test ## what a contributor runs
 	$(BIN)/python -m pytest -q --doctest-modules src/lexigraft

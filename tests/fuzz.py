@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 MOST_SECONDS = 5.0  # of processor time
-MOST_WALL_SECONDS = 120.0
+MOST_WALL_SECONDS = 300.0
 MOST_BYTES = 10**9
 ODD = (
     None, True, -1, 0, 7, 2**31, 2**53 + 1, 2**70, 1.5, float("inf"), float("nan"), "", "x",
@@ -228,7 +228,9 @@ class Watch:
         elif name in ("os.rename", "os.link", "os.symlink"):
             self._writes(name, arguments[1])
         elif name in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
-            self._writes(name, arguments[0])
+            inside = name != "os.truncate" and isinstance(arguments[-1], int) and arguments[-1] >= 0
+            if not inside:  # a name below an open folder, whose own removal was told before
+                self._writes(name, arguments[0])
         elif name == "pickle.find_class" and not arguments[0].startswith(KEPT_AS_PICKLES):
             self.found.append(f"{name} {arguments}")
         elif name == "exec":
@@ -237,9 +239,11 @@ class Watch:
                 self.found.append(f"ran {file}")
 
     def _writes(self, name: str, path: Any) -> None:
-        text = os.path.abspath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
-        if text and not text.startswith((*self.allowed, "/dev/null")):
-            self.found.append(f"{name} {text}")
+        if not isinstance(path, str | bytes | os.PathLike):
+            return
+        place = Path(os.path.normpath(Path.cwd() / os.fsdecode(path)))
+        if str(place) != os.devnull and not any(place.is_relative_to(a) for a in self.allowed):
+            self.found.append(f"{name} {place}")
 
 
 def kept_loader() -> None:
@@ -258,7 +262,9 @@ def kept_loader() -> None:
         module.TransformersLoader = lambda: shared  # type: ignore[attr-defined]
 
 
-def actions(source: Path, place: Path, draw: random.Random) -> tuple[str, Callable[[], Any], list[Path]]:
+def actions(
+    source: Path, place: Path, draw: random.Random
+) -> tuple[str, Callable[[], Any], list[Path]]:
     """A verb, what calls it, and the input folders that may be mutated."""
     verb = draw.choices(list(VERBS), list(VERBS.values()))[0]
 
@@ -289,7 +295,11 @@ def actions(source: Path, place: Path, draw: random.Random) -> tuple[str, Callab
         from lexigraft.steps.graft import graft
 
         base, vocab = draw.choice(
-            ((take("sp"), take("learned")), (take("base"), take("model")), (take("shards"), take("model")))
+            (
+                (take("sp"), take("learned")),
+                (take("base"), take("model")),
+                (take("shards"), take("model")),
+            )
         )
         init = draw.choice(("auto", "mean", "random"))
         return "graft", lambda: graft(base, vocab, output=out, init=init, pad_to=8), [base, vocab]
@@ -308,8 +318,16 @@ def actions(source: Path, place: Path, draw: random.Random) -> tuple[str, Callab
             corpus.write_bytes(mutate_bytes(corpus.read_bytes(), draw))
         again = take("learned") if draw.random() < 0.3 else None
         if again is not None:
-            return "learn --from", lambda: learn(base, from_vocab=again, tokens="4", output=out), [base, again]
-        return "learn", lambda: learn(base, corpus=[corpus], tokens="6", min_count=2, output=out), [base]
+            return (
+                "learn --from",
+                lambda: learn(base, from_vocab=again, tokens="4", output=out),
+                [base, again],
+            )
+        return (
+            "learn",
+            lambda: learn(base, corpus=[corpus], tokens="6", min_count=2, output=out),
+            [base],
+        )
     from lexigraft.recipe import Recipe
 
     folder = take("recipe")
@@ -363,7 +381,14 @@ def one_mutant(seed: int, source: Path, place: Path, watch: Watch) -> dict[str, 
         fault = fault or f"left {left}"
     if seconds > MOST_SECONDS:
         fault = fault or f"took {seconds:.1f} s"
-    return {"seed": seed, "what": what, "outcome": outcome, "fault": fault[:500], "trace": trace, "seconds": seconds}
+    return {
+        "seed": seed,
+        "what": what,
+        "outcome": outcome,
+        "fault": fault[:500],
+        "trace": trace,
+        "seconds": seconds,
+    }
 
 
 # numba keeps compiled code as pickles, in its own folder.
@@ -406,10 +431,11 @@ def serve(source: Path) -> None:
         for line in sys.stdin:
             seed = int(line)
             place = Path(work) / str(seed)
-            resident = peak_bytes()
+            peak_bytes()
+            before = peak_bytes()  # what it has now: the peak since the last time
             answer = one_mutant(seed, source, place, watch)
-            more = peak_bytes()
-            if more > MOST_BYTES and more > resident:
+            more = peak_bytes() - before
+            if more > MOST_BYTES:
                 answer["fault"] = answer["fault"] or f"took {more / 1e9:.2f} GB"
             rest = list(Path(tempfile.tempdir).iterdir())
             if rest:
@@ -473,8 +499,17 @@ class Child:
         self._errors.seek(0)
         last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
         self._errors.truncate(0)
-        fault = f"hung for {MOST_WALL_SECONDS:.0f} s" if late else f"died ({child.returncode}) {last}"
-        return {"seed": seed, "what": "?", "outcome": "died", "fault": fault, "trace": "", "seconds": 0.0}
+        fault = (
+            f"hung for {MOST_WALL_SECONDS:.0f} s" if late else f"died ({child.returncode}) {last}"
+        )
+        return {
+            "seed": seed,
+            "what": "?",
+            "outcome": "died",
+            "fault": fault,
+            "trace": "",
+            "seconds": 0.0,
+        }
 
     def close(self) -> None:
         if self._process is not None:
@@ -494,23 +529,38 @@ class Tally:
 
 
 def fuzz(
-    source: Path, *, first: int, mutants: int, jobs: int, seconds: float = float("inf"), tell: Callable[[str], None] = lambda _: None
+    source: Path,
+    *,
+    first: int,
+    mutants: int,
+    jobs: int,
+    seconds: float = float("inf"),
+    least: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Tally:
-    """Run the mutants `first`, `first + 1`, ... in `jobs` children, as long as time is left."""
+    """Run the mutants `first`, `first + 1`, ... in `jobs` children.
+
+    At least `least`, then as long as `seconds` are not over since the first answer.
+    """
     tally, lock = Tally(next_seed=first), threading.Lock()
     seeds = iter(range(first, first + mutants))
-    until = time.monotonic() + seconds
+    began: list[float] = []
+
+    def go_on() -> bool:
+        late = began and time.monotonic() > began[0] + seconds
+        return not late or tally.mutants < least
 
     def work() -> None:
         child = Child(source)
         try:
-            while time.monotonic() < until:
+            while go_on():
                 with lock:
                     seed = next(seeds, None)
                 if seed is None:
                     return
                 answer = child.ask(seed)
                 with lock:
+                    began.append(time.monotonic())
                     tally.mutants += 1
                     tally.next_seed = max(tally.next_seed, seed + 1)
                     tally.outcomes[f"{answer['what'].split(' ')[0]}: {answer['outcome']}"] += 1
@@ -518,7 +568,9 @@ def fuzz(
                         tally.faults.append(answer)
                         tell(f"seed {seed}: {answer['what']}: {answer['fault']}")
                     if tally.mutants % 500 == 0:
-                        tell(f"{tally.mutants} mutants, {len(tally.faults)} faults, next seed {tally.next_seed}")
+                        tell(
+                            f"{tally.mutants} mutants, {len(tally.faults)} faults, next seed {tally.next_seed}"
+                        )
         finally:
             child.close()
 
@@ -533,7 +585,9 @@ def fuzz(
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--mutants", type=int, default=10_000)
-    options.add_argument("--first", type=int, default=0, help="the first seed: go on where a run stopped")
+    options.add_argument(
+        "--first", type=int, default=0, help="the first seed: go on where a run stopped"
+    )
     options.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     options.add_argument("--seconds", type=float, default=float("inf"))
     options.add_argument("--seed", type=int, help="one mutant, here, with its traceback")
@@ -560,7 +614,9 @@ def main() -> int:
             source.resolve(), first=given.first, mutants=given.mutants, jobs=given.jobs,
             seconds=given.seconds, tell=lambda text: print(text, flush=True),
         )  # fmt: skip
-    print(f"{tally.mutants} mutants, {len(tally.faults)} faults; go on with --first {tally.next_seed}")
+    print(
+        f"{tally.mutants} mutants, {len(tally.faults)} faults; go on with --first {tally.next_seed}"
+    )
     for outcome, count in sorted(tally.outcomes.items()):
         print(f"  {outcome}: {count}")
     return 1 if tally.faults else 0

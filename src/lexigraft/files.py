@@ -92,6 +92,22 @@ def read_json(path: Path) -> Any:
     return content
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that has to be an object.
+
+    Raises:
+        LexigraftError: the file cannot be read, or is a list, a number or a text.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise LexigraftError(
+            f"{path} is not a JSON object",
+            needed="an object, as its program writes it",
+            fix=f"copy {path.name} again from the model it belongs to",
+        )
+    return content
+
+
 def _depth(value: Any) -> int:
     """How deep a JSON value is nested, as far as one beyond the limit."""
     level, depth = [value], 0

@@ -10,7 +10,7 @@ from typing import Any
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
 from lexigraft.families.tokenmap import TOKENIZER_FILES
-from lexigraft.files import MANIFEST, NEW_TOKENS, read_json, write_json
+from lexigraft.files import MANIFEST, NEW_TOKENS, read_json, read_object, write_json
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
@@ -64,7 +64,7 @@ def place_tokenizer(base: Path, vocab: Path, target: Path) -> None:
         for name, content in _chat_template(base).items():
             if name == "tokenizer_config.json":
                 path = target / name
-                settings = read_json(path) if path.exists() else {}
+                settings = read_object(path) if path.exists() else {}
                 write_json(path, {**settings, "chat_template": content})
             else:
                 (target / name).write_bytes(content)
@@ -79,7 +79,7 @@ def _list_added_tokens(folder: Path) -> None:
     tokenizer, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not (tokenizer.is_file() and path.is_file()):
         return
-    settings = read_json(path)
+    settings = read_object(path)
     listed = settings.get("added_tokens_decoder")
     if not isinstance(listed, dict) or not listed:
         return

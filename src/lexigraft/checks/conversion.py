@@ -21,7 +21,7 @@ from lexigraft.checks.findings import Finding, finding
 from lexigraft.checks.gguf_files import CONTROL, TOKENS, UNUSED, USER_DEFINED
 from lexigraft.checks.weights import stated_rows
 from lexigraft.errors import LexigraftError
-from lexigraft.families.llama_cpp import SPACE, check_text, simulate
+from lexigraft.families.llama_cpp import BYTE_PIECE, SPACE, check_text, simulate
 from lexigraft.families.loader import Reading, TransformersLoader
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.rank_files import is_tiktoken
@@ -141,13 +141,10 @@ def _listed(kind: str, tokens: TokenMap, rows: int, score: float) -> Converted:
             text = text.replace(SPACE, " ")
             types.append(USER_DEFINED)
         else:
-            types.append(_BYTE if kind == "llama" and _is_byte(text) else _NORMAL)
+            is_byte = kind == "llama" and BYTE_PIECE.fullmatch(text)
+            types.append(_BYTE if is_byte else _NORMAL)
         texts.append(text)
     return Converted(kind, texts, [score] * rows, types, True)
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _round_trip(folder: Path, converted: Converted) -> list[str]:
@@ -268,7 +265,12 @@ def _other_ids(
     first_new: int | None,
 ) -> Iterator[Finding]:
     """llama.cpp joins pieces by their scores; do the files of the tokenizer?"""
-    if converted.types.count(_BYTE) < 256:
+    spelled = {
+        text.upper()
+        for text, kind in zip(texts, converted.types, strict=True)
+        if kind == _BYTE and BYTE_PIECE.fullmatch(text)
+    }
+    if len(spelled) < 256:
         return  # llama.cpp has no ids for the bytes that it would fall back to
     pieces = [
         SimpleNamespace(piece=text.replace(" ", SPACE), score=score, type=kind)

@@ -30,7 +30,7 @@ from lexigraft.families.tokenmap import (
 )
 from lexigraft.families.units import Ints, UnitCounter, Units, batches
 from lexigraft.families.words import WordSplitter
-from lexigraft.files import read_json, sha256_json
+from lexigraft.files import read_object, sha256_json
 
 if TYPE_CHECKING:
     from lexigraft.families.replay import Replayed
@@ -182,7 +182,7 @@ class ByteLevelBPE:
             write_tokenizer_json(output / "tokenizer.json", data)
         vocabulary = output / "vocab.json"
         if vocabulary.is_file():
-            ids = read_json(vocabulary)
+            ids = read_object(vocabulary)
             for token, token_id in data["model"]["vocab"].items():
                 ids.setdefault(token, token_id)
             vocabulary.write_text(json.dumps(ids, ensure_ascii=False), "utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.rank_files import QWEN_PATTERN
 from lexigraft.families.tokenmap import CHARACTER_TO_BYTE
-from lexigraft.files import read_json
+from lexigraft.files import read_object
 
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -62,7 +62,7 @@ def read_gpt2_files(folder: Path) -> dict[str, Any]:
             needed="merges.txt as well: without it nothing says how tokens are joined",
             fix="copy merges.txt of this model into the folder",
         )
-    vocabulary = read_json(folder / "vocab.json")
+    vocabulary = read_object(folder / "vocab.json")
     merges = read_merges(folder / "merges.txt")
     settings = _settings(folder)
     kind = _tokenizer_class(folder, settings)
@@ -147,7 +147,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            settings.update(read_json(folder / name))
+            settings.update(read_object(folder / name))
     return settings
 
 
@@ -155,8 +155,8 @@ def _tokenizer_class(folder: Path, settings: Mapping[str, Any]) -> str:
     named = settings.get("tokenizer_class")
     config = folder / "config.json"
     if named is None and config.is_file():
-        model_type = read_json(config).get("model_type")
-        named = _CLASS_OF_MODEL_TYPE.get(model_type, "GPT2Tokenizer")
+        model_type = read_object(config).get("model_type")
+        named = _CLASS_OF_MODEL_TYPE.get(str(model_type), "GPT2Tokenizer")
     kind = str(named or "GPT2Tokenizer").removesuffix("Fast")
     if kind not in _CLASSES:
         raise RefusalError(
@@ -199,7 +199,7 @@ def _added_tokens(
     special = dict.fromkeys(text for text in named if text is not None)
     entries: dict[int, dict[str, Any]] = {}
     path = folder / "added_tokens.json"
-    for text, token_id in (read_json(path) if path.is_file() else {}).items():
+    for text, token_id in (read_object(path) if path.is_file() else {}).items():
         entries[token_id] = added_token(text, token_id, special=text in special)
     for key, token in (settings.get("added_tokens_decoder") or {}).items():
         flags = added_token(token["content"], int(key), special=bool(token.get("special")))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     pass
 
 SPACE = "\u2581"
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _USER_DEFINED, _BYTE = 4, 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 
 # `CHK_TXT` of ggml-org/llama.cpp (MIT), convert_hf_to_gguf_update.py. tests/test_llama_cpp.py
@@ -54,7 +55,7 @@ class _Spm:
         self._bytes = {
             int(piece.piece[3:-1], 16): token_id
             for token_id, piece in enumerate(proto.pieces)
-            if piece.type == _BYTE
+            if piece.type == _BYTE and BYTE_PIECE.fullmatch(piece.piece)
         }
         self._prefix = " " if proto.normalizer_spec.add_dummy_prefix else ""
         defined = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == _USER_DEFINED]

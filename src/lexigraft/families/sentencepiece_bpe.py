@@ -54,7 +54,7 @@ from lexigraft.families.sentencepiece_model import (
 )
 from lexigraft.families.spelling import is_word
 from lexigraft.families.units import UnitCounter, Units, batches
-from lexigraft.files import read_json, sha256_bytes, sha256_json
+from lexigraft.files import read_object, sha256_bytes, sha256_json
 
 if TYPE_CHECKING:
     from lexigraft.families.replay import Replayed
@@ -117,7 +117,7 @@ class SentencePieceBPE(SentencePieceFiles):
         if self._engine is not None:
             return template_start(self._engine)
         path = self.folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_object(path) if path.is_file() else {}
         bos = self._proto.trainer_spec.bos_id
         return [bos] if config.get("add_bos_token", True) and bos >= 0 else []
 

@@ -10,7 +10,7 @@ from typing import Any
 from lexigraft.errors import RefusalError
 from lexigraft.families.rank_files import rank_file
 from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, parse_sentencepiece
-from lexigraft.files import read_json
+from lexigraft.files import read_object
 
 _USER_DEFINED = 4  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -56,7 +56,7 @@ def add_special(
             stream.writelines(f"{token}\n" for token in tokens)
     listed = folder / "added_tokens.json"
     if listed.is_file() or not (folder / "tokenizer.json").is_file():
-        old = read_json(listed) if listed.is_file() else {}
+        old = read_object(listed) if listed.is_file() else {}
         listed.write_text(json.dumps({**old, **ids}, ensure_ascii=False, indent=2), "utf-8")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
@@ -110,5 +110,5 @@ def _with_names(
 
 
 def _edit(path: Path, change: Any) -> None:
-    changed = change(read_json(path))
+    changed = change(read_object(path))
     path.write_text(json.dumps(changed, ensure_ascii=False, indent=2), "utf-8")

@@ -59,7 +59,7 @@ from lexigraft.families.sentencepiece_model import (
 from lexigraft.families.spelling import is_word, script_of
 from lexigraft.families.tokenmap import TokenMap, token_text
 from lexigraft.families.units import Units, batches
-from lexigraft.files import read_json, sha256_bytes, sha256_json
+from lexigraft.files import read_object, sha256_bytes, sha256_json
 
 # What a saved token is worth, in nats. The more, the more near-ties of the base turn (of 32,000
 # distinct words of English Wikipedia, T5 cut 0 otherwise at 0.001, 3 at 0.01 and 25 at 0.1); the
@@ -154,7 +154,7 @@ class Unigram(SentencePieceFiles, PlainCounting):
         if self._engine is not None:
             return template_start(self._engine)
         path = self.folder / "tokenizer_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_object(path) if path.is_file() else {}
         bos = self._processor.bos_id()
         return [self._ids[bos]] if config.get("add_bos_token") and bos >= 0 else []
 
@@ -378,7 +378,7 @@ class Unigram(SentencePieceFiles, PlainCounting):
         sentinels = layout_of(path.parent).tail
         if not sentinels or self._model_name is None:
             return
-        config = read_json(path) if path.is_file() else {}
+        config = read_object(path) if path.is_file() else {}
         config.setdefault("tokenizer_class", tokenizer_class(self.folder))
         config["extra_ids"] = 0
         for key in ("additional_special_tokens", "extra_special_tokens"):

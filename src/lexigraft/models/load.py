@@ -11,7 +11,7 @@ from lexigraft.checkpoints.architectures import vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import token_text
-from lexigraft.files import read_json
+from lexigraft.files import read_object
 from lexigraft.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -63,7 +63,11 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=used, trust_remote_code=trust_remote_code, local_files_only=True
+                folder,
+                dtype=used,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,  # never a pickle that lies beside another .safetensors
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
@@ -79,7 +83,7 @@ def _refuse_remote_code(folder: Path) -> None:
     """Stop where only code from the folder itself knows the architecture."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise RefusalError(
             f"{folder} needs code of its own to load (auto_map in config.json)",
@@ -89,7 +93,7 @@ def _refuse_remote_code(folder: Path) -> None:
 
 
 def _require_safetensors(folder: Path) -> None:
-    read_json(folder / "config.json")
+    read_object(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise LexigraftError(
             f"no .safetensors file in {folder}",
@@ -130,7 +134,7 @@ def rows_on_disk(folder: Path) -> int | None:
 def context_limit(model: Any) -> int:
     """The most tokens that the positions of a model, or of the config in a folder, allow."""
     if isinstance(model, Path):
-        config = read_json(model / "config.json")
+        config = read_object(model / "config.json")
         found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
     else:
         found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -159,12 +163,12 @@ def start_and_end(family: Family) -> tuple[list[int], int | None]:
 def _end_id(folder: Path, ids: dict[str, int]) -> int | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            text = token_text(read_json(folder / name).get("eos_token"))
+            text = token_text(read_object(folder / name).get("eos_token"))
             if text in ids:
                 return ids[text]
     if not (folder / "config.json").is_file():
         return None
-    declared = read_json(folder / "config.json").get("eos_token_id")
+    declared = read_object(folder / "config.json").get("eos_token_id")
     first = declared[0] if isinstance(declared, list) and declared else declared
     return first if isinstance(first, int) else None
 

@@ -23,7 +23,7 @@ from lexigraft.checkpoints.growth import Growth
 from lexigraft.corpus import read_documents
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import Family
-from lexigraft.files import read_json
+from lexigraft.files import read_object
 from lexigraft.models.bits import LOGITS, POSITIONS, Score, fitting_window, score, up_to, windows
 from lexigraft.models.load import load_model, start_and_end
 
@@ -166,7 +166,7 @@ def probe_text(base: Family, extended: Family, spec: str | Path) -> ProbeText:
 def _require_causal(folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     causal = {name for names in known for name in ([names] if isinstance(names, str) else names)}
     named = [str(name) for name in config.get("architectures") or []]

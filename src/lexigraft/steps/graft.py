@@ -49,7 +49,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.files import (
     publish,
-    read_json,
+    read_object,
     refuse_existing,
     refuse_overwriting,
     require_folder,
@@ -413,7 +413,7 @@ class _Job:
         manifest = self._manifest()
         manifest.write(partial)
         path = partial / "tokenizer_config.json"
-        settings = read_json(path) if path.exists() else {}
+        settings = read_object(path) if path.exists() else {}
         settings["lexigraft"] = {"manifest": manifest.hash, **self._init()}
         write_json(path, settings)
 

@@ -56,6 +56,7 @@ from lexigraft.families.tokenmap import (
 from lexigraft.files import (
     publish,
     read_json,
+    read_object,
     refuse_existing,
     refuse_overwriting,
     scratch,
@@ -480,7 +481,7 @@ def _write_configs(job: _Job, folder: Path) -> None:
         )
     _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
     if (source / "generation_config.json").is_file():
-        generation = read_json(source / "generation_config.json")
+        generation = read_object(source / "generation_config.json")
         _write_if_changed(
             source, folder, "generation_config.json", with_special_ids(generation, ids)
         )

@@ -1,0 +1,80 @@
+"""Mutants of real folders, for a short while; `make fuzz` runs thousands.
+
+What a mutant found is a test of its own below.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import fuzz
+import parts
+from lexigraft.errors import LexigraftError
+from lexigraft.families.tokenmap import parse_sentencepiece
+from lexigraft.steps.check import check
+from lexigraft.steps.merge import merge
+from test_check_gallery import Ground
+
+SECONDS = 15
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return fuzz.write_sources(tmp_path_factory.mktemp("fuzz") / "sources")
+
+
+@pytest.fixture
+def ground(sources, tmp_path):
+    return Ground(sources, tmp_path)
+
+
+def test_mutants_end_in_a_result_or_one_clear_message(sources):
+    tally = fuzz.fuzz(sources, first=0, mutants=10_000, jobs=1, seconds=SECONDS, least=40)
+    assert not tally.faults, tally.faults[0]
+    assert tally.mutants >= 40
+
+
+def test_a_seed_gives_the_same_mutant(sources, tmp_path):
+    made = []
+    for name in ("one", "two"):
+        place = tmp_path / name
+        (place / "in").mkdir(parents=True)
+        draw = random.Random(11)
+        _, _, folders = fuzz.actions(sources, place, draw)
+        paths = sorted(p for folder in folders for p in folder.iterdir())
+        for path in draw.sample(paths, 3):
+            fuzz.mutate(path, draw)
+        made.append({str(p.relative_to(place)): p.read_bytes() for p in paths})
+    assert made[0] == made[1]
+
+
+# -- what earlier mutants found
+
+
+@pytest.mark.parametrize("text", ["", "▁" * 400, "x", "<0xZZ>"])
+def test_a_byte_piece_that_names_no_byte(ground, text):
+    path = ground.sp / "tokenizer.model"
+    proto = parse_sentencepiece(path.read_bytes(), path)
+    next(piece for piece in proto.pieces if piece.type == 6).piece = text
+    path.write_bytes(proto.SerializeToString())
+    assert check(ground.sp, consumer="gguf").findings
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "7", '["ab", "cd"]'])
+def test_a_generation_config_that_is_no_object(ground, tmp_path, content):
+    (ground.sp / "generation_config.json").write_text(content)
+    with pytest.raises(LexigraftError, match="JSON object"):
+        merge(ground.sp, [ground.adapter], output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_tokenizer_file_that_is_no_object(tmp_path, name):
+    from lexigraft import families
+
+    folder = parts.write_byte_level_files(tmp_path / "base")
+    (folder / name).write_text("[1]")
+    with pytest.raises(LexigraftError):
+        families.load(folder).encode("text")
