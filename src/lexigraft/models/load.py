@@ -55,7 +55,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
     import torch
     from transformers import AutoModelForCausalLM
 
-    _require_safetensors(folder)
+    Checkpoint.open(folder)  # no pickle, and no index that names files of other folders
     if not trust_remote_code:
         _refuse_remote_code(folder)
     place = device()
@@ -89,16 +89,6 @@ def _refuse_remote_code(folder: Path) -> None:
             f"{folder} needs code of its own to load (auto_map in config.json)",
             needed="an architecture that transformers ships, or leave to run that code",
             fix="read the .py files in the folder, then add --trust-remote-code",
-        )
-
-
-def _require_safetensors(folder: Path) -> None:
-    read_object(folder / "config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise LexigraftError(
-            f"no .safetensors file in {folder}",
-            needed="weights as safetensors",
-            fix=f"ls {folder}",
         )
 
 
