@@ -314,10 +314,10 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "# Adapting with new words, and without",
         "",
         "Bits per byte of held-out text; smaller is better. SmolLM2-135M-Instruct (de-quantised "
-        f"from Q4_1, tied). Each arm reads the same {options.bytes:,} bytes, a tenth of them general "
-        "text; LoRA of rank 16, blocks of 256, the product's defaults otherwise. ± is the 95% "
-        "interval of the mean over seeds (of split, vocabulary and order). A distilled arm also "
-        "reads the text once more as its own teacher and a few times through a quarter of the "
+        f"from Q4_1, tied). Each arm reads the same {options.bytes:,} bytes, a tenth of them "
+        "general text; LoRA of rank 16, blocks of 256, the product's defaults otherwise. ± is the "
+        "95% interval of the mean over seeds (of split, vocabulary and order). A distilled arm "
+        "also reads the text once more as its own teacher and a few times through a quarter of the "
         "layers: CPU s has it all.",
         "",
         *machine(PACKAGES),

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import parts
-from lexigraft import LexigraftError, families, graft, learn, merge, train
+from lexigraft import LexigraftError, check, families, graft, graft_distilled, learn, merge, train
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
 from lexigraft.models import distill
@@ -201,6 +201,13 @@ def test_distilled_rows_beat_their_start_and_leave_the_body_alone(tmp_path, tied
     assert record["objective"] == "distill" and record["passes"] == 4
     assert result.text_bytes == pytest.approx(4 * 12_000, rel=0.02)
     merge(tmp_path / "model", [tmp_path / "adapter"], output=tmp_path / "merged")
+    at_once = graft_distilled(
+        tmp_path / "learned", tmp_path / "vocab", corpus=corpus, output=tmp_path / "at_once"
+    )
+    assert at_once.train.domain_bpb < at_once.train.log[0]["domain_bpb"]
+    assert at_once.to_json()["init"].endswith("distilled")
+    assert check(tmp_path / "at_once").ok
+    assert not list(tmp_path.glob("at_once.*"))
     old, new = (load_model(tmp_path / name) for name in ("model", "merged"))
     ids = families.load(tmp_path / "model").map.tokens
     first_new = ids - len(read_json(tmp_path / "adapter" / "training.json")["rows"])

@@ -20,6 +20,7 @@ __all__ = [
     "demo",
     "evaluate",
     "graft",
+    "graft_distilled",
     "learn",
     "merge",
     "report",
@@ -31,10 +32,11 @@ _HOMES = {
     "report": "lexigraft.reporting",
     "run": "lexigraft.pipeline",
     "demo": "lexigraft.pipeline",
+    "graft_distilled": "lexigraft.pipeline",
 }
 
 if TYPE_CHECKING:
-    from lexigraft.pipeline import demo, run
+    from lexigraft.pipeline import demo, graft_distilled, run
     from lexigraft.reporting import report
     from lexigraft.steps.blend import blend
     from lexigraft.steps.check import check

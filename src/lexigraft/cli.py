@@ -227,7 +227,7 @@ def graft(
         typer.Option(
             help="How new rows start: auto, mean, char-weighted, exponential, first, last, "
             "half-first, outward, mean-all, gaussian, random, or module:function; "
-            "EMBEDDING,HEAD for two."
+            "EMBEDDING,HEAD for two. distill: auto, then learned from --corpus."
         ),
     ] = "auto",
     init_from: Annotated[
@@ -237,6 +237,12 @@ def graft(
     donor: Annotated[
         Path | None,
         typer.Option(help="Model that has new tokens as one token: its rows are translated."),
+    ] = None,
+    corpus: Annotated[
+        list[str], typer.Option(help="With --init distill: text of the field. Repeatable.")
+    ] = _NONE,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="With --init distill: read so much of it.")
     ] = None,
     pad_to: Annotated[int, typer.Option(help="Rows are a multiple of this.", min=1)] = 64,
     link: Annotated[
@@ -261,25 +267,42 @@ def graft(
     quiet: Quiet = False,
 ) -> None:
     """Add rows for the new tokens to a checkpoint, without loading the model."""
-    from lexigraft.steps.graft import graft as verb
+    options: dict[str, Any] = {
+        "output": output,
+        "init": init,
+        "init_from": init_from,
+        "donor": donor,
+        "pad_to": pad_to,
+        "link": link,
+        "max_shard_size": max_shard_size,
+        "tensor_roles": _roles(tensor),
+        "probe": probe,
+        "trust_remote_code": trust_remote_code,
+        "seed": seed,
+        "force": force,
+    }
+    if init == "distill":
+        options["init"] = "auto"
+    if init != "distill" or dry_run:
+        from lexigraft.steps.graft import graft as verb
 
-    result = verb(
-        base,
-        vocab,
-        output=output,
-        init=init,
-        init_from=init_from,
-        donor=donor,
-        pad_to=pad_to,
-        link=link,
-        max_shard_size=max_shard_size,
-        tensor_roles=_roles(tensor),
-        probe=probe,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
-        force=force,
-        dry_run=dry_run,
-    )
+        _show(verb(base, vocab, **options, dry_run=dry_run), as_json)
+        return
+    from lexigraft.pipeline import graft_distilled
+
+    if not corpus:
+        raise LexigraftError(
+            "--init distill without --corpus",
+            needed="text of the field, which the new rows learn from",
+            fix="lexigraft graft BASE VOCAB --init distill --corpus F -o OUT",
+        )
+    if probe is not None or link:
+        raise LexigraftError(
+            f"--init distill with {'--link' if probe is None else '--probe'}",
+            needed="a graft that trains nothing: what is probed or linked would not be the result",
+            fix="leave it out, and compare base and result with lexigraft eval",
+        )
+    result = graft_distilled(base, vocab, **options, corpus=corpus, max_bytes=max_bytes)
     _show(result, as_json)
 
 

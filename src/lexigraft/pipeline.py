@@ -1,4 +1,4 @@
-"""`run` and `demo`: learn, graft, train, merge, check, the control, eval and the report."""
+"""What joins steps: `run` and `demo` (all of them), and `graft --init distill`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lexigraft import families
 from lexigraft.console import note
-from lexigraft.corpus import held_out, read_documents
+from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError
-from lexigraft.files import sha256_file
+from lexigraft.files import refuse_existing, refuse_overwriting, scratch, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
@@ -22,6 +22,15 @@ from lexigraft.reporting.markdown import verdict
 from lexigraft.reporting.tables import model_table, sample_lines, training_lines
 from lexigraft.runfile import RunState
 from lexigraft.stages import Result, Run, opened, require_run_folder
+
+if TYPE_CHECKING:
+    from lexigraft.steps.graft import GraftResult
+    from lexigraft.steps.train import TrainResult
+
+
+# What a token of a distillation costs, of one through the whole body and back: over four passes, a
+# quarter of the layers in each, and the teacher's forward pass over base ids in the first.
+DISTILL_WORK = 0.45
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def _stages(current: Run, recipe: Recipe) -> None:
     base = local_folder(recipe.base)
     measured = _measured_texts(recipe)
     _grow(current, recipe, base)
-    trained = _train(current, recipe, current.folder / "model", recipe.train.stages, at="")
+    trained = _train(current, recipe, current.folder / "model", recipe.stages, at="")
     _check(current, trained)
     models = {"base": base, "grafted": current.folder / "model", "merged": trained}
     if recipe.control:
@@ -231,8 +240,11 @@ def _check(current: Run, merged: Path) -> None:
 
 
 def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
-    """The base trained in the same way, once on as much text and once for as many steps."""
-    stages = [stage for stage in recipe.train.stages if stage.mode != "rows"]
+    """The base trained in the same way, once on as much text and once with as much work.
+
+    A distillation reads the text that is trained on later, so it adds work and no text.
+    """
+    stages = [stage for stage in recipe.stages if stage.mode != "rows"]
     if not stages:
         note("no control: --mode rows has no new rows to train in the base")
         return {}
@@ -241,8 +253,14 @@ def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
         for name in current.state.stages
         if name.endswith("train") and not name.startswith("control/")
     ]
-    same_text = _limited(stages[-1], max_bytes=sum(result["text_bytes"] for result in done))
-    same_work = _limited(stages[-1], max_tokens=sum(result["tokens"] for result in done))
+    learned = list(zip(recipe.stages, done, strict=True))
+    text = sum(result["text_bytes"] for stage, result in learned if stage.objective != "distill")
+    work = sum(
+        result["tokens"] * (DISTILL_WORK if stage.objective == "distill" else 1)
+        for stage, result in learned
+    )
+    same_text = _limited(stages[-1], max_bytes=text)
+    same_work = _limited(stages[-1], max_tokens=round(work))
     return {
         "control, equal text": _train(current, recipe, base, [same_text], at="control/text/"),
         "control, equal compute": _train(current, recipe, base, [same_work], at="control/compute/"),
@@ -253,6 +271,82 @@ def _limited(stage: TrainStage, **limit: int) -> TrainStage:
     """`stage` with this limit and no other."""
     none = {"max_bytes": None, "max_steps": None, "max_tokens": None}
     return stage.model_copy(update={**none, **limit})
+
+
+@dataclass(frozen=True)
+class DistilledGraft:
+    """A grafted model whose new rows have learned from its own reading of a text.
+
+    Attributes:
+        graft: what `graft` did.
+        train: what `train --mode rows --objective distill` did.
+    """
+
+    output: Path
+    graft: GraftResult
+    train: TrainResult
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `--json`: that of `graft`, with that of `train` in it."""
+        train = {key: value for key, value in self.train.to_json().items() if key != "output"}
+        return {
+            **self.graft.to_json(),
+            "output": str(self.output),
+            "init": f"{self.graft.init}, distilled",
+            "train": train,
+        }
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        grafted, trained = self.graft.lines(), self.train.lines()
+        return [f"grafted {self.output}", *grafted[1:], *trained[1:]]
+
+
+def graft_distilled(
+    base: str | Path,
+    vocab: str | Path,
+    *,
+    corpus: Sequence[str | Path],
+    output: str | Path,
+    general: Sequence[str | Path] = (),
+    max_bytes: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    **graft_options: Any,
+) -> DistilledGraft:
+    """`graft`, then `train --mode rows --objective distill` on `corpus`, then `merge`: one folder.
+
+    Args:
+        corpus, general, max_bytes: the text, as for `train`.
+        graft_options: other keyword arguments of `graft`.
+
+    Raises:
+        LexigraftError, RefusalError: as these three.
+    """
+    from lexigraft.steps.graft import graft
+    from lexigraft.steps.merge import merge
+    from lexigraft.steps.train import train
+
+    output = Path(output)
+    refuse_existing(output, force=force)
+    texts = [path for specs in (corpus, general) for path in text_files(specs)]
+    refuse_overwriting(output, [local_folder(base), local_folder(vocab), *texts])
+    with scratch(output) as folder:
+        grafted = graft(base, vocab, output=folder / "model", seed=seed, **graft_options)
+        trained = train(
+            folder / "model",
+            corpus=corpus,
+            general=general,
+            output=folder / "adapter",
+            mode="rows",
+            objective="distill",
+            max_bytes=max_bytes,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        merge(folder / "model", [folder / "adapter"], output=output, force=force)
+    return DistilledGraft(output, grafted, trained)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ class GraftPart(_Part):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """The options that are neither file nor folder."""
-        return self.model_dump(exclude={"init_from", "donor"})
+        """The options that are neither file nor folder; `distill` is a stage of training."""
+        init = "auto" if self.init == "distill" else self.init
+        return {**self.model_dump(exclude={"init_from", "donor"}), "init": init}
 
     def beside(self, at: Callable[[str], str], model: Callable[[str], str]) -> GraftPart:
         """The same with its file where `at` says it is, and its donor where `model` does."""
@@ -149,6 +150,12 @@ class Recipe(_Part):
     eval: EvalPart = EvalPart()
     control: bool = True
     samples: list[str] = []
+
+    @property
+    def stages(self) -> list[TrainStage]:
+        """The stages of training, with that of `graft: {init: distill}` before them."""
+        first = [TrainStage(mode="rows", objective="distill")]
+        return [*(first if self.graft.init == "distill" else []), *self.train.stages]
 
     def beside(self, folder: Path) -> Recipe:
         """The recipe with its relative paths taken from `folder`."""
