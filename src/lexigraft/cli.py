@@ -349,7 +349,10 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per block.", min=8)] = 512,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens per block.", show_default="512; distill: 256", min=8),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 1,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Batches that make a step.", min=1)

@@ -17,6 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Types of models that cut attention where positions restart (transformers 5 makes the mask from
+# `position_ids`). Others, BLOOM, OPT, MPT, BioGPT and all with a recurrent state among them, let
+# the documents of a block see each other and do not say so; what is not known to keep them apart
+# is not trusted.
+_KEEPS_APART = """
+    apertus arcee bitnet codegen cohere cohere2 ctrl deepseek_v2 deepseek_v3 diffllama doge
+    ernie4_5 ernie4_5_moe exaone4 falcon gemma gemma2 gemma3_text gemma4_text glm glm4
+    glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoe
+    helium hunyuan_v1_dense jais2 jetmoe llama llama4_text ministral ministral3 mistral
+    mixtral nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+    qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+"""
+KEEPS_APART = frozenset(_KEEPS_APART.split())
 IGNORED = -100  # the target that no loss counts, as everywhere in torch and transformers
 _COLUMNS = ("inputs.bin", "targets.bin", "positions.bin")
 _WAITING = 2**18  # positions that are gathered before they are written
@@ -55,6 +68,7 @@ def pack(
     *,
     start: Sequence[int],
     end: int | None,
+    apart: bool = False,
     folder: Path | None = None,
 ) -> Blocks:
     """Blocks of `block_size` positions out of (ids, UTF-8 bytes) of documents.
@@ -64,6 +78,8 @@ def pack(
         block_size: T, positions per block.
         start: what stands before each document (bos, else eos); only its last id predicts.
         end: what the model should predict after each document, or None.
+        apart: begin a new block with each document, for models that would let documents in one
+            block see each other (types outside `KEEPS_APART`).
         folder: where the blocks are kept, in files that are mapped into memory; without it they
             are in memory.
 
@@ -80,7 +96,8 @@ def pack(
         target = line[1:].copy()
         target[: len(start) - 1] = IGNORED
         columns.add(line[:-1], target)
-        ends.append(ends[-1] + len(target))
+        filled = columns.fill() if apart else 0
+        ends.append(ends[-1] + len(target) + filled)
         sizes.append(sizes[-1] + size)
     inputs, targets, positions = columns.finish()
     block_ends = np.minimum(np.arange(1, len(inputs) + 1) * block_size, ends[-1])
@@ -165,10 +182,15 @@ class _Columns:
             with (self._folder / name).open("ab") as stream:
                 stream.write(column.tobytes())
 
-    def finish(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """The columns, each (B, T), the last block filled up."""
+    def fill(self) -> int:
+        """Fill up the last block; returns with how many positions."""
         missing = -self._length % self._block_size
         self.add(np.zeros(missing, np.int32), np.full(missing, IGNORED, np.int32))
+        return missing
+
+    def finish(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """The columns, each (B, T), the last block filled up."""
+        self.fill()
         self._flush()
         if self._folder is not None:
             first, second, third = (

@@ -38,7 +38,7 @@ from lexigraft.models.load import (
     rows_on_disk,
     start_and_end,
 )
-from lexigraft.models.packing import Blocks, pack, packed, repeated
+from lexigraft.models.packing import KEEPS_APART, Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
 from lexigraft.models.verdict import Thresholds
 
@@ -81,6 +81,7 @@ class Settings:
     processes: int = 1
     objective: str = "lm"
     passes: int = 1
+    apart: bool = False
     replay_schedule: str = "even"
     patience: int | None = None
     general_limit: float | None = None
@@ -274,6 +275,13 @@ def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None =
     return job
 
 
+def keeps_apart(folder: Path) -> bool:
+    """Whether the model in `folder` is known to keep the documents of a block apart."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    return (text if isinstance(text, dict) else config).get("model_type") in KEEPS_APART
+
+
 def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | None) -> Blocks:
     """The packed texts: those in `cache` if they are of this plan, else made anew.
 
@@ -289,7 +297,7 @@ def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | N
     start, end = start_and_end(family)
     if cache is None:
         documents = _stream(texts, family, settings)
-        return pack(documents, settings.block_size, start=start, end=end)
+        return pack(documents, settings.block_size, start=start, end=end, apart=settings.apart)
     key = {"plan": sha256_json(plan_of(family, texts, settings))}
     if (cache / _KEY).is_file() and read_json(cache / _KEY) == key:
         return packed(cache, settings.block_size)
@@ -297,7 +305,9 @@ def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | N
     cache.mkdir(parents=True)
     require_free_space(cache, _PACKED * _planned_bytes(texts, family, settings))
     documents = _stream(texts, family, settings)
-    blocks = pack(documents, settings.block_size, start=start, end=end, folder=cache)
+    blocks = pack(
+        documents, settings.block_size, start=start, end=end, apart=settings.apart, folder=cache
+    )
     write_json(cache / _KEY, key)  # last: without it, they are not whole
     return blocks
 

@@ -33,6 +33,7 @@ from lexigraft.models.preparation import (
     Texts,
     base_measure,
     evidence,
+    keeps_apart,
     measure,
     new_target_share,
     pack_texts,
@@ -161,7 +162,7 @@ def train(
     max_steps: int | None = None,
     max_bytes: int | None = None,
     max_tokens: int | None = None,
-    block_size: int = 512,
+    block_size: int | None = None,
     batch_size: int = 1,
     learning_rate: float | None = None,
     new_row_learning_rate: float | None = None,
@@ -209,7 +210,8 @@ def train(
             `corpus`, which are then not trained on.
         max_bytes: UTF-8 bytes of text to consume, general text included.
         max_tokens: predicted tokens to consume, to the end of a document.
-        block_size: positions per block; `batch_size` blocks are computed at once, and
+        block_size: positions per block, by default 512, with `distill` 256 or a quarter of the
+            model's context (base ids need more room); `batch_size` blocks are computed at once, and
             `gradient_accumulation` such batches make a step (of each process, where there are
             several).
         learning_rate, new_row_learning_rate: peaks, of the body and of the new rows; by default
@@ -263,6 +265,14 @@ def train(
         passes = DISTILL_PASSES if objective == "distill" else 1
     if weight_decay is None:
         weight_decay = FULL_WEIGHT_DECAY if mode == "full" else 0.0
+    if block_size is None:
+        block_size = min(256, context_limit(source) // 4) if objective == "distill" else 512
+    apart = not keeps_apart(source)
+    if apart:
+        note(
+            f"this kind of model lets the documents of a block see each other: each begins a new "
+            f"block of {block_size} tokens (--block-size: smaller ones waste less)"
+        )
     settings = Settings(
         mode=mode,
         max_steps=max_steps,
@@ -289,6 +299,7 @@ def train(
         processes=process_count(),
         objective=objective,
         passes=passes,
+        apart=apart,
         replay_schedule=replay_schedule,
         patience=patience,
         general_limit=general_limit,
