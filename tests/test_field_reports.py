@@ -1,7 +1,7 @@
-"""Field reports, stages 1 to 3: what users of other tools ran into does not happen here.
+"""Field reports, stages 1 to 4: what users of other tools ran into does not happen here.
 
 One test for each report, by its number, on a small real repro. Reports on other tools' internals
-are held against what `learn`, `graft` and `check` do in the same situation.
+are held against what `learn`, `graft`, `train` and `check` do in the same situation.
 """
 
 # ruff: noqa: N802 - the reports are numbered with a capital B
@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer
 
 import parts
 from extend import extend
-from lexigraft import LexigraftError, evaluate, families, graft, train
+from lexigraft import LexigraftError, evaluate, families, graft, learn, merge, train
 from lexigraft.corpus import held_out
 from lexigraft.families import Family
 from lexigraft.families.continued_bpe import Merge
@@ -787,3 +787,190 @@ def test_B39_weights_of_an_ungathered_save_are_named(place, what):
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "ZeRO-3" in run.stderr and "zero_to_fp32.py" in run.stderr
     assert not (place / "model").exists()
+
+
+# --- stage 4: training ---------------------------------------------------------------------------
+
+SHORT = {"block_size": 64, "max_bytes": 8000, "measurements": 1, "measured_bytes": 2000}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory) -> Path:
+    """corpus.txt, and of each tied and untied: base, model (40 new tokens) and a LoRA adapter."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus.txt").write_text(parts.corpus_text(documents=60), "utf-8")
+    for name, tied in (("tied", True), ("untied", False)):
+        base = parts.write_byte_level(folder / name / "base")
+        parts.write_model(base, tokens=382, tied=tied, eos=380)
+        if tied:
+            learn(
+                base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
+                output=folder / "vocab",
+            )  # fmt: skip
+        graft(base, folder / "vocab", output=folder / name / "model")
+        train(
+            folder / name / "model", corpus=[folder / "corpus.txt"], lora_rank=4,
+            output=folder / name / "adapter", **SHORT,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+def test_B40_new_rows_are_trained_and_each_tells_how_often_and_how_far(grown, tied):
+    """LoRA alone trains new rows too: nobody has to know of modules_to_save."""
+    told = json.loads((grown / tied / "adapter" / "training.json").read_text())
+    assert len(told["rows"]) == told["new_rows"] == told["rows_moved"] == 40
+    assert all(row["moved"] > 0 for row in told["rows"])
+    assert sum(row["targets"] for row in told["rows"]) > 100
+    assert sum(row["inputs"] for row in told["rows"]) > 100
+    merge(grown / tied / "model", [grown / tied / "adapter"], output=grown / tied / "merged")
+    before, after = (weights_of(grown / tied / name) for name in ("model", "merged"))
+    changed = {
+        name: (before[name][382:422] != after[name][382:422]).any(axis=1)
+        for name in TABLES[: 1 if tied == "tied" else 2]
+    }
+    assert changed[TABLES[tied != "tied"]].all()  # a head's rows are in every softmax
+    was_read = [row["inputs"] > 0 for row in told["rows"]]
+    assert changed[TABLES[0]].tolist() == (was_read if tied == "untied" else [True] * 40)
+
+
+def test_B40_a_row_that_did_not_move_is_named(grown, tmp_path):
+    result = train(
+        grown / "untied" / "model", corpus=[grown / "corpus.txt"], mode="rows",
+        output=tmp_path / "out", new_row_learning_rate=1e-30, **SHORT,
+    )  # fmt: skip
+    assert result.rows_moved == 0
+    (reason,) = [r for r in result.verdict["reasons"] if r["rule"] == "moved"]
+    assert reason["found"].startswith("40 new rows have not moved") and "prune" in reason["next"]
+
+
+@pytest.mark.parametrize("token", [380, 381])
+def test_B41_an_untrained_special_token_is_found_and_training_it_is_suggested(
+    grown, tmp_path, token
+):
+    """`<|im_end|>` of a base is zero, or a copy of a reserved row: LoRA would never learn to stop."""
+    base = tmp_path / "base"
+    shutil.copytree(grown / "untied" / "base", base)
+    stored = weights_of(base)
+    for name in TABLES:
+        stored[name][380] = stored[name][381] = 0
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    set_config(base, bos_token_id=token, eos_token_id=token)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+    found = [f for f in check(base, deep=True).findings if f.code == "LG703"]
+    assert {finding.where for finding in found} == set(TABLES)
+    for finding in found:
+        assert finding.severity == "warning"
+        assert families.load(base).map.texts[token] in finding.found
+        assert "train" in f"{finding.needed} {finding.fix}"
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+@pytest.mark.parametrize("mode", ["rows", "lora"])
+def test_B42_what_is_trained_is_told_and_saved(grown, tmp_path, capsys, tied, mode):
+    """The saved tensors are those of the optimizer, value for value; nothing else moved."""
+    from lexigraft.models.adapter_files import lora_config, make_trainable, trainable_tensors
+    from lexigraft.models.load import load_model
+
+    train(
+        grown / tied / "model", corpus=[grown / "corpus.txt"], mode=mode, lora_rank=4,
+        output=tmp_path / "out", **{**SHORT, "max_bytes": 500},
+    )  # fmt: skip
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    model = load_model(grown / tied / "model")
+    trained, rows = make_trainable(
+        model, range(382, 422), lora_config(4, 8.0) if mode == "lora" else None
+    )
+    wanted = trainable_tensors(trained, rows)
+    assert wanted.keys() <= stored.keys()
+    count = sum(parameter.numel() for parameter in wanted.values())
+    assert f"training {count:,} weights" in capsys.readouterr().err
+
+
+def test_B44_a_tied_model_trains_one_shared_tensor(grown):
+    """One row for reading and writing, in the adapter and in what is merged."""
+    config = json.loads((grown / "tied" / "adapter" / "adapter_config.json").read_text())
+    assert list(config["trainable_token_indices"]) == ["model.embed_tokens"]
+    merged = grown / "tied" / "again"
+    merge(grown / "tied" / "base", [grown / "tied" / "adapter"], output=merged)
+    assert "lm_head.weight" not in weights_of(merged)
+    assert config_of(merged)["tie_word_embeddings"] is True
+    told = json.loads((grown / "tied" / "adapter" / "training.json").read_text())
+    scored = evaluate(
+        [merged], corpus=[grown / "corpus.txt"], held_out_only=True, speed_characters=0
+    ).models[0].domain.bpb  # fmt: skip
+    assert scored == pytest.approx(told["domain_bpb"], rel=0.1)  # other windows
+    assert told["log"][-1]["new_bpb"] < told["log"][0]["new_bpb"] - 0.1
+    assert any(row["adopted"] for row in told["rows"])  # the head writes what it learned
+
+
+def test_B45_losses_are_told_per_byte_and_split_by_old_and_new(grown):
+    """A loss per token looks worse after an expansion, even where the text became likelier."""
+    told = json.loads((grown / "tied" / "adapter" / "training.json").read_text())
+    for entry in told["log"]:
+        assert {"domain_bpb", "old_bpb", "new_bpb"} <= entry.keys()
+        assert not [key for key in entry if "loss" in key or "perplexity" in key]
+    models = [grown / "tied" / name for name in ("base", "merged", "model")]
+    if not models[1].exists():
+        merge(grown / "tied" / "model", [grown / "tied" / "adapter"], output=models[1])
+    base, merged, _ = (
+        model.domain
+        for model in evaluate(models, corpus=[grown / "corpus.txt"], speed_characters=0).models
+    )
+    assert merged.tokens < 0.9 * base.tokens and merged.bytes == base.bytes
+    assert merged.bpb < base.bpb
+    assert merged.bits / merged.tokens > 0.8 * base.bits / base.tokens
+
+
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+def test_B46_each_matrix_is_trained_in_one_way(grown, tied):
+    config = json.loads((grown / tied / "adapter" / "adapter_config.json").read_text())
+    rows = set(config["trainable_token_indices"])
+    assert rows == {"model.embed_tokens", *([] if tied == "tied" else ["lm_head"])}
+    assert not config["modules_to_save"]
+    linear = set(config["target_modules"])
+    assert linear and not {name for name in linear if "embed" in name or "head" in name}
+
+
+def test_B47_a_checkpoint_of_another_vocabulary_is_not_resumed(grown, tmp_path):
+    """Both numbers are told before a model is loaded."""
+    from lexigraft.models.unfinished import last_checkpoint
+
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "lexigraft", "train", grown / "tied" / "model", "--corpus",
+        grown / "corpus.txt", "-o", out, "--max-steps", 500, "--save-steps", 2,
+        "--block-size", 64, "--lora-rank", 4,
+    ]  # fmt: skip
+    child = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out.partial"
+    while child.poll() is None and last_checkpoint(partial) is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert last_checkpoint(partial) is not None
+    with pytest.raises(LexigraftError) as fault:
+        train(
+            grown / "tied" / "base", corpus=[grown / "corpus.txt"], output=out, max_steps=500,
+            block_size=64, lora_rank=4, resume=True,
+        )  # fmt: skip
+    assert "had tokens 422, this one has 382" in fault.value.found
+    assert last_checkpoint(partial) is not None and not out.exists()
+
+
+def test_B48_text_is_encoded_anew_for_another_tokenizer_at_the_same_path(grown, tmp_path):
+    """And the share of new tokens is told; 0% is an error (test_what_cannot_be_trained_is_refused)."""
+    from lexigraft.models.preparation import new_target_share, prepare, read_texts
+    from test_train import settings
+
+    model, cache = tmp_path / "model", tmp_path / "blocks"
+    texts = read_texts([grown / "corpus.txt"], (), (), seed=0, measured_bytes=2000)
+    found = []
+    for source in ("base", "model", "base"):
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(grown / "tied" / source, model)
+        found.append(prepare(model, texts, settings(), cache))
+    tokens = [int(job.blocks.tokens[-1]) for job in found]
+    assert tokens[0] == tokens[2] > 1.1 * tokens[1]
+    assert (found[0].highest, found[1].highest) < (382, 422)
+    assert 0.1 < new_target_share(found[1]) < 0.9
