@@ -189,6 +189,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.progress.seconds += time.monotonic() - self._began
         self._advance(self.text_bytes(step) - self.text_bytes(step - 1))
         self._require_sense(step)
+        control.should_save = control.should_save and not self._bad_steps  # keep the good ones
         if step in self._schedule.measure_at:
             self.record(step)
         if self.stopping and step < self._schedule.steps:
@@ -208,7 +209,6 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
                 f"{self.progress.first:.3g} in the first one, and has been as bad for "
                 f"{self._bad_steps} steps",
                 self.folder,
-                before=step - self._bad_steps + 1,
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -464,8 +464,8 @@ def _require_finite(model: Any, folder: Path) -> None:
         raise _diverged("the last step made weights that are not finite numbers", folder)
 
 
-def _diverged(found: str, folder: Path, before: int | None = None) -> LexigraftError:
-    good = last_checkpoint(folder, before)
+def _diverged(found: str, folder: Path) -> LexigraftError:
+    good = last_checkpoint(folder)
     kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written before"
     return LexigraftError(
         f"{found}; {kept}",

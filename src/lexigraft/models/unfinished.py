@@ -60,20 +60,13 @@ def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool)
     shutil.rmtree(folder)
 
 
-def last_checkpoint(folder: Path, before: int | None = None) -> Path | None:
-    """The newest whole checkpoint of an unfinished run; Trainer writes its state last.
-
-    Args:
-        folder: `OUT.partial`.
-        before: look only at those of earlier steps than this.
-    """
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of an unfinished run; Trainer writes its state last."""
     found = []
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((path / "trainer_state.json").read_text())
-            step = int(state["global_step"])
-            if before is None or step < before:
-                found.append((step, path))
+            found.append((int(state["global_step"]), path))
     return max(found, default=(0, None))[1]
 
 
