@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import parts
-from lexigraft import LexigraftError, check, families, graft, learn, merge, train
+from lexigraft import LexigraftError, check, families, merge, train
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
@@ -17,28 +17,12 @@ from lexigraft.models.preparation import prepare, read_texts
 torch.set_num_threads(1)
 QUICK = {"block_size": 64, "max_bytes": 6000, "measurements": 2, "measured_bytes": 3000}
 FAST = {"learning_rate": 1e-3, "new_row_learning_rate": 3e-3}
-FIRST, TOKENS = 382, 422  # ids of the new tokens; the models have 448 rows
+FIRST, TOKENS = 382, 422  # the new tokens of `grafted_models`
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return grafted(tmp_path_factory.mktemp("full"))
-
-
-def grafted(folder):
-    """corpus.txt; `base_tied` and `base_untied`; the same two grafted: `tied` and `untied`."""
-    (folder / "corpus.txt").write_text(parts.corpus_text(documents=40), "utf-8")
-    vocab = folder / "vocab"
-    for name, tied in (("tied", True), ("untied", False)):
-        base = parts.write_byte_level(folder / f"base_{name}")
-        parts.write_model(base, tokens=400, rows=416, tied=tied, eos=380)
-        if not vocab.exists():
-            learn(
-                base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
-                output=vocab,
-            )  # fmt: skip
-        graft(base, vocab, output=folder / name)
-    return folder
+@pytest.fixture
+def place(grafted_models):
+    return grafted_models
 
 
 def bpb(folder, source, corpus):

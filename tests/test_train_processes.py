@@ -14,7 +14,7 @@ from lexigraft import graft, merge, train
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json, write_json
-from test_train_full import FIRST, TOKENS, grafted
+from test_train_full import FIRST, TOKENS
 
 torch.set_num_threads(1)
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -27,9 +27,9 @@ SHAPES = [f"{tied}-{pad}" for tied in ("tied", "untied") for pad in ("padded", "
 MODES = ["rows", "lora", "full"]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return grafted(tmp_path_factory.mktemp("processes"))
+@pytest.fixture
+def place(grafted_models):
+    return grafted_models
 
 
 def after_a_stage(place, shape):

@@ -13,16 +13,15 @@ from launching import environment
 from lexigraft import LexigraftError, train
 from lexigraft.files import read_json, write_json
 from lexigraft.models.unfinished import PLAN_FILE, last_checkpoint
-from test_train_full import grafted
 
 torch.set_num_threads(1)
 STEPS = 60
 OPTIONS = {"max_steps": STEPS, "block_size": 32, "measurements": 2, "measured_bytes": 1500}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return grafted(tmp_path_factory.mktemp("stops"))
+@pytest.fixture
+def place(grafted_models):
+    return grafted_models
 
 
 def started(place, out, mode, *more):

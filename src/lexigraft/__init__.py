@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "demo",
     "evaluate",
+    "find_learning_rate",
     "graft",
     "graft_distilled",
     "learn",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "find_learning_rate": "lexigraft.steps.train",
     "report": "lexigraft.reporting",
     "run": "lexigraft.pipeline",
     "demo": "lexigraft.pipeline",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.graft import graft
     from lexigraft.steps.learn import learn
     from lexigraft.steps.merge import merge
-    from lexigraft.steps.train import train
+    from lexigraft.steps.train import find_learning_rate, train
 
 
 def __getattr__(name: str) -> Any:

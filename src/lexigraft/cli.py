@@ -325,7 +325,7 @@ def train(
     model: Annotated[Path, typer.Argument(help="Grafted model.")],
     *,
     corpus: Corpus,
-    output: Output,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     general: General = _NONE,
     held_out: Annotated[
         list[str], typer.Option(help="Text to measure on, instead of a part of the corpus.")
@@ -410,6 +410,9 @@ def train(
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")
     ] = None,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="Try learning rates, write nothing.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
     trust_remote_code: Trust = False,
     seed: Seed = 0,
@@ -418,35 +421,45 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the new rows, and of the rest of the model nothing, LoRA, or everything."""
+    from lexigraft.steps.train import find_learning_rate
     from lexigraft.steps.train import train as verb
 
+    options: dict[str, Any] = {
+        "corpus": corpus,
+        "general": general,
+        "held_out": held_out,
+        "mode": mode,
+        "objective": objective,
+        "passes": passes,
+        "max_steps": max_steps,
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "new_row_learning_rate": new_row_learning_rate,
+        "old_rows": old_rows,
+        "old_row_scale": old_row_scale,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "gradient_accumulation": gradient_accumulation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "dtype": dtype,
+        "lora_rank": lora_rank,
+        "replay": replay,
+        "replay_schedule": replay_schedule,
+        "trust_remote_code": trust_remote_code,
+        "seed": seed,
+    }
+    if find_lr:
+        _show(find_learning_rate(model, **options), as_json)
+        return
+    if output is None:
+        raise LexigraftError("no -o", needed="a folder to write", fix="add -o OUT, or --find-lr")
     result = verb(
         model,
-        corpus=corpus,
         output=output,
-        general=general,
-        held_out=held_out,
-        mode=mode,
-        objective=objective,
-        passes=passes,
-        max_steps=max_steps,
         max_bytes=max_bytes,
         max_tokens=max_tokens,
-        block_size=block_size,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        new_row_learning_rate=new_row_learning_rate,
-        old_rows=old_rows,
-        old_row_scale=old_row_scale,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup=warmup,
-        gradient_accumulation=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        lora_rank=lora_rank,
-        replay=replay,
-        replay_schedule=replay_schedule,
         base=base,
         patience=patience,
         general_limit=None if general_limit is None else _share(general_limit),
@@ -454,9 +467,8 @@ def train(
         measurements=measurements,
         save_steps=save_steps,
         resume=resume,
-        trust_remote_code=trust_remote_code,
-        seed=seed,
         force=force,
+        **options,
     )
     _show(result, as_json)
 

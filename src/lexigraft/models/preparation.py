@@ -58,18 +58,18 @@ class Settings:
     `max_steps`, `max_bytes`, `max_tokens` of None are no limit; without any, one pass is made.
     """
 
-    mode: str
-    max_steps: int | None
-    max_bytes: int | None
-    max_tokens: int | None
-    block_size: int
-    batch_size: int
-    learning_rate: float
-    new_row_learning_rate: float
-    lora_rank: int
-    lora_alpha: float
-    replay: float
-    seed: int
+    mode: str = "lora"
+    max_steps: int | None = None
+    max_bytes: int | None = None
+    max_tokens: int | None = None
+    block_size: int = 512
+    batch_size: int = 1
+    learning_rate: float = 1e-3
+    new_row_learning_rate: float = 3e-3
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    replay: float = 0.1
+    seed: int = 0
     old_rows: str = "frozen"
     old_row_scale: float = 0.1
     weight_decay: float = 0.0

@@ -37,7 +37,6 @@ LOG_FILE = "log.json"
 BEST = "best"  # folder of the states that an early stop may go back to
 # Of an entry of the log: what tells where it stands, and is no measurement.
 _PLACE = frozenset({"step", "text_bytes", "tokens", "seconds"})
-SHAPES = ("cosine", "wsd", "constant")
 WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
 FINAL_RATE = 0.1  # of the learning rate, at the end of a cosine or a tail
 TAIL = 0.2  # of the steps, in which a WSD schedule falls
@@ -63,6 +62,7 @@ class Schedule:
         processes: how many work on a step together.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         guess: the loss of a blind guess among all rows, nats per target.
+        dtype: that was asked for; on a GPU anything but `float32` computes in 16 bits.
     """
 
     steps: int
@@ -80,6 +80,7 @@ class Schedule:
     processes: int = 1
     checkpointing: bool = False
     guess: float = 0.0
+    dtype: str = "auto"
 
     @property
     def step_blocks(self) -> int:
@@ -477,7 +478,6 @@ def _diverged(found: str, folder: Path) -> LexigraftError:
 def _arguments(
     folder: Path, schedule: Schedule, model: Any, report_to: Sequence[str]
 ) -> TrainingArguments:
-    on_gpu = device() == "cuda"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
@@ -492,8 +492,8 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=schedule.seed,
-        use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=device() == "cpu",
+        **_precision(schedule, model),
         average_tokens_across_devices=True,
         # Experts that no token of a batch went to have no gradient; to look for them costs time.
         ddp_find_unused_parameters=any(".experts." in name for name, _ in model.named_parameters()),
@@ -501,6 +501,15 @@ def _arguments(
     if arguments.n_gpu > 1:  # several GPUs are for several processes, not for DataParallel
         arguments._n_gpu = 1
     return arguments
+
+
+def _precision(schedule: Schedule, model: Any) -> dict[str, bool]:
+    """In which type a GPU computes, for TrainingArguments; float16 is scaled against underflow."""
+    if device() == "cpu" or schedule.dtype == "float32":
+        return {}
+    if model.get_input_embeddings().weight.dtype == torch.float16:
+        return {"fp16": True}
+    return {"bf16": torch.cuda.is_bf16_supported()}
 
 
 @contextlib.contextmanager

@@ -49,15 +49,19 @@ from lexigraft.models.verdict import adoption, judge, verdict_lines
 if TYPE_CHECKING:
     from lexigraft.models.evidence import RowEvidence
     from lexigraft.models.new_rows import NewRows
+    from lexigraft.models.objectives import Objective
+    from lexigraft.models.rate_finder import RateTable
     from lexigraft.models.stopping import StopRule
     from lexigraft.models.training import Monitor, Schedule
 
-MODES = ("rows", "lora", "full")
-OBJECTIVES = ("lm", "distill")
-OLD_ROWS = ("frozen", "slow")
-SCHEDULES = ("cosine", "wsd", "constant")
-REPLAY_SCHEDULES = ("even", "early")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+KNOWN = {
+    "mode": ("lora", "rows", "full"),
+    "objective": ("lm", "distill"),
+    "old_rows": ("frozen", "slow"),
+    "schedule": ("cosine", "wsd", "constant"),
+    "replay_schedule": ("even", "early"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
 # Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
 RATES = {
     "rows": ((3e-3, 3e-3), (6e-4, 6e-4)),
@@ -67,6 +71,7 @@ RATES = {
 LARGE = 10**9
 BLOCKS = "blocks"  # folder of the packed texts, in a run's workplace
 FULL_WEIGHT_DECAY = 0.1
+FINDER_STEPS = 20
 DISTILL_PASSES = 4  # the teacher reads once, and later passes are a fifth of the work
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
@@ -242,48 +247,21 @@ def train(
         RefusalError: an architecture whose rows cannot be trained alone, or a `dtype` in which
             the mode cannot train.
     """
-    for name, value, known in (
-        ("mode", mode, MODES),
-        ("objective", objective, OBJECTIVES),
-        ("old-rows", old_rows, OLD_ROWS),
-        ("schedule", schedule, SCHEDULES),
-        ("dtype", dtype, DTYPES),
-        ("replay-schedule", replay_schedule, REPLAY_SCHEDULES),
-    ):
-        _require_known(name, value, known)
-    _require_sense(mode, objective, old_rows, dtype)
     refuse_other_ways()
     asked = trackers(report_to)
     output = Path(output)
     source = local_folder(model)
     origin = None if base is None else local_folder(base)
-    refuse_existing(output, force=force)
-    texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
-    refuse_overwriting(output, [source, *texts_read])
-    body_rate, row_rate = _rates(source, mode)
-    if passes is None:
-        passes = DISTILL_PASSES if objective == "distill" else 1
-    if weight_decay is None:
-        weight_decay = FULL_WEIGHT_DECAY if mode == "full" else 0.0
-    if block_size is None:
-        block_size = min(256, context_limit(source) // 4) if objective == "distill" else 512
-    apart = not keeps_apart(source)
-    if apart:
-        note(
-            f"this kind of model lets the documents of a block see each other: each begins a new "
-            f"block of {block_size} tokens (--block-size: smaller ones waste less)"
-        )
-    settings = Settings(
+    settings = _settings(
+        source,
         mode=mode,
         max_steps=max_steps,
         max_bytes=max_bytes,
         max_tokens=max_tokens,
         block_size=block_size,
         batch_size=batch_size,
-        learning_rate=body_rate if learning_rate is None else learning_rate,
-        new_row_learning_rate=(
-            row_rate if new_row_learning_rate is None else new_row_learning_rate
-        ),
+        learning_rate=learning_rate,
+        new_row_learning_rate=new_row_learning_rate,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         replay=replay,
@@ -296,14 +274,15 @@ def train(
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,
-        processes=process_count(),
         objective=objective,
         passes=passes,
-        apart=apart,
         replay_schedule=replay_schedule,
         patience=patience,
         general_limit=general_limit,
     )
+    refuse_existing(output, force=force)
+    texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
+    refuse_overwriting(output, [source, *texts_read])
     texts = read_texts(
         corpus,
         general,
@@ -346,11 +325,88 @@ def _packed(
         yield folder
 
 
-def _require_known(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise LexigraftError(
-            f"--{name} {value}", needed=f"one of {', '.join(known)}", fix=f"use --{name} {known[0]}"
+def find_learning_rate(
+    model: str | Path,
+    *,
+    corpus: Sequence[str | Path],
+    general: Sequence[str | Path] = (),
+    held_out: Sequence[str | Path] = (),
+    max_steps: int | None = None,
+    measured_bytes: int = 16_384,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> RateTable:
+    """Try five learning rates, a few steps each, and recommend one; writes nothing.
+
+    Args:
+        model, corpus, general, held_out, measured_bytes, trust_remote_code: as in `train`.
+        max_steps: of each run; 20 by default.
+        settings: those options of `train` that decide the weights: `mode`, `batch_size` ...
+
+    Raises:
+        LexigraftError: as `train`, or no text is held out.
+        RefusalError: as `train`, or several processes were launched.
+    """
+    from lexigraft.models.rate_finder import sweep
+
+    if process_count() > 1:
+        raise RefusalError(
+            "--find-lr in several processes",
+            needed="one process",
+            fix="run it without a launcher, with --gradient-accumulation for the same step",
         )
+    source = local_folder(model)
+    wanted = _settings(
+        source, **{**settings, "max_steps": max_steps or FINDER_STEPS, "max_bytes": None}
+    )
+    texts = read_texts(corpus, general, held_out, seed=wanted.seed, measured_bytes=measured_bytes)
+    job = prepare(source, texts, wanted)
+    _require_rows_to_train(job)
+    loaded = load_model(source, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
+    _require_room(job, loaded)
+    trained, rows = _trainable(job, loaded)
+    _tell(job, trained)
+    schedule = _schedule(job, loaded)
+    return sweep(
+        trained,
+        rows,
+        job.blocks,
+        schedule,
+        measure=lambda: measure(job, trained),
+        objective=lambda: _objective(job, trained, rows),
+    )
+
+
+def _settings(source: Path, **given: Any) -> Settings:
+    """What decides the weights; what is None, or not given, takes the default of mode and size."""
+    for name, known in KNOWN.items():
+        if given.get(name, known[0]) not in known:
+            option = "--" + name.replace("_", "-")
+            raise LexigraftError(
+                f"{option} {given[name]}",
+                needed=f"one of {', '.join(known)}",
+                fix=f"use {option} {known[0]}",
+            )
+    mode = given.setdefault("mode", "lora")
+    objective = given.setdefault("objective", "lm")
+    _require_sense(mode, objective, given.get("old_rows", "frozen"), given.get("dtype", "auto"))
+    body, row = _rates(source, mode)
+    defaults = {
+        "learning_rate": body,
+        "new_row_learning_rate": row,
+        "weight_decay": FULL_WEIGHT_DECAY if mode == "full" else 0.0,
+        "processes": process_count(),
+        "passes": DISTILL_PASSES if objective == "distill" else 1,
+        "block_size": min(256, context_limit(source) // 4) if objective == "distill" else 512,
+        "apart": not keeps_apart(source),
+    }
+    wanted = Settings(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+    if wanted.apart:
+        note(
+            f"this kind of model lets the documents of a block see each other: each begins a new "
+            f"block of {wanted.block_size} tokens (--block-size: smaller ones waste less)"
+        )
+    return wanted
 
 
 def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
@@ -418,7 +474,6 @@ def _train(
     trust_remote_code: bool,
 ) -> TrainResult:
     from lexigraft.models.stopping import StopRule
-    from lexigraft.models.training import Schedule
 
     wanted = job.settings
     rule = StopRule(wanted.patience, wanted.general_limit)
@@ -427,7 +482,30 @@ def _train(
     _require_room(job, model)
     reference = base_measure(job, model, base, trust_remote_code=trust_remote_code)
     trained, rows = _trainable(job, model)
-    schedule = Schedule(
+    schedule = _schedule(job, model, points, save_steps)
+    _tell(job, trained)
+    rule = replace(rule, general=reference["general_bpb"])
+    monitor = _fit(
+        job, trained, rows, schedule, folder, rule=rule, report_to=report_to, resume=resume
+    )
+    log = monitor.progress.log
+    kept = log[: rule.best(log) + 1]
+    step = int(kept[-1]["step"] or 0)
+    seen = evidence(job, trained, rows.moved().tolist(), step) if rows else []
+    result = _result(job, output, monitor, rule, base=reference, seen=seen)
+    if is_first_process():
+        _write(job, folder / "result", trained, rows, result)
+        _write_report(job, folder / "result", result, seen)
+    return result
+
+
+def _schedule(
+    job: Job, model: Any, points: frozenset[int] = frozenset(), save_steps: int | None = None
+) -> Schedule:
+    from lexigraft.models.training import Schedule
+
+    wanted = job.settings
+    return Schedule(
         steps=job.steps,
         batch_size=wanted.batch_size,
         learning_rate=wanted.learning_rate,
@@ -443,21 +521,8 @@ def _train(
         processes=wanted.processes,
         checkpointing=wanted.gradient_checkpointing,
         guess=math.log(len(model.get_input_embeddings().weight)),
+        dtype=wanted.dtype,
     )
-    _tell(job, trained)
-    rule = replace(rule, general=reference["general_bpb"])
-    monitor = _fit(
-        job, trained, rows, schedule, folder, rule=rule, report_to=report_to, resume=resume
-    )
-    log = monitor.progress.log
-    kept = log[: rule.best(log) + 1]
-    step = int(kept[-1]["step"] or 0)
-    seen = evidence(job, trained, rows.moved().tolist(), step) if rows else []
-    result = _result(job, output, monitor, rule, base=reference, seen=seen)
-    if is_first_process():
-        _write(job, folder / "result", trained, rows, result)
-        _write_report(job, folder / "result", result, seen)
-    return result
 
 
 def _dtype(settings: Settings) -> str | None:
@@ -508,8 +573,6 @@ def _fit(
     report_to: Sequence[str],
     resume: bool,
 ) -> Monitor:
-    from lexigraft.models.distill import Distill
-    from lexigraft.models.objectives import NextToken
     from lexigraft.models.training import fit
 
     last = min(len(job.blocks), job.steps * job.settings.step_blocks) - 1
@@ -524,14 +587,19 @@ def _fit(
             measure=lambda: measure(job, trained),
             advance=advance,
             resume=resume,
-            objective=(
-                Distill(trained, rows, job.new, job.blocks)
-                if rows and job.settings.objective == "distill"
-                else NextToken()
-            ),
+            objective=_objective(job, trained, rows),
             rule=rule,
             report_to=report_to,
         )
+
+
+def _objective(job: Job, trained: Any, rows: NewRows | None) -> Objective:
+    from lexigraft.models.distill import Distill
+    from lexigraft.models.objectives import NextToken
+
+    if rows and job.settings.objective == "distill":
+        return Distill(trained, rows, job.new, job.blocks)
+    return NextToken()
 
 
 def _result(

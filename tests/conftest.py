@@ -1,0 +1,28 @@
+"""What several files of tests read and none of them changes: made once."""
+
+import pytest
+
+import parts
+
+
+@pytest.fixture(scope="session")
+def grafted_models(tmp_path_factory):
+    """corpus.txt; `base_tied` and `base_untied`; the same two grafted: `tied` and `untied`.
+
+    The new tokens have ids 382 to 421, the grafted models 448 rows.
+    """
+    from lexigraft import graft, learn
+
+    folder = tmp_path_factory.mktemp("grafted")
+    (folder / "corpus.txt").write_text(parts.corpus_text(documents=40), "utf-8")
+    vocab = folder / "vocab"
+    for name, tied in (("tied", True), ("untied", False)):
+        base = parts.write_byte_level(folder / f"base_{name}")
+        parts.write_model(base, tokens=400, rows=416, tied=tied, eos=380)
+        if not vocab.exists():
+            learn(
+                base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
+                output=vocab,
+            )  # fmt: skip
+        graft(base, vocab, output=folder / name)
+    return folder
