@@ -110,7 +110,7 @@ FAULTS = [
     (
         "no mode",
         ["train", "{root}/model", "--corpus", "{root}/c.txt", "--mode", "head", "-o", "{out}/o"],
-        "rows, lora, full",
+        "lora, rows, full",
     ),
     (
         "no method",

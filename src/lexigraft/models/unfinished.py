@@ -92,7 +92,8 @@ def _require_same(before: dict[str, Any], plan: dict[str, Any]) -> None:
         return
     old = {**before.get("settings", {}), **before}
     new = {**plan["settings"], **plan}
-    key = next((k for k in new if k != "settings" and old.get(k) != new[k]), "plan")
+    keys = [key for key in {**new, **old} if key != "settings"]
+    key = next((key for key in keys if old.get(key) != new.get(key)), "plan")
     raise LexigraftError(
         f"the unfinished run had {key} {old.get(key)}, this one has {new.get(key)}",
         needed="the same model, texts and settings to continue it",
