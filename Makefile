@@ -56,6 +56,7 @@ bench: install ## every benchmark whose figures the docs print
 	$(BIN)/python bench/graft.py
 	$(BIN)/python bench/init.py
 	$(BIN)/python bench/learn.py
+	$(BIN)/python bench/merge.py
 
 clean:
 	rm -rf $(VENV) $(COMPAT) runs build dist .pytest_cache .ruff_cache .mypy_cache

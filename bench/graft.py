@@ -168,7 +168,7 @@ def measure(
     subprocess.run(
         [*python, MAKE, str(base), *map(str, LLAMAS[size]), str(BASE_TOKENS)], check=True
     )
-    _write_index(base)
+    write_index(base)
     for place, tokens in ((base, BASE_TOKENS), (vocab, BASE_TOKENS + NEW_TOKENS)):
         subprocess.run([*python, TOKENIZER, str(place), str(tokens)], check=True)
     gigabytes = sum(path.stat().st_size for path in base.iterdir()) / 1e9
@@ -235,7 +235,8 @@ def ratios(size: str, found: dict[str, Timing], vocabulary: float, neighbours: f
     return [f"| {size} | {name} | {value:.2f} | {target} |" for name, value, target in lines]
 
 
-def _write_index(base: Path) -> None:
+def write_index(base: Path) -> None:
+    """The index of the shards in `base`."""
     code = (
         "import json, sys; from pathlib import Path; "
         "from lexigraft.checkpoints.header import read_header; f = Path(sys.argv[1]); "

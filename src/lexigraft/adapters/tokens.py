@@ -154,6 +154,6 @@ def _require_prefix(old: TokenMap, old_folder: Path, new: TokenMap, new_folder: 
             f"id {place} is {old.texts[place]!r} in {old_folder} but {new.texts.get(place)!r} in "
             f"{new_folder}",
             needed="the same token under every id that both have: rows belong to ids",
-            fix="merge onto the base that this adapter was trained on, or name the right "
-            "tokenizer with --tokenizer",
+            fix="merge onto the base that this adapter was trained on, name the right tokenizer "
+            "with --tokenizer, or move rows by token text with --remap",
         )
