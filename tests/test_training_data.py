@@ -181,6 +181,19 @@ def test_rows_are_counted_on_disk_before_the_model_is_loaded(place, tmp_path):
     assert "token id 4" in fault.value.found and "has 416 rows" in fault.value.found
 
 
+def test_a_disk_that_fills_up_while_texts_are_packed(place, tmp_path):
+    """A limit on the size of files stands for it: one message, and nothing is left."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    call = f"train({str(place / 'tied')!r}, corpus=[{str(place / 'corpus.txt')!r}], "
+    done = subprocess.run(
+        [sys.executable, "-c", limit + "from lexigraft import train; " + call + "output='out')"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "LexigraftError" in done.stderr.splitlines()[-3]
+    assert "the disk of out is full (a limit on the size of files)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rare_tokens_are_named_before_training(place, capsys):
     job = prepare(place / "tied", corpus_of(place), settings(max_bytes=4000))
     told = capsys.readouterr().err

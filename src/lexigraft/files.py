@@ -202,7 +202,7 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(output, force=force)
     partial, lock = _new_partial(output)
     try:
-        with _disk_faults(output):
+        with disk_faults(output):
             yield partial
             lock.release()
             (partial / LOCK_NAME).unlink(missing_ok=True)
@@ -223,7 +223,7 @@ def scratch(output: Path) -> Iterator[Path]:
     """
     partial, lock = _new_partial(Path(os.path.abspath(output)))  # noqa: PTH100 - as in `publish`
     try:
-        with _disk_faults(output):
+        with disk_faults(output):
             yield partial
     finally:
         lock.release(force=True)
@@ -323,7 +323,12 @@ def _remove_dead_partials(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_faults(output: Path) -> Iterator[None]:
+def disk_faults(output: Path) -> Iterator[None]:
+    """What the system says of a disk while `output` is made, in the user's terms.
+
+    Raises:
+        LexigraftError: a full disk, or a file that cannot be written or read.
+    """
     try:
         yield
     except OSError as fault:

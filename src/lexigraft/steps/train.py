@@ -16,6 +16,7 @@ from lexigraft.console import is_first_process, note, progress
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
+    disk_faults,
     existing_parent,
     fsync_tree,
     refuse_existing,
@@ -283,14 +284,15 @@ def train(
     refuse_existing(output, force=force)
     texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
     refuse_overwriting(output, [source, *texts_read])
-    texts = read_texts(
-        corpus,
-        general,
-        held_out,
-        seed=seed,
-        measured_bytes=measured_bytes,
-        near=existing_parent(output),
-    )
+    with disk_faults(output):
+        texts = read_texts(
+            corpus,
+            general,
+            held_out,
+            seed=seed,
+            measured_bytes=measured_bytes,
+            near=existing_parent(output),
+        )
     workplace = _packed(source, texts, settings, output, resume=resume, force=force)
     with shared(workplace, partial_of(output)) as folder:
         job = prepare(source, texts, settings, folder / BLOCKS)
@@ -321,7 +323,8 @@ def _packed(
     family = families.load(source)
     plan = plan_of(family, texts, settings)
     with unfinished(output, plan, resume=resume, force=force) as folder:
-        pack_texts(family, texts, settings, folder / BLOCKS)
+        with disk_faults(output):
+            pack_texts(family, texts, settings, folder / BLOCKS)
         yield folder
 
 
