@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import parts
-from lexigraft import LexigraftError, check, families, merge, train
+from lexigraft import LexigraftError, check, families, graft, merge, train
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
@@ -175,8 +175,9 @@ def test_new_rows_and_lora_are_float32_beside_16_bit_weights(place, tmp_path, mo
         ({"mode": "lora", "old_rows": "slow"}, LexigraftError, "--mode full"),
         ({"mode": "full", "old_rows": "fast"}, LexigraftError, "frozen, slow"),
         ({"schedule": "linear"}, LexigraftError, "cosine, wsd, constant"),
-        ({"dtype": "int8"}, LexigraftError, "bfloat16"),
+        ({"dtype": "int3"}, LexigraftError, "bfloat16"),
         ({"mode": "full", "dtype": "float16"}, RefusalError, "loss scaling"),
+        ({"mode": "rows", "dtype": "nf4"}, RefusalError, "--mode lora"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(place, tmp_path, options, error, told):
@@ -184,3 +185,28 @@ def test_what_makes_no_sense_together_is_refused(place, tmp_path, options, error
         train(place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "o", **options)
     assert told in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_lora_on_a_base_of_few_bits(place, tmp_path, dtype, tied):
+    """New rows and LoRA learn in float32, and go into the base as it was before it lost its bits."""
+    pytest.importorskip("bitsandbytes")
+    from safetensors.torch import load_file
+
+    base, model, out = tmp_path / "base", tmp_path / "model", tmp_path / "out"
+    parts.write_byte_level(base)
+    parts.write_model(base, tokens=400, tied=tied, hidden=64, eos=380)
+    graft(base, place / "vocab", output=model)
+    corpus = [place / "corpus.txt"]
+    result = train(model, corpus=corpus, mode="lora", dtype=dtype, output=out, **QUICK)
+    assert result.domain_bpb < result.log[0]["domain_bpb"] - 0.05
+    assert result.rows_moved == 40
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert {t.dtype for t in adapter.values()} == {torch.float32}
+    merge(model, [out], output=tmp_path / "merged")
+    found = bpb(tmp_path / "merged", model, place / "corpus.txt")
+    assert found == pytest.approx(result.domain_bpb, rel=0.02)
+    name = "model.embed_tokens.weight"
+    assert np.array_equal(rows_of(tmp_path / "merged", name)[:FIRST], rows_of(model, name)[:FIRST])

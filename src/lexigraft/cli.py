@@ -380,7 +380,7 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")
+        str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16, int8 or nf4.")
     ] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
     replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,

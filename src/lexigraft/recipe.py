@@ -109,7 +109,7 @@ class TrainStage(_Part):
     warmup: float | None = Field(default=None, ge=0, lt=1)
     gradient_accumulation: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] | None = None
     replay: float | None = Field(default=None, ge=0, lt=1)
     replay_schedule: Literal["even", "early"] | None = None
     patience: int | None = Field(default=None, ge=1)

@@ -17,6 +17,8 @@ from lexigraft.manifest import Manifest
 if TYPE_CHECKING:
     from lexigraft.families import Family
 
+QUANTISED = ("int8", "nf4")
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -45,11 +47,14 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
 
     Args:
         dtype: of its weights, by name; without it float32 on a CPU, which computes fastest in it,
-            and the stored one on a GPU.
+            and the stored one on a GPU. `int8` and `nf4` store the linear layers of the body in 8
+            or 4 bits (bitsandbytes; Dettmers et al. 2022, arXiv 2208.07339, and 2023, arXiv
+            2305.14314); embedding and head keep their type.
         trust_remote_code: run the Python files that the folder brings for its architecture.
 
     Raises:
-        LexigraftError: files are missing, damaged or of an unknown architecture.
+        LexigraftError: files are missing, damaged or of an unknown architecture, or bitsandbytes
+            is not installed where it is asked for.
         RefusalError: the folder needs code of its own, which was not allowed to run.
     """
     import torch
@@ -60,6 +65,10 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
         _refuse_remote_code(folder)
     place = device()
     used: Any = (torch.float32 if place == "cpu" else "auto") if dtype is None else dtype
+    more: dict[str, Any] = {}
+    if dtype in QUANTISED:
+        used = torch.float32 if place == "cpu" else torch.bfloat16
+        more = _quantised(dtype, used)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -68,6 +77,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,  # never a pickle that lies beside another .safetensors
+                **more,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
@@ -76,7 +86,34 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
             needed="a causal language model of an architecture that transformers ships",
             fix=f"lexigraft check {folder}",
         ) from None
-    return model.to(place).eval().requires_grad_(False)
+    return (model if more else model.to(place)).eval().requires_grad_(False)
+
+
+def _quantised(dtype: str, computed: Any) -> dict[str, Any]:
+    """How transformers is told to store linear layers in few bits, and where."""
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LexigraftError(
+            f"--dtype {dtype} without bitsandbytes",
+            needed="the package that computes with such weights",
+            fix="pip install 'lexigraft[quantised]'",
+        )
+    place = "cpu" if device() == "cpu" else torch.cuda.current_device()
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if dtype == "int8"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
+        )
+    )
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def _refuse_remote_code(folder: Path) -> None:

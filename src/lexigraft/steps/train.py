@@ -27,7 +27,7 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
-from lexigraft.models.load import context_limit, device, load_model, require_row
+from lexigraft.models.load import QUANTISED, context_limit, device, load_model, require_row
 from lexigraft.models.preparation import (
     Job,
     Settings,
@@ -61,7 +61,7 @@ KNOWN = {
     "old_rows": ("frozen", "slow"),
     "schedule": ("cosine", "wsd", "constant"),
     "replay_schedule": ("even", "early"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16", *QUANTISED),
 }
 # Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
 RATES = {
@@ -228,6 +228,7 @@ def train(
         schedule: `cosine`, `wsd` or `constant`, after a linear `warmup` (a share of the steps).
         gradient_checkpointing: less memory for about a third more time.
         dtype: of the frozen or loaded weights; new rows and LoRA are float32 whatever it is.
+            `int8` and `nf4`, for mode `lora`, need bitsandbytes.
         replay: share of general text among the bytes, spread evenly, or with `replay_schedule`
             `early` all of it first, as half of what is read.
         base: the model before `graft`, to compare with. Without it `model` itself is asked, as
@@ -424,6 +425,13 @@ def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None
             f"--old-rows {old_rows} with --mode {mode}",
             needed="--mode full: an adapter holds new rows alone",
             fix="add --mode full, or leave --old-rows out",
+        )
+    if dtype in QUANTISED and mode != "lora":
+        raise RefusalError(
+            f"--dtype {dtype} with --mode {mode}",
+            needed="--mode lora: weights of few bits cannot be trained, and Trainer refuses them "
+            "without LoRA",
+            fix="use --mode lora, or --dtype bfloat16",
         )
     if dtype == "float16" and (mode == "full" or device() == "cpu"):
         raise RefusalError(
