@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import launching
-from lexigraft import graft, merge, train
+from lexigraft import graft, merge, run, train
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json, write_json
@@ -146,3 +146,12 @@ def test_ways_that_were_never_seen_to_work_are_refused(place, tmp_path, monkeypa
     with pytest.raises(RefusalError, match=name):
         train(place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "o", max_steps=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_is_run_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{base: base, corpus: c.txt}")
+    with pytest.raises(RefusalError, match="2 processes"):
+        run(recipe, output=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == [recipe]

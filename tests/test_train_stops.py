@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -131,3 +132,27 @@ def test_a_run_that_goes_astray_names_the_last_good_checkpoint(place, tmp_path, 
     assert str(partial) in caught.value.found and "--learning-rate" in caught.value.fix
     named = caught.value.found.rpartition("checkpoint-")[2]
     assert (partial / "checkpoints" / f"checkpoint-{named}").is_dir()
+
+
+def test_a_run_that_was_killed_after_its_last_step_makes_none_more(place, tmp_path):
+    """More text than steps: Trainer by itself goes on from the last checkpoint by one step."""
+    from lexigraft.models.load import load_model
+    from lexigraft.models.preparation import measure, prepare, read_texts
+    from lexigraft.models.training import Schedule, fit
+    from lexigraft.models.whole_model import make_all_trainable
+    from test_train import settings
+
+    texts = read_texts([place / "corpus.txt"], (), (), seed=0, measured_bytes=1000)
+    job = prepare(place / "tied", texts, settings(mode="full", block_size=32, max_bytes=3000))
+    schedule = Schedule(3, 1, 1e-3, 3e-3, 3, frozenset({3}), 0)
+    assert len(job.blocks) > 2 * schedule.steps
+    found = []
+    for resume in (False, True):
+        model = load_model(job.folder)
+        rows = make_all_trainable(model, job.ids, old_rows=False)
+        fit(
+            model, rows, job.blocks, schedule, folder=tmp_path, trained_on=None, resume=resume,
+            measure=partial(measure, job, model), advance=lambda n: None,
+        )  # fmt: skip
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -12,7 +12,7 @@ from lexigraft import families
 from lexigraft.console import note
 from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
-from lexigraft.errors import LexigraftError
+from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import refuse_existing, refuse_overwriting, scratch, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
@@ -91,6 +91,14 @@ def run(recipe: str | Path, *, output: str | Path, force: bool = False) -> RunRe
 
 
 def _run(recipe: Recipe, output: Path, *, force: bool = False) -> RunResult:
+    from lexigraft.models.processes import process_count
+
+    if process_count() > 1:
+        raise RefusalError(
+            f"{process_count()} processes that each run the whole recipe",
+            needed="one process",
+            fix="launch `lexigraft train` alone in several processes",
+        )
     with opened(recipe, output, force=force) as current:
         _stages(current, recipe)
         report(output)

@@ -31,7 +31,7 @@ from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import IGNORED, Blocks, collate
 from lexigraft.models.stopping import BestKept, StopRule, best_state
-from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint
+from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint, step_of
 
 LOG_FILE = "log.json"
 BEST = "best"  # folder of the states that an early stop may go back to
@@ -410,9 +410,12 @@ def fit(
         log = monitor.progress.log
         if rule.is_set:
             trainer.add_callback(BestKept(rule, lambda: log, folder / BEST, trainer.save_trained))
-        if rule.reason(log) is None:  # unless the run was killed after it had stopped
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        if checkpoint is not None and done >= schedule.steps:  # Trainer would make a step more
+            read_trained(checkpoint, model, rows)
+        elif rule.reason(log) is None:  # unless the run was killed after it had stopped
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        done = trainer.state.global_step
+            done = trainer.state.global_step
     if done < schedule.steps and rule.reason(log) is None:
         raise StoppedError(
             f"stopped by SIGTERM after step {done:,} of {schedule.steps:,}, which is saved",

@@ -65,9 +65,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = []
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((path / "trainer_state.json").read_text())
-            found.append((int(state["global_step"]), path))
+            found.append((step_of(path), path))
     return max(found, default=(0, None))[1]
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step a checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return int(state["global_step"])
 
 
 def _enter(folder: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> None:
