@@ -56,7 +56,6 @@ GENERAL = "en_gen_wikitext2_valid_test.txt"
 ARMS = ("control", "default", "ours", "distilled", "adapted first")
 SUPPORTED, LARGER = "by support", "larger"
 HELD_OUT = 0.05  # of the documents
-GENERAL_BYTES = 200_000
 # The control's curve is read between its measurements, for equal compute.
 MEASUREMENTS = {"control": 6, "others": 2}
 
@@ -186,7 +185,7 @@ class Bench:
                 read_documents([data / name for name in TEXTS[case.language]]), case.seed
             )
             apart = max(1, int(HELD_OUT * len(documents)))
-            general = list(up_to(shuffled(read_documents([data / GENERAL]), 0), GENERAL_BYTES))
+            general = list(read_documents([data / GENERAL]))
             folder.mkdir()
             for name, part in zip(
                 names, (documents[apart:], documents[:apart], general), strict=True
@@ -222,15 +221,6 @@ def start_as_transformers(base: Path, model: Path, seed: int) -> None:
     rows = resized.get_input_embeddings().weight.detach()[first:tokens]
     tensors[EMBED][first:tokens] = rows.to(tensors[EMBED].dtype)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-
-
-def up_to(documents: Sequence[str], size: int) -> Iterator[str]:
-    """The first documents, until `size` bytes are reached."""
-    for document in documents:
-        if size <= 0:
-            return
-        size -= len(document.encode())
-        yield document
 
 
 def say(text: str) -> None:
