@@ -353,7 +353,6 @@ models:
     parameters:
       weight: 0.4
 merge_method: linear
-base_model: {base}
 dtype: float32
 """,
     "ties": """
@@ -508,3 +507,46 @@ def test_the_largest_are_found_in_blocks():
             limit = np.sort(np.abs(values))[-count]
             assert np.all(np.abs(values[kept != 0]) >= limit)
             assert np.count_nonzero(kept) == (count if limit else 0)
+
+
+SLERP = """
+slices:
+  - sources:
+      - model: {base}
+        layer_range: [0, 2]
+      - model: {m0}
+        layer_range: [0, 2]
+merge_method: slerp
+base_model: {base}
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float32
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [*RECIPES, "slerp"])
+def test_mergekit_makes_the_same_of_its_recipes(tmp_path, name):
+    """The oracle itself, where it is installed: one vocabulary, nothing drawn by chance."""
+    import subprocess
+    import sys
+
+    pytest.importorskip("mergekit", reason="mergekit is not installed")
+    base, (one, two, _) = family(tmp_path)
+    text = {**RECIPES, "slerp": SLERP}[name].format(base=base, m0=one, m1=two)
+    path = tmp_path / "recipe.yml"
+    path.write_text(text.replace("tokenizer_source: union\n", ""))  # mergekit drops padding
+    run = [sys.executable, "-m", "mergekit.scripts.run_yaml", path, tmp_path / "theirs"]
+    done = subprocess.run(
+        [*run, "--no-copy-tokenizer"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    blend([path], output=tmp_path / "ours")
+    ours, theirs = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    for key, tensor in theirs.items():
+        assert torch.allclose(ours[key], tensor, atol=2e-6), key
