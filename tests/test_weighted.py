@@ -227,3 +227,4 @@ def test_a_classifier_gets_its_head_over_labels(tmp_path, tied, capsys):
     assert "3 labels" in capsys.readouterr().err
     assert "lm_head.weight" not in Checkpoint.open(tmp_path / "merged").tensors
     assert result.tokens == TOKENS
+    assert check(tmp_path / "merged").ok
