@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import yaml
 
 import fuzz
 import parts
@@ -78,3 +79,42 @@ def test_a_tokenizer_file_that_is_no_object(tmp_path, name):
     (folder / name).write_text("[1]")
     with pytest.raises(LexigraftError):
         families.load(folder).encode("text")
+
+
+@pytest.mark.parametrize("name", ["9" * 400, "a\0b"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    """A recipe, a corpus, a model: one message, not an OSError of the system."""
+    from lexigraft import learn
+    from lexigraft.recipe import Recipe
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({"base": name, "corpus": name}))
+    assert Recipe.read(recipe).base == name
+    for call in (
+        lambda: check(name),
+        lambda: learn(name, corpus=[name], output=tmp_path / "out"),
+        lambda: learn(parts.write_byte_level(tmp_path / "b"), corpus=[name], output=tmp_path / "o"),
+    ):
+        with pytest.raises(LexigraftError):
+            call()
+
+
+def test_a_character_that_is_a_token_of_another_kind_already(sources, tmp_path):
+    """A user-defined piece that is one letter: the letter is no pending one, and is left alone."""
+    from lexigraft import learn
+
+    ground = Ground(sources, tmp_path / "ground")
+    folder = ground.copy("learned")
+    path = folder / "tokenizer.model"
+    proto = parse_sentencepiece(path.read_bytes(), path)
+    for piece in proto.pieces[300:]:
+        piece.type = 4
+    path.write_bytes(proto.SerializeToString())
+    for name in ("tokenizer.json", "lexigraft.json"):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        learn(
+            folder, corpus=[sources / "corpus.txt"], tokens="6", min_count=2, output=tmp_path / "o"
+        )
+    except LexigraftError as fault:
+        assert fault.fix

@@ -93,6 +93,14 @@ def main() -> None:
                 fix="lexigraft check FOLDER, and look where the folder comes from",
             )
         )
+    except OSError as fault:
+        _fail(
+            LexigraftError(
+                f"{fault.filename or 'a file'}: {fault.strerror or fault}",
+                needed="files and folders that can be read and written",
+                fix="mend the permissions or the name, and run the command again",
+            )
+        )
 
 
 def _fail(fault: LexigraftError) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import sha256_bytes, sha256_file, sha256_json
+from lexigraft.files import is_there, sha256_bytes, sha256_file, sha256_json
 from lexigraft.text_formats import (
     BOM_DROPPED,
     COMPRESSIONS,
@@ -180,20 +180,22 @@ def _files_of(spec: str) -> list[TextFile]:
     if place.startswith(HUB):
         return [TextFile(place, column, weight)]
     path = Path(place)
-    if path.is_dir():
+    there = is_there(path)
+    if there and path.is_dir():
         matches = _texts_in(path)
-    elif path.is_file():
+    elif there and path.is_file():
         matches = [path]
     elif _GLOB_CHARACTERS & set(place):
         matches = [p for p in map(Path, glob.glob(place, recursive=True)) if p.is_file()]  # noqa: PTH207
     else:
         matches = []
     if not matches:
-        what = f"no text file in {place}" if path.is_dir() else f"no file {place}"
+        is_folder = there and path.is_dir()
+        what = f"no text file in {place}" if is_folder else f"no file {place}"
         raise LexigraftError(
             what,
             needed=f"one or more files ending in {', '.join(SUFFIXES)}",
-            fix=f"ls {path if path.is_dir() else path.parent}",
+            fix=f"ls {path if is_folder else path.parent}",
         )
     for match in matches:
         if not _is_readable(match):
@@ -208,7 +210,7 @@ def _files_of(spec: str) -> list[TextFile]:
 def _parsed(spec: str) -> tuple[str, str, float]:
     """Place, column and weight of a spec; a file whose own name holds a # is that file."""
     fragment = _FRAGMENT.search(spec)
-    if fragment is None or Path(spec).exists():
+    if fragment is None or is_there(Path(spec)):
         return spec, "text", 1.0
     options = dict(option.partition("=")[::2] for option in fragment[1].split(","))
     unknown = options.keys() - {"weight", "column"}

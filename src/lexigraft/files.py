@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -129,16 +130,37 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
+def is_there(path: Path) -> bool:
+    """True if `path` exists; False also for what no file can be called (too long, a NUL)."""
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists() raises for such names
+
+
 def require_folder(path: Path, what: str) -> Path:
     """`path` itself, if it is a folder.
 
     Raises:
         LexigraftError: it is missing or a file; `what` says what was looked for.
     """
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return path
-    found = f"{path} is a file" if path.exists() else f"no folder {path}"
+    found = f"{path} is a file" if is_there(path) else f"no folder {path}"
     raise LexigraftError(found, needed=f"a folder with {what}", fix=f"ls {path.parent}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        LexigraftError: one cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise LexigraftError(
+            f"cannot create {folder} ({fault.strerror})",
+            needed="a folder that can be written",
+            fix="choose another -o",
+        ) from None
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
@@ -200,18 +222,10 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
     refuse_existing(output, force=force)
-    partial, lock = _new_partial(output)
-    try:
-        with disk_faults(output):
-            yield partial
-            lock.release()
-            (partial / LOCK_NAME).unlink(missing_ok=True)
-            fsync_tree(partial)
-            replace_folder(partial, output, force=force)
-    except BaseException:
-        lock.release(force=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _new_partial(output) as partial, disk_faults(output):
+        yield partial
+        fsync_tree(partial)
+        replace_folder(partial, output, force=force)
 
 
 @contextlib.contextmanager
@@ -221,30 +235,40 @@ def scratch(output: Path) -> Iterator[Path]:
     Raises:
         LexigraftError: the parent of `output` cannot be written, or the disk is full.
     """
-    partial, lock = _new_partial(Path(os.path.abspath(output)))  # noqa: PTH100 - as in `publish`
-    try:
-        with disk_faults(output):
-            yield partial
-    finally:
-        lock.release(force=True)
-        shutil.rmtree(partial, ignore_errors=True)
+    place = Path(os.path.abspath(output))  # noqa: PTH100 - as in `publish`
+    with _new_partial(place) as partial, disk_faults(output):
+        yield partial
 
 
-def _new_partial(output: Path) -> tuple[Path, FileLock]:
-    """`OUT.partial-<random>`, locked while we live; those of runs that were killed are removed."""
+@contextlib.contextmanager
+def _new_partial(output: Path) -> Iterator[Path]:
+    """`OUT.partial-<random>`, locked while we live; those of runs that were killed are removed.
+
+    The lock lies beside the folder and is there before and after it, so that a folder without one
+    belongs to nobody, whenever its run was killed.
+    """
     _remove_dead_partials(output)
     partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+    lock = FileLock(_lock_of(partial))
+    make_folder(output.parent)
     try:
-        partial.mkdir(parents=True)
-    except OSError as fault:
-        raise LexigraftError(
-            f"cannot create {partial.parent} ({fault.strerror})",
-            needed="a folder that can be written",
-            fix="choose another -o",
-        ) from None
-    lock = FileLock(partial / LOCK_NAME)
-    lock.acquire()
-    return partial, lock
+        with disk_faults(output):
+            lock.acquire()
+        make_folder(partial)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it is published
+        _let_go(lock)
+
+
+def _lock_of(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.lock")
+
+
+def _let_go(lock: FileLock) -> None:
+    lock.release(force=True)
+    with contextlib.suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:
@@ -310,16 +334,18 @@ def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:
 
 def _remove_dead_partials(output: Path) -> None:
     """Remove partial folders of `output` whose lock nobody holds: their run was killed."""
-    for partial in output.parent.glob(f"{output.name}.partial-*"):
-        lock_path = partial / LOCK_NAME
-        if not lock_path.is_file():
-            continue
+    found = {
+        path.with_name(path.name.removesuffix(".lock"))
+        for path in output.parent.glob(f"{glob.escape(output.name)}.partial-*")
+    }
+    for partial in found:
+        lock = FileLock(_lock_of(partial))
         try:
-            with FileLock(lock_path, timeout=0):
-                pass
+            lock.acquire(timeout=0)
         except (Timeout, OSError):
             continue
         shutil.rmtree(partial, ignore_errors=True)
+        _let_go(lock)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lexigraft.errors import LexigraftError
-from lexigraft.files import require_folder
+from lexigraft.files import is_there, require_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -19,7 +19,7 @@ def local_folder(name: str | Path) -> Path:
         LexigraftError: neither a folder nor a hub id that can be reached.
     """
     path = Path(name).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(str(name)):
+    if is_there(path) or not _HUB_ID.fullmatch(str(name)):
         return require_folder(path, "a model or tokenizer")
     from huggingface_hub import snapshot_download
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lexigraft.errors import LexigraftError
+from lexigraft.files import is_there
 
 # One name, or a list of names.
 Names = Annotated[
@@ -165,7 +166,7 @@ class Recipe(_Part):
 
         def model(name: str) -> str:
             # a hub id has the form of a relative path: it is one unless the folder is there
-            return at(name) if (folder / name).exists() else name
+            return at(name) if is_there(folder / name) else name
 
         return self.model_copy(
             update={

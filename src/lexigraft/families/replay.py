@@ -45,7 +45,7 @@ def replay(units: Units, merges: Sequence[Merge], *, implicit: bool) -> Replayed
     results = np.zeros(len(merges), dtype=np.int64)  # symbol of each rank
     adopted: dict[int, int] = {}
     for rank, merge in enumerate(merges):
-        if merge.right is None and merge.token in numbers:
+        if merge.right is None and numbers.get(merge.token, -1) in units.pending:
             adopted[numbers[merge.token]] = rank
             results[rank] = numbers[merge.token]
         else:  # or a letter that these units do not hold

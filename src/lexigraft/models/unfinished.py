@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError
-from lexigraft.files import LOCK_NAME, read_json, write_json
+from lexigraft.files import LOCK_NAME, make_folder, read_json, write_json
 
 PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
@@ -36,7 +36,7 @@ def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool)
             or the one to resume had another plan.
     """
     folder = partial_of(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
         lock.acquire()

@@ -208,6 +208,8 @@ def mend(
     folder, output = _local(path), Path(output)
     refuse_existing(output, force=force)
     refuse_overwriting(output, [folder])
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
+    before = _states(files)
     found = check(folder, deep=deep).findings
     if not any(one.edit for one in found):
         raise LexigraftError(
@@ -216,12 +218,17 @@ def mend(
             needed="a wrong number in a config or an index, a stale copy, or a stray shard",
             fix=f"lexigraft check {folder}",
         )
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     require_free_space(output, sum(file.stat().st_size for file in files))
     mended: list[Finding] = []
     with publish(output, force=force) as partial:
         for file in files:
             shutil.copyfile(file, partial / file.name)
+        if _states(files) != before:
+            raise LexigraftError(
+                f"a file of {folder} was changed while it was copied",
+                needed="inputs that stay as they are",
+                fix="run the command again when nothing else writes there",
+            )
         for _ in range(_ROUNDS):  # one mended number may uncover the next
             doing = [one for one in check(partial, deep=deep).findings if one.edit]
             for one in doing:
@@ -230,6 +237,11 @@ def mend(
             if not doing:
                 break
     return MendResult(mended, check(output, deep=deep))
+
+
+def _states(files: list[Path]) -> list[tuple[int, int]]:
+    states = (file.stat() for file in files)
+    return [(state.st_size, state.st_mtime_ns) for state in states]
 
 
 def _apply(folder: Path, edit: Edit | None) -> None:
