@@ -24,6 +24,7 @@ from lexigraft.checks.weights import stated_rows, weight_findings
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import (
+    is_there,
     publish,
     read_json,
     refuse_existing,
@@ -163,7 +164,8 @@ def check(
 
 def _local(name: str | Path) -> Path:
     """The folder or GGUF file that `name` means."""
-    return Path(name) if Path(name).is_file() else local_folder(name)
+    path = Path(name)
+    return path if is_there(path) and path.is_file() else local_folder(name)
 
 
 @dataclass(frozen=True)
