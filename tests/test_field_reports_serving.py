@@ -1,0 +1,105 @@
+"""Field reports, stages 7 and 8: what exporters, servers and checkers run into is told before.
+
+By the number of the report; what the gallery of `check` shows already is not shown again.
+"""
+
+# ruff: noqa: N802 - the reports are numbered with a capital B
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lexigraft import LexigraftError, graft, merge
+from lexigraft.manifest import Manifest
+from lexigraft.steps.check import check
+from test_check import TOKENS, edit, extend, grow_rows
+from test_check_gallery import Ground, source, write_adapter  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def ground(source, tmp_path):  # noqa: F811
+    return Ground(source, tmp_path)
+
+
+def by_code(result) -> dict:
+    return {f.code: f for f in result.findings}
+
+
+def test_B71_the_three_numbers_before_an_export(ground):
+    """A token without a row, and rows without a token, which are named in the export alone."""
+    grow_rows(ground.sp, 384)
+    assert not {"LG911", "LG912", "LG913"} & by_code(check(ground.sp, consumer="gguf")).keys()
+    extend(ground.base, ground.base)
+    found = by_code(check(ground.base, consumer="gguf"))
+    for number in ("360 rows", "366 tokens", "config.json says 360"):
+        assert number in found["LG302"].found
+    assert "loses 6 ids" in found["LG913"].found
+
+
+def test_B72_added_tokens_that_the_converter_would_drop(ground):
+    """Ids behind the model file are kept where config.json counts them, else named."""
+    (ground.sp / "tokenizer.json").unlink()
+    added = {"<s>": 1, "<human>": TOKENS, "<bot>": TOKENS + 1}
+    (ground.sp / "added_tokens.json").write_text(json.dumps(added))
+    assert "360 ('<human>'" in by_code(check(ground.sp, consumer="gguf"))["LG913"].found
+    grow_rows(ground.sp, TOKENS + 2)
+    assert "LG913" not in by_code(check(ground.sp, consumer="gguf"))
+
+
+@pytest.mark.parametrize("consumer", ["gguf", "vllm", "tgi"])
+def test_B76_rows_in_an_adapter_are_told_before_a_server_refuses_them(ground, consumer):
+    found = [f for f in check(ground.adapter, consumer=consumer).findings if f.code > "LG9"]
+    assert len(found) == 1 and "lexigraft merge" in found[0].fix
+
+
+def test_B77_rows_and_config_agree_and_are_a_multiple_of_64(ground, tmp_path):
+    graft(ground.sp, ground.copy("vocab"), output=tmp_path / "model")
+    result = check(tmp_path / "model", consumer="vllm")
+    assert "LG924" not in by_code(result) and result.ok
+    rows = {r.count for r in result.table if r.unit in ("rows", "vocab_size")}
+    assert rows == {384}
+
+
+def test_B78_base_tokens_max_id_and_rows_are_printed(ground, tmp_path):
+    graft(ground.sp, ground.copy("vocab"), output=tmp_path / "model")
+    result = check(tmp_path / "model", deep=True)
+    counts = {(row.part, row.count) for row in result.table}
+    assert ("tokenizer.json", 366) in counts and ("model.embed_tokens.weight", 384) in counts
+    assert Manifest.read(tmp_path / "model").last("graft").base.tokens == TOKENS
+    assert "LG707" not in by_code(result)  # padding rows are safe
+
+
+def test_B80_one_table_and_one_command(ground):
+    edit(ground.base / "generation_config.json", pad_token_id=800)
+    result = check(ground.base)
+    assert {row.part for row in result.table} >= {"tokenizer.json", "config.json vocab_size"}
+    assert [f.code for f in result.findings if f.severity == "error"] == ["LG202"]
+    assert all(f.fix for f in result.findings)
+
+
+def test_B81_a_wrong_pairing_of_equal_sizes_is_an_error(ground, tmp_path):
+    """Sizes agree; the token map does not. Nothing is resized to make it fit."""
+    stranger = tmp_path / "stranger"
+    shutil.copytree(ground.adapter, stranger)
+    extend(ground.sp, stranger, skip=6)
+    model = ground.sp
+    extend(model, model)
+    (model / "tokenizer.model").unlink()
+    grow_rows(model, TOKENS + 6)
+    assert "id 360" in by_code(check(model, adapter=stranger))["LG404"].found
+    with pytest.raises(LexigraftError):
+        merge(model, [stranger], output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_B84_which_rows_count(ground):
+    """rows >= tokens is fine, fewer is an error, and tables have to agree."""
+    grow_rows(ground.sp, 384)
+    assert check(ground.sp).ok
+    adapter = write_adapter(ground.sp.parent / "a", None, 384)
+    assert check(ground.sp, adapter=adapter).ok
+    small = write_adapter(ground.sp.parent / "b", None, TOKENS)
+    assert "LG402" in by_code(check(ground.sp, adapter=small))
