@@ -5,6 +5,7 @@ What a mutant found is a test of its own below.
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -118,3 +119,16 @@ def test_a_character_that_is_a_token_of_another_kind_already(sources, tmp_path):
         )
     except LexigraftError as fault:
         assert fault.fix
+
+
+@pytest.mark.parametrize("metadata", [[""], "x", 7])
+def test_an_index_whose_metadata_is_no_object(ground, tmp_path, metadata):
+    """It is written anew: the total size is counted, not believed."""
+    from lexigraft import graft
+
+    path = ground.shards / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "metadata": metadata}))
+    graft(ground.shards, ground.copy("model"), output=tmp_path / "out", pad_to=8)
+    written = json.loads((tmp_path / "out" / path.name).read_text())
+    assert written["metadata"]["total_size"] > 0

@@ -223,7 +223,8 @@ class Plan:
         if self.index is None and len(self.files) == 1:
             return None
         content = dict(self.index or {})
-        metadata = dict(content.get("metadata") or {})
+        given = content.get("metadata")
+        metadata = dict(given) if isinstance(given, dict) else {}
         metadata["total_size"] = sum(tensor.bytes for tensor in self.tensors.values())
         if "total_parameters" in metadata:
             count = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
