@@ -277,7 +277,11 @@ def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[l
             if run["seed"] in controls
         ]
         seconds = [sum(s["cpu_seconds"] for s in run["stages"]) for run in runs]
-        general = [end["general_bpb"] / end["base"]["general_bpb"] - 1 for end in ends]
+        general = [
+            end["general_bpb"] / end["base"]["general_bpb"] - 1
+            for end in ends
+            if end["general_bpb"] is not None
+        ]
         adopted = [end["adoption"] for end in ends if end["adoption"] is not None]
         yield [
             arm,
@@ -286,7 +290,7 @@ def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[l
             spread([end["domain_bpb"] for end in ends]),
             spread(against),
             spread(compute),
-            f"{statistics.fmean(general):+.1%}",
+            f"{statistics.fmean(general):+.1%}" if general else "-",
             f"{statistics.fmean(tokens):,.0f}",
             f"{statistics.fmean(seconds):,.0f}",
             f"{statistics.fmean(adopted):.0%}" if adopted else "-",
