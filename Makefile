@@ -34,10 +34,10 @@ demo: install ## the main job, end to end, on a real model
 	$(BIN)/lexigraft demo -o runs/demo $(DEMO_FLAGS)
 
 test: install ## every law, form, family and architecture at least once
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not matrix and not compat"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix and not compat"
 
 test-all: install compat ## the full matrices, kills, fuzzing, and transformers 4.57
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -150,13 +150,19 @@ def test_a_teachers_reading_is_kept_up_to_a_limit_and_changes_nothing(monkeypatc
     assert loss_twice(none, model) == found and not none._kept
 
 
-def test_what_cannot_be_distilled_is_refused():
+def test_what_cannot_be_distilled_is_refused(grafted_models, tmp_path):
     model, rows = model_of("llama", tied=True)
     few = NewTokens(None, range(FIRST, TOKENS), {FIRST: [1, 2]})
     with pytest.raises(RefusalError, match="19 new tokens whose spelling"):
         Distill(model, rows, few, blocks_of())
     with pytest.raises(LexigraftError, match="--mode rows"):
-        train("somewhere", corpus=["x"], output="y", mode="lora", objective="distill")
+        train(
+            grafted_models / "tied",
+            corpus=[grafted_models / "corpus.txt"],
+            output=tmp_path / "adapter",
+            mode="lora",
+            objective="distill",
+        )
     with pytest.raises(LexigraftError, match="spelled in base ids"):
         objective_of(model, rows, pack([([FIRST] * 60, 60)], 60, start=[1], end=2))
 

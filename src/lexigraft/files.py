@@ -156,11 +156,15 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise LexigraftError(
-            f"cannot create {folder} ({fault.strerror})",
-            needed="a folder that can be written",
-            fix="choose another -o",
-        ) from None
+        raise _cannot_create(folder, fault) from None
+
+
+def _cannot_create(folder: Path, fault: OSError) -> LexigraftError:
+    return LexigraftError(
+        f"cannot create {folder} ({fault.strerror})",
+        needed="a folder that can be written",
+        fix="choose another -o",
+    )
 
 
 def require_free_space(folder: Path, needed_bytes: int) -> None:
@@ -253,7 +257,12 @@ def _new_partial(output: Path) -> Iterator[Path]:
     make_folder(output.parent)
     try:
         with disk_faults(output):
-            lock.acquire()
+            try:
+                lock.acquire()
+            except OSError as fault:
+                if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise _cannot_create(output, fault) from None
+                raise
         make_folder(partial)
         yield partial
     finally:
