@@ -60,8 +60,8 @@ def blocks_of(size=16):
     return pack(documents(), size, start=[1], end=2)
 
 
-def objective_of(model, rows, blocks):
-    return Distill(model, rows, NewTokens(None, range(FIRST, TOKENS), PIECES), blocks)
+def objective_of(model, blocks):
+    return Distill(model, NewTokens(None, range(FIRST, TOKENS), PIECES), blocks)
 
 
 def spelled(line):
@@ -103,9 +103,9 @@ def expected(model, objective, blocks, place):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_what_the_definition_says(kind, tied):
-    model, rows = model_of(kind, tied=tied)
+    model, _ = model_of(kind, tied=tied)
     blocks = blocks_of()
-    objective = objective_of(model, rows, blocks)
+    objective = objective_of(model, blocks)
     model.eval()
     for place in range(len(blocks)):
         loss, count = objective.loss(model, collate([blocks[place]]))
@@ -118,7 +118,7 @@ def test_loss_is_what_the_definition_says(kind, tied):
 def test_a_batch_is_the_sum_of_its_blocks_and_reaches_every_row_in_it():
     model, rows = model_of("llama", tied=False)
     blocks = blocks_of()
-    objective = objective_of(model, rows, blocks)
+    objective = objective_of(model, blocks)
     items = [blocks[place] for place in range(len(blocks))]
     loss, count = objective.loss(model, collate(items))
     assert count == int((blocks.targets >= 0).sum())
@@ -141,20 +141,20 @@ def test_a_teachers_reading_is_kept_up_to_a_limit_and_changes_nothing(monkeypatc
     def loss_twice(objective, model):
         return [float(objective.loss(model, batch)[0].detach()) for _ in range(2)]
 
-    model, rows = model_of("llama", tied=True)
-    kept = objective_of(model, rows, blocks)
+    model, _ = model_of("llama", tied=True)
+    kept = objective_of(model, blocks)
     found = loss_twice(kept, model)
     assert found[0] == found[1] and kept._kept
     monkeypatch.setattr(distill, "KEPT", 0)
-    none = objective_of(model, rows, blocks)
+    none = objective_of(model, blocks)
     assert loss_twice(none, model) == found and not none._kept
 
 
 def test_what_cannot_be_distilled_is_refused(grafted_models, tmp_path):
-    model, rows = model_of("llama", tied=True)
+    model, _ = model_of("llama", tied=True)
     few = NewTokens(None, range(FIRST, TOKENS), {FIRST: [1, 2]})
     with pytest.raises(RefusalError, match="19 new tokens whose spelling"):
-        Distill(model, rows, few, blocks_of())
+        Distill(model, few, blocks_of())
     with pytest.raises(LexigraftError, match="--mode rows"):
         train(
             grafted_models / "tied",
@@ -164,7 +164,7 @@ def test_what_cannot_be_distilled_is_refused(grafted_models, tmp_path):
             objective="distill",
         )
     with pytest.raises(LexigraftError, match="spelled in base ids"):
-        objective_of(model, rows, pack([([FIRST] * 60, 60)], 60, start=[1], end=2))
+        objective_of(model, pack([([FIRST] * 60, 60)], 60, start=[1], end=2))
 
 
 def test_repeated_blocks_are_each_read_as_often():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.models.load import context_limit, start_and_end
+from lexigraft.models.load import context_limit, evaluating, start_and_end
 
 # Logits of a batch: at most so many floats (128 MiB), so that memory does not grow with rows.
 LOGITS = 2**25
@@ -171,15 +171,11 @@ def predictions(
     """
     rows = model.get_output_embeddings().weight.shape[0]
     order = sorted(range(len(lines)), key=lambda place: (len(lines[place]), place))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in _batches(order, [len(line) for line in lines], LOGITS // rows):
             found = _logits_of(model, [lines[place] for place in batch])
             for place, logits in zip(batch, found, strict=True):
                 yield place, logits[before - 1 : len(lines[place]) - 1]
-    finally:
-        model.train(was_training)
 
 
 def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[list[int]]:

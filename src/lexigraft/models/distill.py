@@ -24,25 +24,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.models.evidence import NewTokens
-from lexigraft.models.load import context_limit
-from lexigraft.models.new_rows import NewRows
+from lexigraft.models.load import context_limit, evaluating
 from lexigraft.models.objectives import (
     LOGITS,
     behind_head,
     can_chunk,
+    loss_at_head,
     replaced_head,
     unwrapped,
 )
-from lexigraft.models.packing import IGNORED, Blocks
+from lexigraft.models.packing import IGNORED, Blocks, collate
 
 # The share of the layers after which hidden states are compared.
 DEPTH = 0.25
@@ -77,11 +75,10 @@ class Reading:
 class Distill:
     """The objective `distill`, for a model of which nothing but new rows trains."""
 
-    def __init__(self, model: Any, rows: NewRows, new: NewTokens, blocks: Blocks) -> None:
+    def __init__(self, model: Any, new: NewTokens, blocks: Blocks) -> None:
         """
         Args:
             model: the model, its new rows already parameters of their own.
-            rows: these.
             new: the new tokens and how base ids spell them.
             blocks: all that will be read; the spread of hidden states is taken from the first.
 
@@ -97,14 +94,14 @@ class Distill:
                 needed="new_tokens.jsonl, as `lexigraft learn` writes it",
                 fix="use --objective lm",
             )
-        ids = torch.from_numpy(blocks.inputs[:1].astype(np.int64))
+        ids = collate([blocks[0]])["input_ids"]
         if not can_chunk(model, ids.to(model.get_input_embeddings().weight.device)):
             raise RefusalError(
                 f"{type(model).__name__} changes its logits in a way that is not known",
                 needed="a head whose output, capped or scaled as the config says, is the logits",
                 fix="use --objective lm",
             )
-        self._rows, self._new = rows, new
+        self._new = new
         self._limit = context_limit(model)
         self._stack = _stack(model)
         self._depth = max(1, round(DEPTH * len(getattr(*self._stack))))
@@ -120,23 +117,17 @@ class Distill:
         """
         inner = unwrapped(model)
         counted = inputs["labels"] != IGNORED
-        teacher = [self._reading(inner, *row) for row in _by_row(inputs)]
-        found: list[Tensor] = []
+        teacher = self._readings(inner, inputs)
 
-        def head(module: Any, _: Any, hidden: Tensor) -> Tensor:
+        def loss(head: Any, _: Any, hidden: Tensor) -> Tensor:
             early = states[0][counted]
             wanted = torch.cat([reading.early for reading in teacher]).to(early.device)
             distance = ((early.float() - wanted.float()) / self._spread).square().mean(-1).sum()
-            total = distance + self._head_nats(inner, module, teacher, inputs["labels"][counted])
-            found.append(total)
-            return total.reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
+            return distance + self._head_nats(inner, head, teacher, inputs["labels"][counted])
 
-        with _evaluating(inner), self._first_layers() as states, replaced_head(inner, head):
-            outputs = model(
-                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-            ).logits
-        # Wrappers look for what needs a gradient in the outputs: the loss must reach it there too.
-        return found[0] + 0.0 * outputs.sum(), int(counted.sum())
+        # Without dropout: both readings are to differ in their tokens alone.
+        with evaluating(inner), self._first_layers() as states:
+            return loss_at_head(model, inputs, loss), int(counted.sum())
 
     def _head_nats(self, inner: Any, head: Any, teacher: list[Reading], targets: Tensor) -> Tensor:
         """-log p of the targets under the new rows, on the teacher's last states, summed."""
@@ -153,6 +144,10 @@ class Distill:
         at = (targets - first).clamp(0, len(rows) - 1)
         mine = torch.where(is_new, new.gather(1, at[:, None])[:, 0], own)
         return (torch.logaddexp(log_old, new.logsumexp(-1)) - mine).sum()
+
+    def _readings(self, inner: Any, inputs: dict[str, Tensor]) -> list[Reading]:
+        columns = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
+        return [self._reading(inner, *row) for row in zip(*columns, strict=True)]
 
     def _reading(self, inner: Any, ids: Tensor, targets: Tensor, positions: Tensor) -> Reading:
         """The teacher's reading of one block, kept from an earlier pass if there was one."""
@@ -186,7 +181,7 @@ class Distill:
 
         with (
             torch.no_grad(),
-            _evaluating(inner),
+            evaluating(inner),
             self._watched() as states,
             replaced_head(inner, head),
         ):
@@ -195,7 +190,7 @@ class Distill:
                 position_ids=torch.tensor([places], device=ids.device),
                 use_cache=False,
             )
-        return Reading(states[0][0, kept].clone(), *(t.cpu() for t in found))
+        return Reading(*(t.cpu() for t in (states[0][0, kept], *found)))
 
     def _spelled(
         self, ids: list[int], positions: list[int]
@@ -215,20 +210,12 @@ class Distill:
     def _spread_of(self, model: Any, blocks: Blocks) -> Tensor:
         """(D,) the standard deviation of each dimension of the compared states."""
         place = model.get_input_embeddings().weight.device
-        states = []
-        for row in range(min(_SAMPLED, len(blocks))):
-            columns: tuple[NDArray[np.int32], ...] = (
-                blocks.inputs[row],
-                blocks.targets[row],
-                blocks.positions[row],
-            )
-            ids, targets, positions = (
-                torch.from_numpy(column.astype(np.int64)).to(place) for column in columns
-            )
-            reading = self._reading(model, ids, targets, positions)
-            # The first position of a document holds a state of its own kind (an attention sink).
-            states.append(reading.early[positions[targets != IGNORED].to("cpu") > 0].float())
-        spread = torch.cat(states).std(0)
+        batch = collate([blocks[row] for row in range(min(_SAMPLED, len(blocks)))])
+        inputs = {name: column.to(place) for name, column in batch.items()}
+        states = torch.cat([reading.early for reading in self._readings(model, inputs)])
+        # The first position of a document holds a state of its own kind (an attention sink).
+        later = batch["position_ids"][batch["labels"] != IGNORED] > 0
+        spread = states[later].float().std(0)
         return (spread + 1e-3 * spread.mean()).to(place)
 
     @contextlib.contextmanager
@@ -256,21 +243,6 @@ class Distill:
                 yield states
             finally:
                 setattr(owner, name, layers)
-
-
-def _by_row(inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    yield from zip(inputs["input_ids"], inputs["labels"], inputs["position_ids"], strict=True)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout: both readings are to differ in their tokens alone."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _old_part(

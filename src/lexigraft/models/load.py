@@ -35,6 +35,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout; afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def device() -> str:
     """Where models run: `cuda` if there is one, else `cpu`."""
     import torch

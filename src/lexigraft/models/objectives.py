@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lexigraft.models.bits import nats
+from lexigraft.models.load import evaluating
 
 # Logits that are held at once in training: 64 MiB of float32, however many rows there are.
 LOGITS = 2**24
@@ -59,24 +60,18 @@ class NextToken:
         if not self._chunked:
             logits = _logits(model, inputs)
             return nats(logits.flatten(0, 1), targets.flatten()).sum(), count
-        inner = unwrapped(model)
-        found: list[Tensor] = []
+        after = behind_head(unwrapped(model).config)
 
-        def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
-            after = behind_head(inner.config)
-            parameters = [p for p in module.parameters() if p.requires_grad]
+        def loss(head: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
+            parameters = [p for p in head.parameters() if p.requires_grad]
             kept = targets >= 0
-            size = max(1, LOGITS // len(module.weight))
-            loss = _HeadLoss.apply(
+            size = max(1, LOGITS // len(head.weight))
+            total: Tensor = _HeadLoss.apply(
                 hidden[kept], targets[kept], lambda part: after(logits_of(part)), size, *parameters
             )
-            found.append(loss)
-            return loss.reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
+            return total
 
-        with replaced_head(inner, head):
-            outputs = _logits(model, inputs)
-        # Wrappers look for what needs a gradient in the outputs: the loss must reach it there too.
-        return found[0] + 0.0 * outputs.sum(), count
+        return loss_at_head(model, inputs, loss), count
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -139,17 +134,36 @@ def can_chunk(model: Any, ids: Tensor) -> bool:
         return logits
 
     few = ids[:1, :_PROBED]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), replaced_head(model, head):
+    with torch.no_grad(), evaluating(model), replaced_head(model, head):
         logits = model(input_ids=few, use_cache=False).logits
-    model.train(was_training)
     if len(seen) != 1 or seen[0][0].shape[:2] != few.shape:
         return False
     found = behind_head(model.config)(seen[0][1])
     return found.shape == logits.shape and bool(
         torch.allclose(found.float(), logits.float(), rtol=1e-5, atol=1e-6)
     )
+
+
+def loss_at_head(
+    model: Any, inputs: dict[str, Tensor], loss: Callable[[Any, _ToLogits, Tensor], Tensor]
+) -> Tensor:
+    """What `loss(head, its forward, hidden states)` gives where a model would compute logits.
+
+    Args:
+        model: perhaps wrapped; it is called as a whole.
+        inputs: see `Objective.loss`.
+        loss: returns a scalar.
+    """
+    found: list[Tensor] = []
+
+    def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
+        found.append(loss(module, logits_of, hidden))
+        return found[0].reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
+
+    with replaced_head(unwrapped(model), head):
+        outputs = _logits(model, inputs)
+    # Wrappers look for what needs a gradient in the outputs: the loss must reach it there too.
+    return found[0] + 0.0 * outputs.sum()
 
 
 @contextlib.contextmanager

@@ -609,7 +609,7 @@ def _objective(job: Job, trained: Any, rows: NewRows | None) -> Objective:
     from lexigraft.models.objectives import NextToken
 
     if rows and job.settings.objective == "distill":
-        return Distill(trained, rows, job.new, job.blocks)
+        return Distill(trained, job.new, job.blocks)
     return NextToken()
 
 
