@@ -13,6 +13,7 @@ from lexigraft.console import note
 from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import readable
 from lexigraft.files import refuse_existing, refuse_overwriting, scratch, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.recipe import Recipe, TrainStage
@@ -423,25 +424,17 @@ def _samples(current: Run, recipe: Recipe, base: Path) -> None:
 
     def work(_: bool) -> _Json:
         old, new = families.load(base), families.load(vocab)
+
+        def pieces(family: families.Family, text: str) -> list[str]:
+            return [readable(family.token_bytes(token)) for token in family.encode(text)]
+
         found = [
-            {"text": text, "before": _pieces(old, text), "after": _pieces(new, text)}
+            {"text": text, "before": pieces(old, text), "after": pieces(new, text)}
             for text in recipe.samples
         ]
         return _Json({"samples": found})
 
     current.stage("samples", {"texts": recipe.samples}, {"base": base, "vocab": vocab}, work)
-
-
-def _pieces(family: families.Family, text: str) -> list[str]:
-    """The pieces of a text; bytes that are no whole character are shown in hexadecimal."""
-    pieces = []
-    for token_id in family.encode(text):
-        data = family.token_bytes(token_id)
-        try:
-            pieces.append(data.decode("utf-8"))
-        except UnicodeDecodeError:
-            pieces.append("<" + data.hex().upper() + ">")
-    return pieces
 
 
 def demo(

@@ -196,6 +196,18 @@ def token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def readable(data: bytes) -> str:
+    """A token's bytes as text; those that are no whole characters in hexadecimal.
+
+    >>> readable("心".encode()), readable(b"\xe5\xbf")
+    ('心', '<E5BF>')
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return f"<{data.hex().upper()}>"
+
+
 def tokenizer_data(path: Path) -> Any:
     """The parsed `tokenizer.json` at `path`: read once, shared, not to be changed.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lexigraft.families import Family
 from lexigraft.families.measure import read_rows
+from lexigraft.families.tokenmap import readable
 from lexigraft.manifest import NEW_TOKENS
 from lexigraft.models.bits import POSITIONS, Score, predictions
 from lexigraft.models.packing import Blocks
@@ -244,7 +245,7 @@ def _row(
 ) -> RowEvidence:
     return RowEvidence(
         id=token,
-        text=shown(new, token),
+        text=readable(new.family.token_bytes(token)),
         targets=seen[0],
         inputs=seen[1],
         moved=seen[2],
@@ -257,15 +258,6 @@ def _row(
         spelled=outcomes["spelled"],
         missed=outcomes["missed"],
     )
-
-
-def shown(new: NewTokens, token: int) -> str:
-    """A token as text; one that is no whole characters, in hexadecimal."""
-    data = new.family.token_bytes(token)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return f"<{data.hex().upper()}>"
 
 
 def _training_lines(blocks: Blocks, ids: range, at_hand: set[int]) -> list[list[int]]:

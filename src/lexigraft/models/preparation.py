@@ -18,6 +18,7 @@ from lexigraft.corpus import content_digest, read_documents, sources, weighted_d
 from lexigraft.corpus import held_out as is_held_out
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
+from lexigraft.families.tokenmap import readable
 from lexigraft.files import read_json, require_free_space, sha256_json, write_json
 from lexigraft.manifest import Manifest, TextSource
 from lexigraft.models.bits import score, windows
@@ -28,7 +29,6 @@ from lexigraft.models.evidence import (
     gather,
     new_tokens,
     shares,
-    shown,
 )
 from lexigraft.models.load import (
     context_limit,
@@ -410,7 +410,8 @@ def _tell_of_rare_ones(job: Job) -> None:
     targets, _ = occurrences(job)
     few = sorted((count, i) for i, count in enumerate(targets) if count < Thresholds.floor)
     if few:
-        named = ", ".join(repr(shown(job.new, job.ids[i])) for _, i in few[: Thresholds.weakest])
+        weakest = [job.family.token_bytes(job.ids[i]) for _, i in few[: Thresholds.weakest]]
+        named = ", ".join(repr(readable(data)) for data in weakest)
         note(
             f"{len(few):,} of {len(targets):,} new tokens will be predicted fewer than "
             f"{Thresholds.floor} times, the rarest: {named}; train on more text, or learn fewer "

@@ -47,6 +47,7 @@ from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.embeddings.donor import ATOMS, Donor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
+from lexigraft.families.tokenmap import readable
 from lexigraft.files import (
     publish,
     read_object,
@@ -385,11 +386,7 @@ class _Job:
 
     def text(self, token_id: int) -> str:
         """What an id stands for; bytes that are no whole character in hexadecimal."""
-        data = self.extended.token_bytes(token_id)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return f"<{data.hex().upper()}>"
+        return readable(self.extended.token_bytes(token_id))
 
     def write_side_files(self, partial: Path) -> None:
         """Config, tokenizer, and what else the base holds beside its weights."""
