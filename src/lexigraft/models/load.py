@@ -169,11 +169,16 @@ def rows_on_disk(folder: Path) -> int | None:
         return None
 
 
+def text_config(folder: Path) -> dict[str, Any]:
+    """What the config in `folder` says of its language model, which may be one part of several."""
+    config = read_object(folder / "config.json")
+    return {**config, **config.get("text_config", {})}
+
+
 def context_limit(model: Any) -> int:
     """The most tokens that the positions of a model, or of the config in a folder, allow."""
     if isinstance(model, Path):
-        config = read_object(model / "config.json")
-        found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+        found = text_config(model).get("max_position_embeddings")
     else:
         found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found or 2**20)

@@ -37,6 +37,7 @@ from lexigraft.models.load import (
     require_rows,
     rows_on_disk,
     start_and_end,
+    text_config,
 )
 from lexigraft.models.packing import KEEPS_APART, Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
@@ -277,9 +278,7 @@ def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None =
 
 def keeps_apart(folder: Path) -> bool:
     """Whether the model in `folder` is known to keep the documents of a block apart."""
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")
-    return (text if isinstance(text, dict) else config).get("model_type") in KEEPS_APART
+    return text_config(folder).get("model_type") in KEEPS_APART
 
 
 def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | None) -> Blocks:

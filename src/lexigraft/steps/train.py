@@ -503,7 +503,9 @@ def _train(
     kept = log[: rule.best(log) + 1]
     step = int(kept[-1]["step"] or 0)
     seen = evidence(job, trained, rows.moved().tolist(), step) if rows else []
-    result = _result(job, output, monitor, rule, base=reference, seen=seen)
+    result = _result(
+        job, output, monitor, kept, stopped=rule.reason(log), base=reference, seen=seen
+    )
     if is_first_process():
         _write(job, folder / "result", trained, rows, result)
         _write_report(job, folder / "result", result, seen)
@@ -617,13 +619,13 @@ def _result(
     job: Job,
     output: Path,
     monitor: Monitor,
-    rule: StopRule,
+    kept: Sequence[dict[str, float | None]],
     *,
+    stopped: str | None,
     base: dict[str, float | None],
     seen: list[RowEvidence],
 ) -> TrainResult:
     log = monitor.progress.log
-    kept = log[: rule.best(log) + 1]
     steps = int(log[-1]["step"] or 0)
     return TrainResult(
         output=output,
@@ -636,7 +638,7 @@ def _result(
         general_bpb=kept[-1]["general_bpb"],
         base=base,
         kept_step=int(kept[-1]["step"] or 0),
-        stopped=rule.reason(log),
+        stopped=stopped,
         rows_moved=sum(row.moved > 0 for row in seen),
         new_rows=len(job.ids),
         adoption=adoption(seen)[0],
