@@ -275,9 +275,16 @@ def graft(
     quiet: Quiet = False,
 ) -> None:
     """Add rows for the new tokens to a checkpoint, without loading the model."""
+    distilled = init == "distill"
+    if corpus and not distilled:
+        raise LexigraftError(
+            f"--corpus with --init {init}",
+            needed="--init distill: no other start reads text",
+            fix="add --init distill, or leave --corpus out",
+        )
     options: dict[str, Any] = {
         "output": output,
-        "init": init,
+        "init": "auto" if distilled else init,
         "init_from": init_from,
         "donor": donor,
         "pad_to": pad_to,
@@ -289,9 +296,7 @@ def graft(
         "seed": seed,
         "force": force,
     }
-    if init == "distill":
-        options["init"] = "auto"
-    if init != "distill" or dry_run:
+    if not distilled or dry_run:
         from lexigraft.steps.graft import graft as verb
 
         _show(verb(base, vocab, **options, dry_run=dry_run), as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,8 @@ from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import readable
 from lexigraft.files import refuse_existing, refuse_overwriting, scratch, sha256_file
 from lexigraft.hub import local_folder
+from lexigraft.models.gguf_base import gguf_file
+from lexigraft.models.unfinished import partial_of
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
 from lexigraft.reporting.facts import model_rows
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
     from lexigraft.steps.train import TrainResult
 
 
-# What a token of a distillation costs, of one through the whole body and back: over four passes, a
-# quarter of the layers in each, and the teacher's forward pass over base ids in the first.
-DISTILL_WORK = 0.45
+# What a token of a distillation costs, of one through the whole body and back: a quarter of the
+# layers in each pass, and in the first the teacher's forward pass over more, shorter ids.
+PASS_WORK, TEACHER_WORK = 0.25, 0.8
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _train_once(
         "held_out": recipe.eval.corpus,
     }
     base = local_folder(recipe.base)
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
 
     def work(killed: bool) -> Result:
         if not killed:
@@ -264,16 +266,22 @@ def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
     ]
     learned = list(zip(recipe.stages, done, strict=True))
     text = sum(result["text_bytes"] for stage, result in learned if stage.objective != "distill")
-    work = sum(
-        result["tokens"] * (DISTILL_WORK if stage.objective == "distill" else 1)
-        for stage, result in learned
-    )
+    work = sum(result["tokens"] * _work(stage) for stage, result in learned)
     same_text = _limited(stages[-1], max_bytes=text)
     same_work = _limited(stages[-1], max_tokens=round(work))
     return {
         "control, equal text": _train(current, recipe, base, [same_text], at="control/text/"),
         "control, equal compute": _train(current, recipe, base, [same_work], at="control/compute/"),
     }
+
+
+def _work(stage: TrainStage) -> float:
+    """What a token costs in a stage, of one through the whole body and back."""
+    from lexigraft.steps.train import DISTILL_PASSES
+
+    if stage.objective != "distill":
+        return 1.0
+    return PASS_WORK + TEACHER_WORK / (stage.passes or DISTILL_PASSES)
 
 
 def _limited(stage: TrainStage, **limit: int) -> TrainStage:
@@ -287,11 +295,10 @@ class DistilledGraft:
     """A grafted model whose new rows have learned from its own reading of a text.
 
     Attributes:
-        graft: what `graft` did.
+        graft: what `graft` did; its output is the whole one's.
         train: what `train --mode rows --objective distill` did.
     """
 
-    output: Path
     graft: GraftResult
     train: TrainResult
 
@@ -300,15 +307,15 @@ class DistilledGraft:
         train = {key: value for key, value in self.train.to_json().items() if key != "output"}
         return {
             **self.graft.to_json(),
-            "output": str(self.output),
             "init": f"{self.graft.init}, distilled",
             "train": train,
         }
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        grafted, trained = self.graft.lines(), self.train.lines()
-        return [f"grafted {self.output}", *grafted[1:], *trained[1:]]
+        *grafted, where = self.graft.lines()
+        _, *learned = self.train.lines()  # without the folder of an adapter that is gone
+        return [*grafted, *learned, where]
 
 
 def graft_distilled(
@@ -340,7 +347,8 @@ def graft_distilled(
     output = Path(output)
     refuse_existing(output, force=force)
     texts = [path for specs in (corpus, general) for path in text_files(specs)]
-    refuse_overwriting(output, [local_folder(base), local_folder(vocab), *texts])
+    base = gguf_file(Path(base).expanduser()) or local_folder(base)
+    refuse_overwriting(output, [base, local_folder(vocab), *texts])
     with scratch(output) as folder:
         grafted = graft(base, vocab, output=folder / "model", seed=seed, **graft_options)
         trained = train(
@@ -355,7 +363,7 @@ def graft_distilled(
             trust_remote_code=trust_remote_code,
         )
         merge(folder / "model", [folder / "adapter"], output=output, force=force)
-    return DistilledGraft(output, grafted, trained)
+    return DistilledGraft(replace(grafted, output=output), trained)
 
 
 @dataclass(frozen=True)
