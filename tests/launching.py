@@ -1,9 +1,13 @@
 """Several processes on one machine, as users start them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+
+from lexigraft.models.unfinished import last_checkpoint, partial_of
 
 
 def free_port() -> int:
@@ -43,3 +47,17 @@ def torchrun(script: object, *arguments: object, processes: int = 2) -> None:
         list(map(str, command)), capture_output=True, text=True, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def killed_after_a_checkpoint(model, corpus, output, options) -> None:
+    """`train` in a process of its own, killed as soon as it has saved; there is no output then."""
+    command = (
+        "import torch; torch.set_num_threads(1); from lexigraft import train; "
+        f"train({str(model)!r}, corpus=[{str(corpus)!r}], output={str(output)!r}, **{options!r})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
+    while child.poll() is None and last_checkpoint(partial_of(output)) is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not output.exists() and last_checkpoint(partial_of(output)) is not None

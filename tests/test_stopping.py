@@ -1,13 +1,9 @@
 """Early stop: the rule on made logs, and real runs that stop, go back and are resumed."""
 
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 
+from launching import killed_after_a_checkpoint
 from lexigraft import LexigraftError, families, train
 from lexigraft.files import read_json
 from lexigraft.models.bits import score
@@ -15,7 +11,6 @@ from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import prepare, read_texts
 from lexigraft.models.stopping import StopRule
 from lexigraft.models.trackers import trackers
-from lexigraft.models.unfinished import last_checkpoint
 from test_train import make_place, settings  # noqa: F401 - the fixture `place`
 
 torch.set_num_threads(1)
@@ -90,18 +85,8 @@ def test_a_run_stops_and_the_best_measurement_is_what_is_written(place, stopped)
 
 
 def test_a_run_that_is_killed_stops_where_the_whole_one_did(place, stopped, tmp_path):
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = (
-        "import torch; torch.set_num_threads(1); from lexigraft import train; "
-        f"train({str(place / 'tied')!r}, corpus=[{str(place / 'corpus.txt')!r}], "
-        f"output={str(out)!r}, **{STOPS!r})"
-    )
-    child = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
-    while child.poll() is None and last_checkpoint(partial) is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not out.exists() and last_checkpoint(partial) is not None
+    out = tmp_path / "out"
+    killed_after_a_checkpoint(place / "tied", place / "corpus.txt", out, STOPS)
     again = train(place / "tied", corpus=[place / "corpus.txt"], output=out, resume=True, **STOPS)
     assert (again.steps, again.kept_step) == (stopped.steps, stopped.kept_step)
     for name in ("adapter_model.safetensors", "lexigraft.json"):

@@ -1,16 +1,13 @@
 """`train`, from a real extended tokenizer and a grafted model to a PEFT adapter."""
 
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import parts
+from launching import killed_after_a_checkpoint
 from lexigraft import LexigraftError, families, graft, learn, merge, train
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.files import read_json
@@ -20,7 +17,6 @@ from lexigraft.models.bits import score, windows
 from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import Settings, measure, prepare, read_texts
 from lexigraft.models.training import Schedule, fit, rate
-from lexigraft.models.unfinished import last_checkpoint
 
 torch.set_num_threads(1)
 QUICK = {"block_size": 64, "max_bytes": 6000, "measurements": 2, "measured_bytes": 3000}
@@ -311,17 +307,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
         place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "whole", **options
     )
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = (
-        "import sys, torch; torch.set_num_threads(1); from lexigraft import train; "
-        f"train({str(place / 'tied')!r}, corpus=[{str(place / 'corpus.txt')!r}], "
-        f"output={str(out)!r}, **{options!r})"
-    )
-    child = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
-    while child.poll() is None and last_checkpoint(partial) is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not out.exists() and last_checkpoint(partial) is not None
+    killed_after_a_checkpoint(place / "tied", place / "corpus.txt", out, options)
     corpus = [place / "corpus.txt"]
     with pytest.raises(LexigraftError, match="unfinished run"):
         train(place / "tied", corpus=corpus, output=out, **options)
