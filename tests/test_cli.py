@@ -118,6 +118,16 @@ FAULTS = [
         "no method 'best'",
     ),
     (
+        "text for a start that reads none",
+        ["graft", "{root}/base", "{root}/vocab", "--corpus", "{root}/c.txt", "-o", "{out}/o"],
+        "--corpus with --init auto",
+    ),
+    (
+        "distill without text",
+        ["graft", "{root}/base", "{root}/vocab", "--init", "distill", "-o", "{out}/o"],
+        "--init distill without --corpus",
+    ),
+    (
         "no donor",
         ["graft", "{root}/base", "{root}/vocab", "--donor", "{root}/none", "-o", "{out}/o"],
         "none",

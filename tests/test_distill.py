@@ -214,6 +214,9 @@ def test_distilled_rows_beat_their_start_and_leave_the_body_alone(tmp_path, tied
     )
     assert at_once.train.domain_bpb < at_once.train.log[0]["domain_bpb"]
     assert at_once.to_json()["init"].endswith("distilled")
+    shown = at_once.lines()
+    assert "rows for" in shown[0] and shown[-1] == f"model: {tmp_path / 'at_once'}"
+    assert not any("partial" in line for line in shown)
     assert check(tmp_path / "at_once").ok
     assert not list(tmp_path.glob("at_once.*"))
     old, new = (load_model(tmp_path / name) for name in ("model", "merged"))

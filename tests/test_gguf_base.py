@@ -12,6 +12,7 @@ import pytest
 
 import parts
 from extend import extend
+from lexigraft import check, graft_distilled, learn
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
@@ -203,6 +204,20 @@ def test_a_tokenizer_of_another_model_is_named(tokenizer, tmp_path):
     other = parts.write_byte_level(tmp_path / "other", vocab_size=360)
     foreign = extend(other, tmp_path / "foreign", 3)
     assert "id" in refused(source, foreign, tmp_path / "out").found
+
+
+def test_new_rows_of_a_gguf_file_are_distilled(tokenizer, tmp_path):
+    folder, _ = tokenizer
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(parts.corpus_text(documents=40), "utf-8")
+    vocab, out = tmp_path / "vocab", tmp_path / "model"
+    learn(folder, corpus=[corpus], tokens=20, min_count=5, allow_more=True, output=vocab)
+    source = write_gguf(tmp_path / "tiny.gguf", folder, "F16")
+    content = source.read_bytes()
+    result = graft_distilled(source, vocab, corpus=[corpus], output=out, max_bytes=4000)
+    assert result.train.rows_moved == result.graft.added == 20
+    assert check(out).ok
+    assert source.read_bytes() == content
 
 
 def test_a_sentencepiece_tokenizer_in_a_gguf_file(tmp_path):
