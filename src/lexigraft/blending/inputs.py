@@ -72,7 +72,7 @@ class Model:
         tied = self.vocabulary.tied and name == self.vocabulary.head_name
         return by_row(self.checkpoint.tensor(self.vocabulary.embeds[0] if tied else name))
 
-    @property
+    @cached_property
     def body(self) -> dict[str, Tensor]:
         """The tensors outside the vocabulary."""
         vocabulary = {*self.vocabulary.names, self.vocabulary.head_name}
@@ -156,13 +156,9 @@ class Aligned:
 
 
 def body_tensor(name: str, models: Sequence[Model]) -> Aligned:
-    """A tensor outside the vocabulary.
-
-    Raises:
-        RefusalError: it is stored in a type that cannot be blended, and differs.
-    """
+    """A tensor outside the vocabulary, which `is_blendable`."""
     tensors = tuple(_flat(model.body[name]) for model in models)
-    return Aligned(name, tensors[0].shape or (1,), tensors)
+    return Aligned(name, tensors[0].shape, tensors)
 
 
 def is_blendable(name: str, models: Sequence[Model]) -> bool:
