@@ -24,7 +24,7 @@ from lexigraft.adapters.expand import Expansion
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
-from lexigraft.adapters.planning import without
+from lexigraft.adapters.planning import with_tables
 from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -169,10 +169,9 @@ def weighted_plan(
     Raises:
         RefusalError: the weights of a new token's adapters sum to 0 or less.
     """
-    plan = Plan.of(checkpoint)
     tied = vocabulary.tied and all(adapter.expansion.tied for adapter in adapters)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.matched.changes)
-    changed = [
+    plan = Plan.of(checkpoint).replace(
         _planned(
             checkpoint.tensors[name],
             [
@@ -182,7 +181,7 @@ def weighted_plan(
             ],
         )
         for name in names
-    ]
+    )
     untied = (vocabulary.head_name,) if vocabulary.tied and not tied else ()
     written = []
     places = [_places(tokens, adapter.tokens) for adapter in adapters]
@@ -196,15 +195,10 @@ def weighted_plan(
         ]
         if parts or grows or name in untied:
             written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts))
-    if tied and written and vocabulary.head_name in checkpoint.tensors:
-        plan = without(plan, [vocabulary.head_name])
     for rows in written:
         _require_rows(rows, tokens)
-        if rows.name in checkpoint.tensors:
-            changed.append(rows.planned())
-        else:
-            plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
-    return plan.replace(changed), tuple(written), tied
+    tables = [rows.planned() for rows in written]
+    return with_tables(plan, tables, vocabulary, tied=tied), tuple(written), tied
 
 
 def _require_rows(rows: WeightedRows, tokens: TokenMap) -> None:

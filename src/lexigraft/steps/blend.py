@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.planning import without
+from lexigraft.adapters.planning import with_tables
 from lexigraft.blending.inputs import (
     BLOCK_VALUES,
     Aligned,
@@ -285,7 +285,7 @@ def _plan(
 ) -> tuple[Plan, int]:
     """Every tensor of the result, and how many of them are blended."""
     checkpoint, vocabulary = anchor.checkpoint, anchor.vocabulary
-    plan, changed = Plan.of(checkpoint), []
+    body, tables = [], []
     place = depths(list(checkpoint.tensors))
     chat_ids = _chat_ids(models[1], tokens) if settings.how.kind == "chat-vector" else frozenset()
 
@@ -298,7 +298,7 @@ def _plan(
             one, kind = blended(body_tensor(name, models)), settings.dtype or tensor.dtype
             blocks = _Blocks(one, kind, anchor, None)
             size = data_bytes(kind, tensor.shape)
-            changed.append(PlannedTensor(name, kind, tensor.shape, (Compute(size, blocks),)))
+            body.append(PlannedTensor(name, kind, tensor.shape, (Compute(size, blocks),)))
     stored = [name for name in vocabulary.names if name != vocabulary.head_name]
     heads = [] if tied or not _has_head(models) else [vocabulary.head_name]
     for name in (*stored, *heads):
@@ -309,14 +309,10 @@ def _plan(
         shape = (growth.rows, *view.shape[1:])
         shape = shape if view is like else (1, *shape)
         blocks = _Blocks(one, kind, anchor, growth)
-        table = PlannedTensor(name, kind, shape, (Compute(data_bytes(kind, shape), blocks),))
-        if name in checkpoint.tensors:
-            changed.append(table)
-        else:
-            plan = plan.add(table, after=vocabulary.embeds[0])
-    if tied and vocabulary.head_name in checkpoint.tensors:
-        plan = without(plan, [vocabulary.head_name])
-    return plan.replace(changed), len(changed) + len(set(heads) - checkpoint.tensors.keys())
+        size = data_bytes(kind, shape)
+        tables.append(PlannedTensor(name, kind, shape, (Compute(size, blocks),)))
+    plan = with_tables(Plan.of(checkpoint).replace(body), tables, vocabulary, tied=tied)
+    return plan, len(body) + len(tables)
 
 
 def _has_head(models: Sequence[Model]) -> bool:
