@@ -21,7 +21,7 @@ from lexigraft.adapters.folder import Addition, LowRank
 from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_ids, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, read_ids, read_rows
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap
 
@@ -145,10 +145,7 @@ class VocabularyRows:
             else Compute((span.stop - span.start) * row_bytes, partial(self._blocks, span))
             for span in self.spans
         )
-        shape = (self.rows, *by_row(self.base).shape[1:])
-        if len(self.base.shape) > len(shape):
-            shape = (1, *shape)
-        return PlannedTensor(self.name, self.base.dtype, shape, parts)
+        return PlannedTensor(self.name, self.base.dtype, grown_shape(self.base, self.rows), parts)
 
     def line(self) -> str:
         """Where each row comes from, for a person to read."""

@@ -31,7 +31,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, repeated, survey
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, in_blocks, read_rows
+from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, in_blocks, read_rows
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -100,9 +100,7 @@ class WeightedRows:
             parts.append(CopyRows(view, growth.tokens, growth.rows_before))
         if growth.new_padding:
             parts.append(Compute(growth.new_padding * view.row_bytes, self._padding))
-        shape = (growth.rows, *view.shape[1:])
-        if view is not self.base:
-            shape = (1, *shape)
+        shape = grown_shape(self.base, growth.rows)
         return PlannedTensor(self.name, self.base.dtype, shape, tuple(parts))
 
     def _padding(self) -> Iterator[Array]:

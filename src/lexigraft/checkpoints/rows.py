@@ -39,6 +39,12 @@ def by_row(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def grown_shape(tensor: Tensor, rows: int) -> tuple[int, ...]:
+    """The shape of a vocabulary tensor with another number of rows, stored as it was."""
+    shape = (rows, *by_row(tensor).shape[1:])
+    return shape if len(shape) == len(tensor.shape) else (1, *shape)
+
+
 def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
     """Rows [start, stop) of a tensor on disk, in its storage dtype.
 

@@ -38,7 +38,7 @@ from lexigraft.checkpoints.config import config_rows, edit_config
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.rows import grown_shape
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
@@ -303,11 +303,10 @@ def _plan(
     heads = [] if tied or not _has_head(models) else [vocabulary.head_name]
     for name in (*stored, *heads):
         like = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
-        view, kind = by_row(like), settings.dtype or like.dtype
+        kind = settings.dtype or like.dtype
         known = growth.rows - growth.new_padding
         one = blended(vocabulary_tensor(name, models, tokens, known))
-        shape = (growth.rows, *view.shape[1:])
-        shape = shape if view is like else (1, *shape)
+        shape = grown_shape(like, growth.rows)
         blocks = _Blocks(one, kind, anchor, growth)
         size = data_bytes(kind, shape)
         tables.append(PlannedTensor(name, kind, shape, (Compute(size, blocks),)))
