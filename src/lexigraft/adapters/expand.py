@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +23,6 @@ from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
-from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -46,14 +44,6 @@ class Expansion:
     growth: Growth
     tied: bool
     adapter_rows: int
-
-
-def as_loaded(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
-    """`vocabulary` as loaders see it: a head that is stored beside an equal embedding is tied."""
-    if not is_stored_twice(checkpoint, vocabulary):
-        return vocabulary
-    heads = tuple(name for name in vocabulary.heads if name != vocabulary.head_name)
-    return dataclasses.replace(vocabulary, heads=heads, tied=True)
 
 
 def expand(

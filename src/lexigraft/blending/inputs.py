@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.adapters.expand import as_loaded
 from lexigraft.blending.methods import Array, Mask
-from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows, refuse_quantised
-from lexigraft.checkpoints.fit import require_floats
+from lexigraft.checkpoints.fit import open_whole
 from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import FLOATS, Tensor
 from lexigraft.checkpoints.rows import by_row, read_ids, read_rows, same_values
@@ -52,17 +50,12 @@ class Model:
             RefusalError: quantised weights.
             LexigraftError: a file is missing or damaged, or the model contradicts itself.
         """
-        checkpoint = Checkpoint.open(folder)
-        refuse_quantised(checkpoint)
-        vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
-        require_floats(checkpoint, vocabulary)
+        checkpoint, vocabulary = open_whole(folder)
         tokens = TokenMap.read(folder)
-        stated = config_rows(checkpoint, vocabulary)
-        if tokens.tokens > vocabulary.rows or stated not in (None, vocabulary.rows):
+        if tokens.tokens > vocabulary.rows:
             raise LexigraftError(
-                f"{folder}: {vocabulary.rows:,} rows, {tokens.tokens:,} tokens, config.json says "
-                f"{stated}",
-                needed="a row for every token, and the rows in config.json",
+                f"{folder}: {vocabulary.rows:,} rows for {tokens.tokens:,} tokens",
+                needed="a row for every token",
                 fix=f"lexigraft check {folder}",
             )
         return cls(folder, checkpoint, vocabulary, tokens)

@@ -32,9 +32,9 @@ from lexigraft.blending.inputs import (
 )
 from lexigraft.blending.settings import Settings, depths, from_options, from_recipe
 from lexigraft.blending.streams import Blended
-from lexigraft.checkpoints.architectures import is_tied_by_config, vocabulary_of
-from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows, edit_config
+from lexigraft.checkpoints.architectures import is_tied_by_config
+from lexigraft.checkpoints.config import edit_config
+from lexigraft.checkpoints.fit import require_consistent
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
@@ -378,7 +378,7 @@ def _write(job: _Job, folder: Path) -> None:
     if job.settings.how.kind == "chat-vector":
         _take_chat(job, folder)
     _write_manifest(job, folder)
-    _require_consistent(job, folder)
+    require_consistent(folder, rows=job.growth.rows, tokens=TokenMap.read(folder).tokens)
 
 
 def _write_config(job: _Job, folder: Path) -> None:
@@ -453,17 +453,3 @@ def _write_manifest(job: _Job, folder: Path) -> None:
         versions=versions(["lexigraft", "numpy"]),
     )
     Manifest(records=[record]).write(folder)
-
-
-def _require_consistent(job: _Job, folder: Path) -> None:
-    """Reopen what was written: rows of each vocabulary tensor == config >= tokens."""
-    written = Checkpoint.open(folder)
-    vocabulary = vocabulary_of(written)
-    tokens = TokenMap.read(folder).tokens
-    if not vocabulary.rows == config_rows(written, vocabulary) == job.growth.rows >= tokens:
-        raise LexigraftError(
-            f"the result has {vocabulary.rows:,} rows, its config says "
-            f"{config_rows(written, vocabulary)}, its tokenizer has {tokens:,} tokens",
-            needed="rows equal to the config, and one for every token",
-            fix="report this with the config.json files of the models",
-        )
