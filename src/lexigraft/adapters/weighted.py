@@ -29,7 +29,7 @@ from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, repeated, survey
-from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, in_blocks, read_rows
 from lexigraft.errors import LexigraftError, RefusalError
@@ -62,7 +62,7 @@ class Weighted:
         if name not in found:
             return None
         rows = found[name]
-        return replace(rows, dtype="F64" if rows.base.dtype == "F64" else "F32")
+        return replace(rows, dtype=wide_type(rows.base.dtype))
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,6 @@ def weighted_plan(
     untied = (vocabulary.head_name,) if vocabulary.tied and not tied else ()
     written = []
     places = [_places(tokens, adapter.tokens) for adapter in adapters]
-    grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
     for name in (*vocabulary.names, *untied):
         stored = name if name in vocabulary.names else vocabulary.embeds[0]
         parts = [
@@ -191,7 +190,7 @@ def weighted_plan(
             for adapter, its_places in zip(adapters, places, strict=True)
             if (its_rows := adapter.rows(name, vocabulary)) is not None
         ]
-        if parts or grows or name in untied:
+        if parts or growth.grows or name in untied:
             written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts))
     for rows in written:
         _require_rows(rows, tokens)
@@ -241,7 +240,7 @@ def _changed_blocks(
     tensor: Tensor, changes: Sequence[tuple[float, Addition | Scale | Tensor]]
 ) -> Iterator[Array]:
     from lexigraft.adapters.delta import block_rows as tile_rows
-    from lexigraft.adapters.delta import changer, wide_type
+    from lexigraft.adapters.delta import changer
 
     made = [(weight, changer(tensor, change, wide=True)) for weight, change in changes]
     wide, rest = numpy_dtype(wide_type(tensor.dtype)), 1 - sum(weight for weight, _ in made)

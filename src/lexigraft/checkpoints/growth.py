@@ -58,6 +58,11 @@ class Growth:
         """How many rows have no token and did not exist before."""
         return self.rows - max(self.rows_before, self.tokens)
 
+    @property
+    def grows(self) -> bool:
+        """True if there are more rows or more tokens than before."""
+        return (self.rows, self.tokens) != (self.rows_before, self.first_id)
+
 
 @dataclass(frozen=True)
 class Survey:
