@@ -31,7 +31,14 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, repeated, survey
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, in_blocks, read_rows
+from lexigraft.checkpoints.rows import (
+    block_rows,
+    by_row,
+    grown_shape,
+    in_blocks,
+    read_rows,
+    runs,
+)
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -220,8 +227,7 @@ def _places(result: TokenMap, own: TokenMap) -> npt.NDArray[np.int64]:
 
 def _gathered(rows: VocabularyRows, ids: npt.NDArray[np.int64]) -> Array:
     """Rows `ids` in their order; neighbours are read together."""
-    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-    found = [rows.read(int(run[0]), int(run[-1]) + 1) for run in runs if run.size]
+    found = [rows.read(start, stop) for start, stop in runs(ids.tolist())]
     return np.concatenate(found) if found else np.zeros((0, *by_row(rows.base).shape[1:]))
 
 

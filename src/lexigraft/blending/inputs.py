@@ -142,7 +142,7 @@ class Aligned:
                 own = self.places[place][start:stop]
                 here = own >= 0
                 rows = np.zeros((stop - start, *self.shape[1:]))
-                rows[here] = gathered(tensor, own[here])
+                rows[here] = read_ids(tensor, own[here].tolist()).astype(np.float64)
             values.append(rows)
             has.append(here)
         return values, has
@@ -205,22 +205,12 @@ def vocabulary_tensor(name: str, models: Sequence[Model], tokens: TokenMap, rows
     return Aligned(name, (rows, *tables[0].shape[1:]), tables, tuple(places))
 
 
-def gathered(tensor: Tensor, ids: npt.NDArray[np.int64]) -> Array:
-    """Rows `ids` of a tensor on disk in their order, in float64."""
-    order = np.argsort(ids, kind="stable")
-    unique, back = np.unique(ids[order], return_inverse=True)
-    found = read_ids(tensor, unique.tolist()).astype(np.float64)
-    rows = np.empty((len(ids), *tensor.shape[1:]))
-    rows[order] = found[back]
-    return rows
-
-
 def padding(model: Model, name: str, ids: npt.NDArray[np.int64]) -> Array:
     """Rows of ids that have no token: the model's where it has them, else the mean of the used."""
     table = model.table(name)
     rows = np.empty((len(ids), *table.shape[1:]))
     held = ids < table.rows
-    rows[held] = gathered(table, ids[held])
+    rows[held] = read_ids(table, ids[held].tolist()).astype(np.float64)
     if not held.all():
         rows[~held] = survey(table, model.tokens.tokens).mean
     return rows
