@@ -6,11 +6,11 @@ that keeps the base's ids, in which every added token really comes out.
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,12 +21,11 @@ import numpy.typing as npt
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.planning import with_tables
 from lexigraft.blending.inputs import (
-    BLOCK_VALUES,
     Aligned,
     Model,
     body_tensor,
     is_blendable,
-    padding,
+    places_of,
     require_alike,
     vocabulary_tensor,
 )
@@ -285,31 +284,32 @@ def _plan(
 ) -> tuple[Plan, int]:
     """Every tensor of the result, and how many of them are blended."""
     checkpoint, vocabulary = anchor.checkpoint, anchor.vocabulary
-    body, tables = [], []
     place = depths(list(checkpoint.tensors))
     chat_ids = _chat_ids(models[1], tokens) if settings.how.kind == "chat-vector" else frozenset()
 
-    def blended(aligned: Aligned) -> Blended:
-        numbers = settings.of(aligned.name, place.get(aligned.name, 0.0))
-        return Blended(aligned, settings, numbers, anchor, chat_ids)
+    def planned(
+        aligned: Aligned, dtype: str, shape: tuple[int, ...], new_padding: int = 0
+    ) -> PlannedTensor:
+        name, kind = aligned.name, settings.dtype or dtype
+        numbers = settings.of(name, place.get(name, 0.0))
+        blended = Blended(aligned, settings, numbers, anchor, new_padding, chat_ids)
+        made = Compute(data_bytes(kind, shape), partial(_stored, blended, kind))
+        return PlannedTensor(name, kind, shape, (made,))
 
-    for name, tensor in anchor.body.items():
-        if is_blendable(name, models):
-            one, kind = blended(body_tensor(name, models)), settings.dtype or tensor.dtype
-            blocks = _Blocks(one, kind, anchor, None)
-            size = data_bytes(kind, tensor.shape)
-            body.append(PlannedTensor(name, kind, tensor.shape, (Compute(size, blocks),)))
+    body = [
+        planned(body_tensor(name, models), tensor.dtype, tensor.shape)
+        for name, tensor in anchor.body.items()
+        if is_blendable(name, models)
+    ]
     stored = [name for name in vocabulary.names if name != vocabulary.head_name]
     heads = [] if tied or not _has_head(models) else [vocabulary.head_name]
+    places = places_of(models, tokens, growth.rows - growth.new_padding)
+    tables = []
     for name in (*stored, *heads):
         like = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
-        kind = settings.dtype or like.dtype
-        known = growth.rows - growth.new_padding
-        one = blended(vocabulary_tensor(name, models, tokens, known))
+        aligned = vocabulary_tensor(name, models, places)
         shape = grown_shape(like, growth.rows)
-        blocks = _Blocks(one, kind, anchor, growth)
-        size = data_bytes(kind, shape)
-        tables.append(PlannedTensor(name, kind, shape, (Compute(size, blocks),)))
+        tables.append(planned(aligned, like.dtype, shape, growth.new_padding))
     plan = with_tables(Plan.of(checkpoint).replace(body), tables, vocabulary, tied=tied)
     return plan, len(body) + len(tables)
 
@@ -318,36 +318,18 @@ def _has_head(models: Sequence[Model]) -> bool:
     return any(model.vocabulary.heads or model.vocabulary.tied for model in models)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The data of one tensor of the result; of a vocabulary tensor with its padding rows."""
-
-    blended: Blended
-    dtype: str
-    anchor: Model
-    growth: Growth | None
-
-    def __call__(self) -> Iterator[npt.NDArray[Any]]:
-        name = self.blended.aligned.name
-        for rows in self._all():
-            with np.errstate(over="ignore"):  # found here, with its name
-                stored = np.ascontiguousarray(rows.astype(numpy_dtype(self.dtype)))
-            if not all_finite(stored, self.dtype):
-                raise LexigraftError(
-                    f"{name} is not finite after the blend",
-                    needed=f"finite numbers in every model, and a result within {self.dtype}",
-                    fix="lexigraft check MODEL --deep for each of the models",
-                )
-            yield stored
-
-    def _all(self) -> Iterator[npt.NDArray[Any]]:
-        yield from self.blended.blocks()
-        if self.growth is not None:
-            first, *width = self.blended.aligned.shape
-            step = max(1, BLOCK_VALUES // math.prod(width))
-            for start in range(first, self.growth.rows, step):
-                ids = np.arange(start, min(start + step, self.growth.rows))
-                yield padding(self.anchor, self.blended.aligned.name, ids)
+def _stored(blended: Blended, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """The data of one tensor of the result, block by block."""
+    for rows in blended.blocks():
+        with np.errstate(over="ignore"):  # found here, with its name
+            stored = np.ascontiguousarray(rows.astype(numpy_dtype(dtype)))
+        if not all_finite(stored, dtype):
+            raise LexigraftError(
+                f"{blended.aligned.name} is not finite after the blend",
+                needed=f"finite numbers in every model, and a result within {dtype}",
+                fix="lexigraft check MODEL --deep for each of the models",
+            )
+        yield stored
 
 
 def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
