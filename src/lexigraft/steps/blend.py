@@ -127,6 +127,7 @@ class _Job:
     anchor: Model
     tokens: TokenMap
     tokenizer: Path
+    left_out: tuple[str, ...]
     growth: Growth
     tied: bool
     plan: Plan
@@ -176,14 +177,14 @@ def blend(
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
     with TemporaryDirectory(prefix="lexigraft-") as scratch:
-        job, left_out = _prepare(settings, [Model.open(f) for f in folders], Path(scratch))
+        job = _prepare(settings, [Model.open(f) for f in folders], Path(scratch))
         result = BlendResult(
             target,
             settings.method,
             job.growth.rows,
             job.tokens.tokens,
             job.tokens.tokens - job.anchor.tokens.tokens,
-            left_out,
+            job.left_out,
             job.tied,
             job.blended,
             job.plan.to_json() if dry_run else None,
@@ -226,9 +227,7 @@ def _settings(
     )
 
 
-def _prepare(
-    settings: Settings, models: Sequence[Model], scratch: Path
-) -> tuple[_Job, tuple[str, ...]]:
+def _prepare(settings: Settings, models: Sequence[Model], scratch: Path) -> _Job:
     from lexigraft.selection.union import write_union  # imports what `learn` needs
 
     *others, base = models
@@ -254,10 +253,19 @@ def _prepare(
         settings.pad_to if union.map.tokens > vocabulary.rows else 1,
     )
     plan, blended = _plan(settings, models, anchor, union.map, growth, tied=tied)
-    job = _Job(
-        settings, tuple(others), base, anchor, union.map, scratch, growth, tied, plan, blended
+    return _Job(
+        settings,
+        tuple(others),
+        base,
+        anchor,
+        union.map,
+        scratch,
+        union.left_out,
+        growth,
+        tied,
+        plan,
+        blended,
     )
-    return job, union.left_out
 
 
 def _say_other_settings(anchor: Model, models: Sequence[Model]) -> None:
