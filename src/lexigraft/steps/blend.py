@@ -177,7 +177,8 @@ def blend(
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
     with TemporaryDirectory(prefix="lexigraft-") as scratch:
-        job = _prepare(settings, [Model.open(f) for f in folders], Path(scratch))
+        opened = {folder: Model.open(folder) for folder in dict.fromkeys(folders)}
+        job = _prepare(settings, [opened[folder] for folder in folders], Path(scratch))
         result = BlendResult(
             target,
             settings.method,
