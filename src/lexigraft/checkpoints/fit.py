@@ -16,7 +16,7 @@ from lexigraft.checkpoints.tying import as_loaded
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, first_difference
-from lexigraft.files import read_json
+from lexigraft.files import read_settings
 
 
 def require_floats(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
@@ -148,8 +148,7 @@ def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> No
     """
     for name in ("config.json", "generation_config.json"):
         path = checkpoint.folder / name
-        content = read_json(path) if path.is_file() else {}
-        for key, token_id in _stated_ids(content if isinstance(content, dict) else {}):
+        for key, token_id in _stated_ids(read_settings(path)):
             if token_id >= old.tokens and token_id in new.texts:
                 raise RefusalError(
                     f"{path}: {key} is {token_id}, an id that the base's tokenizer of "

@@ -44,7 +44,14 @@ from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, token_text
-from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, write_json
+from lexigraft.files import (
+    publish,
+    read_object,
+    read_settings,
+    refuse_existing,
+    refuse_overwriting,
+    write_json,
+)
 from lexigraft.hub import local_folder
 from lexigraft.manifest import BaseTokenizer, BlendRecord, Manifest, versions
 
@@ -343,7 +350,7 @@ def _stored(blended: Blended, dtype: str) -> Iterator[npt.NDArray[Any]]:
 
 def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
     """Ids of the special tokens that the chat template writes, or that end an answer."""
-    settings = _settings_file(chat.folder)
+    settings = read_settings(chat.folder / "tokenizer_config.json")
     template = str(settings.get("chat_template") or "")
     for path in chat.folder.glob("chat_template.*"):
         template += path.read_text("utf-8", "replace")
@@ -351,12 +358,6 @@ def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
     named = {text for text in texts if text in template}
     named |= {token_text(settings.get("eos_token")) or ""}
     return frozenset(tokens.ids[text] for text in named if text in tokens.ids)
-
-
-def _settings_file(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    content = read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(job: _Job, folder: Path) -> None:
@@ -399,7 +400,8 @@ def _take_chat(job: _Job, folder: Path) -> None:
     chat = job.models[1]
     for path in chat.folder.glob("chat_template.*"):
         shutil.copyfile(path, folder / path.name)
-    theirs, ours = _settings_file(chat.folder), _settings_file(folder)
+    theirs = read_settings(chat.folder / "tokenizer_config.json")
+    ours = read_settings(folder / "tokenizer_config.json")
     for key in ("chat_template", "bos_token", "eos_token", "pad_token"):
         if theirs.get(key) is not None:
             ours[key] = theirs[key]
@@ -407,8 +409,8 @@ def _take_chat(job: _Job, folder: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         if not (chat.folder / name).is_file():
             continue
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        for key, value in read_json(chat.folder / name).items():
+        content = read_object(folder / name) if (folder / name).is_file() else {}
+        for key, value in read_object(chat.folder / name).items():
             if re.fullmatch(r"(bos|eos|pad)_token_id", key) and value is not None:
                 content[key] = _moved(value, chat.tokens, job.tokens)
         write_json(folder / name, content)
