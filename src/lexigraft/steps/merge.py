@@ -372,8 +372,11 @@ def _prepare_together(
         parts.append(Weighted(weight, own, matched, expansion))
         tokenizers.append(source)
     union = write_union(base, [t for t in tokenizers if t != base], union_folder)
-    for text in union.left_out[:5]:
-        note(f"{text!r} is left out: the base's merges leave no way to it")
+    if union.left_out:
+        note(
+            f"{len(union.left_out):,} tokens are left out, for the base's merges leave no way to "
+            f"them: {', '.join(map(repr, union.left_out[:5]))}"
+        )
     same = all(part.tokens.hash == union.map.hash for part in parts)
     step = 1 if same or union.map.tokens <= vocabulary.rows else ROW_STEP
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
