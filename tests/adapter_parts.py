@@ -99,6 +99,28 @@ def write_grafted(base: Path, folder: Path, *, rows: int | None = None) -> Path:
     return extended_tokenizer(base, folder)
 
 
+def permuted(source: Path, folder: Path):
+    """The same model under other ids, its learned tokens in reverse order; and its order of ids."""
+    import torch
+
+    shutil.copytree(source, folder)
+    order = list(range(TOKENS))
+    order[260:370] = order[260:370][::-1]
+    data = json.loads((folder / "tokenizer.json").read_text())
+    place = {old: new for new, old in enumerate(order)}
+    data["model"]["vocab"] = {t: place[i] for t, i in data["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
+    model = load(source)
+    with torch.no_grad():
+        for weight in {
+            id(m.weight): m.weight
+            for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        }.values():
+            weight[:TOKENS] = weight[torch.tensor(order)]
+    model.save_pretrained(folder)
+    return folder, torch.tensor(order)
+
+
 def load(folder: Path, dtype: str = "auto"):
     from transformers import AutoModelForCausalLM
 

@@ -176,26 +176,9 @@ def test_slerp_is_on_the_great_circle_and_follows_mergekit_s_gradient(tmp_path):
         assert torch.allclose(ours[name].double(), expected, atol=1e-6), name
 
 
-def permuted(folder, output):
-    """The same model under other ids."""
-    shutil.copytree(folder, output)
-    order = torch.arange(448)
-    order[260:370] = order[260:370].flip(0)
-    data = json.loads((folder / "tokenizer.json").read_text())
-    place = {int(old): new for new, old in enumerate(order)}
-    data["model"]["vocab"] = {t: place[i] for t, i in data["model"]["vocab"].items()}
-    (output / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
-    model = adapter_parts.load(folder)
-    with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight.copy_(module.weight[order].clone())
-    model.save_pretrained(output)
-    return output
-
-
 def test_ids_of_equal_number_that_mean_other_words_are_aligned_not_averaged(tmp_path):
     base, (one, *_) = family(tmp_path, count=1)
-    other = permuted(one, tmp_path / "other")
+    other, _ = adapter_parts.permuted(one, tmp_path / "other")
     assert TokenMap.read(other).tokens == TokenMap.read(base).tokens
     blend([one, other], base=base, method="linear", output=tmp_path / "b")
     ours, theirs = weights(tmp_path / "b"), weights(one)

@@ -1,7 +1,6 @@
 """Several adapters side by side, rows aligned by token text; adapters of sibling vocabularies."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -141,31 +140,11 @@ def test_new_rows_whose_weights_cancel_are_refused(siblings, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def permuted_base(base, folder):
-    """The same model under other ids: its learned tokens in reverse order."""
-    shutil.copytree(base, folder)
-    order = list(range(TOKENS))
-    order[260:370] = order[260:370][::-1]
-    data = json.loads((folder / "tokenizer.json").read_text())
-    place = {old: new for new, old in enumerate(order)}
-    data["model"]["vocab"] = {t: place[i] for t, i in data["model"]["vocab"].items()}
-    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
-    model = adapter_parts.load(base)
-    with torch.no_grad():
-        for weight in {
-            id(m.weight): m.weight
-            for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        }.values():
-            weight[:TOKENS] = weight[torch.tensor(order)]
-    model.save_pretrained(folder)
-    return folder, torch.tensor(order)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", ["lora-both", "saved-both", "rows-only", "plain"])
 def test_an_adapter_of_permuted_ids_is_moved_by_text(tmp_path, form, tied):
     scene = adapter_parts.scene(tmp_path, form, tied=tied, whole=form != "rows-only")
-    other, order = permuted_base(scene.base, tmp_path / "other")
+    other, order = adapter_parts.permuted(scene.base, tmp_path / "other")
     with pytest.raises(LexigraftError, match="id 260 is"):
         merge(other, scene.adapter, output=tmp_path / "no")
     merge(other, scene.adapter, remap=True, output=tmp_path / "moved")
@@ -185,7 +164,7 @@ def test_an_adapter_of_permuted_ids_is_moved_by_text(tmp_path, form, tied):
 
 def test_rows_that_the_sibling_s_adapter_does_not_hold_are_refused_by_name(tmp_path):
     scene = adapter_parts.scene(tmp_path, "lora", tied=True, whole=False)
-    other, _ = permuted_base(scene.base, tmp_path / "other")
+    other, _ = adapter_parts.permuted(scene.base, tmp_path / "other")
     with pytest.raises(LexigraftError, match="for 12 tokens that the base lacks"):
         merge(other, scene.adapter, remap=True, output=tmp_path / "moved")
 

@@ -109,6 +109,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that need not be there; {} where it is not, or holds no object.
+
+    Raises:
+        LexigraftError: the file cannot be read.
+    """
+    content = read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
 def _depth(value: Any) -> int:
     """How deep a JSON value is nested, as far as one beyond the limit."""
     level, depth = [value], 0

@@ -26,7 +26,7 @@ import torch
 
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
-from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.rows import in_blocks, read_rows
 from lexigraft.errors import LexigraftError
 
@@ -182,11 +182,6 @@ def changer(
     if len(tensor.shape) == 1:
         return partial(_with_bias, addition=change, dtype=dtype)
     return Delta(change, read, dtype).onto
-
-
-def wide_type(dtype: str) -> str:
-    """The type that sums of several changes start from."""
-    return "F64" if dtype == "F64" else "F32"
 
 
 def source_of(change: Addition | Scale | Tensor) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +23,6 @@ from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
-from lexigraft.checkpoints.tying import is_stored_twice
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -46,14 +44,6 @@ class Expansion:
     growth: Growth
     tied: bool
     adapter_rows: int
-
-
-def as_loaded(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
-    """`vocabulary` as loaders see it: a head that is stored beside an equal embedding is tied."""
-    if not is_stored_twice(checkpoint, vocabulary):
-        return vocabulary
-    heads = tuple(name for name in vocabulary.heads if name != vocabulary.head_name)
-    return dataclasses.replace(vocabulary, heads=heads, tied=True)
 
 
 def expand(
@@ -109,9 +99,8 @@ def expand(
     rebuilt = rebuilt_rows(
         lacking, adapter.manifest, checkpoint, vocabulary, tokenizer, known=known_rows
     )
-    grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
     written, tied = _settle_ties(vocabulary, changes, adapter.config)
-    tensors = {n: rows(n, change) for n, change in written.items() if grows or change}
+    tensors = {n: rows(n, change) for n, change in written.items() if growth.grows or change}
     if vocabulary.tied and not tied:
         embedding = tensors.get(vocabulary.embeds[0]) or rows(vocabulary.embeds[0], NOTHING)
         separate = rows(head, written[head])
@@ -141,7 +130,7 @@ def expand_moved(
         LexigraftError: row counts contradict each other or `own`, or a row has no source.
     """
     known = _rows_of_full(adapter, changes)
-    highest = max((max(c.ids, default=-1) for c in changes.values()), default=-1)
+    highest = _highest_id(changes)
     if (known and known < own.tokens) or highest >= own.tokens:
         raise LexigraftError(
             f"{adapter.weights} has {known or highest + 1:,} rows for a tokenizer of "
@@ -217,11 +206,16 @@ def _grafted_rows(adapter: Adapter, tokenizer: TokenizerChoice) -> int:
     return int(record.rows)
 
 
+def _highest_id(changes: Mapping[str, Change]) -> int:
+    """The highest id whose row was trained singly; -1 where there is none."""
+    return max((max(change.ids, default=-1) for change in changes.values()), default=-1)
+
+
 def _require_known_ids(
     adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice
 ) -> None:
     limit = tokenizer.base.tokens if tokenizer.trained is None else tokenizer.trained
-    highest = max((max(c.ids, default=-1) for c in changes.values()), default=-1)
+    highest = _highest_id(changes)
     if highest >= limit:
         raise LexigraftError(
             f"{adapter.folder} trained the row of id {highest:,}; its tokenizer has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.experts import expert_additions, is_of_experts
@@ -48,7 +49,7 @@ class Matched:
     vocabulary: Mapping[str, Change]
     labels: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def changes(self) -> dict[str, Addition | Scale | Tensor]:
         """Every change of a tensor outside the vocabulary; each tensor has one."""
         return {**self.linear, **self.biases, **self.scaled, **self.replaced}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -35,19 +35,31 @@ def merged_plan(
         dropped: tensors of the base that the result has not.
     """
     plan = without(Plan.of(checkpoint), dropped)
-    changed = [_changed(checkpoint.tensors[name], by) for name, by in matched.changes.items()]
-    if expansion.tied and expansion.tensors and vocabulary.head_name in checkpoint.tensors:
-        # A stored copy of the embedding: loaders tie the two again.
-        plan = without(plan, [vocabulary.head_name])
-    for rows in expansion.tensors:
-        if rows.name in checkpoint.tensors:
-            changed.append(rows.planned())
-        else:
-            plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
+    plan = plan.replace(
+        _changed(checkpoint.tensors[name], by) for name, by in matched.changes.items()
+    )
+    tables = [rows.planned() for rows in expansion.tensors]
+    plan = with_tables(plan, tables, vocabulary, tied=expansion.tied)
     for name, tensor in matched.labels.items():
         head = dataclasses.replace(PlannedTensor.copy(tensor), name=name)
         plan = plan.add(head, after=list(plan.tensors)[-1])
-    return plan.replace(changed)
+    return plan
+
+
+def with_tables(
+    plan: Plan, tables: Sequence[PlannedTensor], vocabulary: VocabularyTensors, *, tied: bool
+) -> Plan:
+    """`plan` with the vocabulary tensors that a result has instead of the base's.
+
+    A head that the base does not store is put next to the embedding. Where the result is tied, a
+    stored copy of the embedding goes: loaders tie the two again.
+    """
+    if tied and tables and vocabulary.head_name in plan.tensors:
+        plan = without(plan, [vocabulary.head_name])
+    for table in tables:
+        if table.name not in plan.tensors:
+            plan = plan.add(table, after=vocabulary.embeds[0])
+    return plan.replace(tables)
 
 
 def without(plan: Plan, names: Iterable[str]) -> Plan:

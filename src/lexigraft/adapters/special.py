@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.families.tokenmap import TokenMap, token_text
-from lexigraft.files import read_json
+from lexigraft.files import read_settings
 
 _KINDS = ("bos", "eos", "pad")
 
@@ -27,11 +27,10 @@ def changed_special_ids(base: Path, trained: Path, tokens: TokenMap) -> dict[str
 
 
 def _names(folder: Path) -> dict[str, str]:
-    path = folder / "tokenizer_config.json"
-    content = read_json(path) if path.is_file() else {}
+    content = read_settings(folder / "tokenizer_config.json")
     found = {}
     for kind in _KINDS:
-        text = token_text(content.get(f"{kind}_token") if isinstance(content, dict) else None)
+        text = token_text(content.get(f"{kind}_token"))
         if text is not None:
             found[kind] = text
     return found

@@ -21,7 +21,14 @@ from lexigraft.adapters.folder import Addition, LowRank
 from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, read_ids, read_rows
+from lexigraft.checkpoints.rows import (
+    block_rows,
+    by_row,
+    grown_shape,
+    read_ids,
+    read_rows,
+    runs,
+)
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap
 
@@ -145,10 +152,7 @@ class VocabularyRows:
             else Compute((span.stop - span.start) * row_bytes, partial(self._blocks, span))
             for span in self.spans
         )
-        shape = (self.rows, *by_row(self.base).shape[1:])
-        if len(self.base.shape) > len(shape):
-            shape = (1, *shape)
-        return PlannedTensor(self.name, self.base.dtype, shape, parts)
+        return PlannedTensor(self.name, self.base.dtype, grown_shape(self.base, self.rows), parts)
 
     def line(self) -> str:
         """Where each row comes from, for a person to read."""
@@ -203,15 +207,15 @@ class VocabularyRows:
             return
         ids = np.asarray(self.change.ids, np.int64)
         # Values are read in runs, so that neighbours cost one read.
-        for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
-            values = read_rows(self.change.values, int(run[0]), int(run[-1]) + 1)
+        for first, end in runs(places.tolist()):
+            values = read_rows(self.change.values, first, end)
             if not all_finite(values, self.change.values.dtype):
                 raise LexigraftError(
                     f"{self.change.values.name} holds numbers that are not finite",
                     needed="finite rows",
                     fix="look at the training run of the adapter: its loss became NaN",
                 )
-            rows[ids[run] - start] = values.astype(rows.dtype)
+            rows[ids[first:end] - start] = values.astype(rows.dtype)
 
 
 def vocabulary_rows(
@@ -305,9 +309,8 @@ def moved_rows(
 
     def from_base(start: int, stop: int) -> Array:
         rows = np.zeros((stop - start, *view.shape[1:]), numpy_dtype(view.dtype))
-        here = sorted((places[own_id], own_id) for own_id in range(start, stop) if own_id in places)
-        if here:
-            rows[[own_id - start for _, own_id in here]] = read_ids(view, [i for i, _ in here])
+        here = [own_id for own_id in range(start, stop) if own_id in places]
+        rows[[own_id - start for own_id in here]] = read_ids(view, [places[i] for i in here])
         return rows
 
     if change.full is None:

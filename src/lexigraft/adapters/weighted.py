@@ -24,14 +24,21 @@ from lexigraft.adapters.expand import Expansion
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
-from lexigraft.adapters.planning import without
+from lexigraft.adapters.planning import with_tables
 from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import Growth, repeated, survey
-from lexigraft.checkpoints.header import Tensor, numpy_dtype
+from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, in_blocks, read_rows
+from lexigraft.checkpoints.rows import (
+    block_rows,
+    by_row,
+    grown_shape,
+    in_blocks,
+    read_rows,
+    runs,
+)
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -62,7 +69,7 @@ class Weighted:
         if name not in found:
             return None
         rows = found[name]
-        return replace(rows, dtype="F64" if rows.base.dtype == "F64" else "F32")
+        return replace(rows, dtype=wide_type(rows.base.dtype))
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,7 @@ class WeightedRows:
             parts.append(CopyRows(view, growth.tokens, growth.rows_before))
         if growth.new_padding:
             parts.append(Compute(growth.new_padding * view.row_bytes, self._padding))
-        shape = (growth.rows, *view.shape[1:])
-        if view is not self.base:
-            shape = (1, *shape)
+        shape = grown_shape(self.base, growth.rows)
         return PlannedTensor(self.name, self.base.dtype, shape, tuple(parts))
 
     def _padding(self) -> Iterator[Array]:
@@ -169,10 +174,9 @@ def weighted_plan(
     Raises:
         RefusalError: the weights of a new token's adapters sum to 0 or less.
     """
-    plan = Plan.of(checkpoint)
     tied = vocabulary.tied and all(adapter.expansion.tied for adapter in adapters)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.matched.changes)
-    changed = [
+    plan = Plan.of(checkpoint).replace(
         _planned(
             checkpoint.tensors[name],
             [
@@ -182,11 +186,10 @@ def weighted_plan(
             ],
         )
         for name in names
-    ]
+    )
     untied = (vocabulary.head_name,) if vocabulary.tied and not tied else ()
     written = []
     places = [_places(tokens, adapter.tokens) for adapter in adapters]
-    grows = (growth.rows, growth.tokens) != (growth.rows_before, growth.first_id)
     for name in (*vocabulary.names, *untied):
         stored = name if name in vocabulary.names else vocabulary.embeds[0]
         parts = [
@@ -194,17 +197,12 @@ def weighted_plan(
             for adapter, its_places in zip(adapters, places, strict=True)
             if (its_rows := adapter.rows(name, vocabulary)) is not None
         ]
-        if parts or grows or name in untied:
+        if parts or growth.grows or name in untied:
             written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts))
-    if tied and written and vocabulary.head_name in checkpoint.tensors:
-        plan = without(plan, [vocabulary.head_name])
     for rows in written:
         _require_rows(rows, tokens)
-        if rows.name in checkpoint.tensors:
-            changed.append(rows.planned())
-        else:
-            plan = plan.add(rows.planned(), after=vocabulary.embeds[0])
-    return plan.replace(changed), tuple(written), tied
+    tables = [rows.planned() for rows in written]
+    return with_tables(plan, tables, vocabulary, tied=tied), tuple(written), tied
 
 
 def _require_rows(rows: WeightedRows, tokens: TokenMap) -> None:
@@ -229,8 +227,7 @@ def _places(result: TokenMap, own: TokenMap) -> npt.NDArray[np.int64]:
 
 def _gathered(rows: VocabularyRows, ids: npt.NDArray[np.int64]) -> Array:
     """Rows `ids` in their order; neighbours are read together."""
-    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-    found = [rows.read(int(run[0]), int(run[-1]) + 1) for run in runs if run.size]
+    found = [rows.read(start, stop) for start, stop in runs(ids.tolist())]
     return np.concatenate(found) if found else np.zeros((0, *by_row(rows.base).shape[1:]))
 
 
@@ -249,7 +246,7 @@ def _changed_blocks(
     tensor: Tensor, changes: Sequence[tuple[float, Addition | Scale | Tensor]]
 ) -> Iterator[Array]:
     from lexigraft.adapters.delta import block_rows as tile_rows
-    from lexigraft.adapters.delta import changer, wide_type
+    from lexigraft.adapters.delta import changer
 
     made = [(weight, changer(tensor, change, wide=True)) for weight, change in changes]
     wide, rest = numpy_dtype(wide_type(tensor.dtype)), 1 - sum(weight for weight, _ in made)

@@ -12,13 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.adapters.expand import as_loaded
 from lexigraft.blending.methods import Array, Mask
-from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
+from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows, refuse_quantised
-from lexigraft.checkpoints.fit import require_floats
-from lexigraft.checkpoints.growth import survey
+from lexigraft.checkpoints.fit import open_whole
 from lexigraft.checkpoints.header import FLOATS, Tensor
 from lexigraft.checkpoints.rows import by_row, read_ids, read_rows, same_values
 from lexigraft.errors import LexigraftError, RefusalError
@@ -52,17 +49,12 @@ class Model:
             RefusalError: quantised weights.
             LexigraftError: a file is missing or damaged, or the model contradicts itself.
         """
-        checkpoint = Checkpoint.open(folder)
-        refuse_quantised(checkpoint)
-        vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
-        require_floats(checkpoint, vocabulary)
+        checkpoint, vocabulary = open_whole(folder)
         tokens = TokenMap.read(folder)
-        stated = config_rows(checkpoint, vocabulary)
-        if tokens.tokens > vocabulary.rows or stated not in (None, vocabulary.rows):
+        if tokens.tokens > vocabulary.rows:
             raise LexigraftError(
-                f"{folder}: {vocabulary.rows:,} rows, {tokens.tokens:,} tokens, config.json says "
-                f"{stated}",
-                needed="a row for every token, and the rows in config.json",
+                f"{folder}: {vocabulary.rows:,} rows for {tokens.tokens:,} tokens",
+                needed="a row for every token",
                 fix=f"lexigraft check {folder}",
             )
         return cls(folder, checkpoint, vocabulary, tokens)
@@ -72,7 +64,7 @@ class Model:
         tied = self.vocabulary.tied and name == self.vocabulary.head_name
         return by_row(self.checkpoint.tensor(self.vocabulary.embeds[0] if tied else name))
 
-    @property
+    @cached_property
     def body(self) -> dict[str, Tensor]:
         """The tensors outside the vocabulary."""
         vocabulary = {*self.vocabulary.names, self.vocabulary.head_name}
@@ -131,12 +123,17 @@ class Aligned:
     tensors: tuple[Tensor, ...]
     places: tuple[npt.NDArray[np.int64], ...] | None = None
 
+    @property
+    def step(self) -> int:
+        """Rows of a block, always the same for a shape: what is drawn by chance hangs on it."""
+        rows = max(1, self.shape[0])
+        return max(1, BLOCK_VALUES // math.prod(self.shape[1:])) if len(self.shape) > 1 else rows
+
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
-        """The blocks, always the same for a shape: what is drawn by chance hangs on them."""
+        """The blocks."""
         rows = self.shape[0]
-        step = max(1, BLOCK_VALUES // math.prod(self.shape[1:])) if len(self.shape) > 1 else rows
-        return [(start, min(start + step, rows)) for start in range(0, rows, max(1, step))]
+        return [(start, min(start + self.step, rows)) for start in range(0, rows, self.step)]
 
     def read(self, start: int, stop: int) -> tuple[list[Array], list[Mask]]:
         """Rows [start, stop) of each model in float64, and which of them it has (others are 0)."""
@@ -149,20 +146,16 @@ class Aligned:
                 own = self.places[place][start:stop]
                 here = own >= 0
                 rows = np.zeros((stop - start, *self.shape[1:]))
-                rows[here] = gathered(tensor, own[here])
+                rows[here] = read_ids(tensor, own[here].tolist()).astype(np.float64)
             values.append(rows)
             has.append(here)
         return values, has
 
 
 def body_tensor(name: str, models: Sequence[Model]) -> Aligned:
-    """A tensor outside the vocabulary.
-
-    Raises:
-        RefusalError: it is stored in a type that cannot be blended, and differs.
-    """
+    """A tensor outside the vocabulary, which `is_blendable`."""
     tensors = tuple(_flat(model.body[name]) for model in models)
-    return Aligned(name, tensors[0].shape or (1,), tensors)
+    return Aligned(name, tensors[0].shape, tensors)
 
 
 def is_blendable(name: str, models: Sequence[Model]) -> bool:
@@ -192,46 +185,33 @@ def _flat(tensor: Tensor) -> Tensor:
     return dataclasses.replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
 
 
-def vocabulary_tensor(name: str, models: Sequence[Model], tokens: TokenMap, rows: int) -> Aligned:
-    """A vocabulary tensor under the ids of `tokens`.
+def places_of(
+    models: Sequence[Model], tokens: TokenMap, rows: int
+) -> tuple[npt.NDArray[np.int64], ...]:
+    """Per model, id of the result -> its own row, or -1 where it has none.
 
     Args:
-        name: its name.
         models: of the blend, the base last.
         tokens: the token map of the result.
         rows: how many rows to align. An id that means nothing, in the result as in a model, is the
             same row there: so padding is blended too.
     """
-    tables = tuple(model.table(name) for model in models)
     unused = [token_id for token_id in range(rows) if token_id not in tokens.texts]
     places = []
-    for model, table in zip(models, tables, strict=True):
+    for model in models:
         own = np.full(rows, -1, np.int64)
         for token_id, place in aligned(tokens, model.tokens).items():
             own[token_id] = place
         for token_id in unused:
-            if token_id < table.rows and token_id not in model.tokens.texts:
+            if token_id < model.vocabulary.rows and token_id not in model.tokens.texts:
                 own[token_id] = token_id
         places.append(own)
-    return Aligned(name, (rows, *tables[0].shape[1:]), tables, tuple(places))
+    return tuple(places)
 
 
-def gathered(tensor: Tensor, ids: npt.NDArray[np.int64]) -> Array:
-    """Rows `ids` of a tensor on disk in their order, in float64."""
-    order = np.argsort(ids, kind="stable")
-    unique, back = np.unique(ids[order], return_inverse=True)
-    found = read_ids(tensor, unique.tolist()).astype(np.float64)
-    rows = np.empty((len(ids), *tensor.shape[1:]))
-    rows[order] = found[back]
-    return rows
-
-
-def padding(model: Model, name: str, ids: npt.NDArray[np.int64]) -> Array:
-    """Rows of ids that have no token: the model's where it has them, else the mean of the used."""
-    table = model.table(name)
-    rows = np.empty((len(ids), *table.shape[1:]))
-    held = ids < table.rows
-    rows[held] = gathered(table, ids[held])
-    if not held.all():
-        rows[~held] = survey(table, model.tokens.tokens).mean
-    return rows
+def vocabulary_tensor(
+    name: str, models: Sequence[Model], places: tuple[npt.NDArray[np.int64], ...]
+) -> Aligned:
+    """A vocabulary tensor under the ids of the result, by `places_of`."""
+    tables = tuple(model.table(name) for model in models)
+    return Aligned(name, (len(places[0]), *tables[0].shape[1:]), tables, places)

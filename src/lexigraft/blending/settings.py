@@ -189,7 +189,7 @@ def from_recipe(path: Path, *, seed: int) -> Settings:
     known = ("models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype")
     recipe.require_keys(data, (*known, "tokenizer_source", "tokenizer", "name"), "")
     entries = recipe.entries(data)
-    name = _method(str(data.get("merge_method")))
+    name = recipe.method(data.get("merge_method"))
     base = data.get("base_model")
     models = [recipe.model(entry) for entry in entries]
     own = [recipe.parameters(entry.get("parameters"), "models") for entry in entries]
@@ -223,6 +223,15 @@ class _Recipe:
 
     def refusal(self, found: str, needed: str) -> RefusalError:
         return RefusalError(f"{self.path}: {found}", needed=needed, fix="run mergekit for this one")
+
+    def method(self, given: Any) -> str:
+        found = _known_method(str(given))
+        if found is None:
+            raise self.refusal(
+                "no merge_method" if given is None else f"the method {given}",
+                "one of " + ", ".join((*METHODS, *_OTHER_NAMES)),
+            )
+        return found
 
     def require_keys(self, data: Any, known: Sequence[str], where: str) -> None:
         if not isinstance(data, dict):
@@ -332,10 +341,16 @@ def _evaluate(setting: Setting, name: str, depth: float) -> float | None:
     return float((1 - place + first) * setting[first] + (place - first) * setting[second])
 
 
-def _method(name: str) -> str:
+def _known_method(name: str) -> str | None:
+    """The name in METHODS of a method that mergekit may call otherwise; None if it is unknown."""
     found = _OTHER_NAMES.get(name, name)
-    if found not in METHODS:
-        near = difflib.get_close_matches(found, METHODS, 1)
+    return found if found in METHODS else None
+
+
+def _method(name: str) -> str:
+    found = _known_method(name)
+    if found is None:
+        near = difflib.get_close_matches(name, METHODS, 1)
         raise RefusalError(
             f"the method {name}",
             needed="one of " + ", ".join(METHODS),

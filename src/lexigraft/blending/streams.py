@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
-from lexigraft.blending.inputs import Aligned, Model, padding
+from lexigraft.blending.inputs import Aligned, Model
 from lexigraft.blending.methods import (
     Array,
     Largest,
@@ -27,6 +28,9 @@ from lexigraft.blending.methods import (
     slerp_factors,
 )
 from lexigraft.blending.settings import Parameters, Settings
+from lexigraft.checkpoints.growth import survey
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.rows import read_ids
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Blended:
         settings: the blend.
         parameters: the numbers for this tensor.
         anchor: the model whose rows stand for ids that have no token.
+        new_padding: how many rows without a token lie behind the aligned ones.
         chat_ids: ids whose rows are the chat model's (chat-vector).
     """
 
@@ -45,6 +50,7 @@ class Blended:
     settings: Settings
     parameters: Parameters
     anchor: Model
+    new_padding: int = 0
     chat_ids: frozenset[int] = frozenset()
 
     def blocks(self) -> Iterator[Array]:
@@ -57,6 +63,10 @@ class Blended:
         }[self.settings.how.kind]
         for start, rows in make():
             yield self._with_holes(rows, start)
+        first = self.aligned.shape[0]
+        end = first + self.new_padding
+        for start in range(first, end, self.aligned.step):
+            yield self._padding(np.arange(start, min(start + self.aligned.step, end)))
 
     def _with_holes(self, rows: Array, start: int) -> Array:
         """Ids without a token keep the row that they have."""
@@ -65,8 +75,27 @@ class Blended:
         known = np.any([own[start : start + len(rows)] >= 0 for own in self.aligned.places], axis=0)
         holes = start + np.flatnonzero(~known)
         if len(holes):
-            rows[holes - start] = padding(self.anchor, self.aligned.name, holes)
+            rows[holes - start] = self._padding(holes)
         return rows
+
+    def _padding(self, ids: npt.NDArray[np.int64]) -> Array:
+        """Rows of ids that have no token: the anchor's where it has them, else its mean row."""
+        rows = np.empty((len(ids), *self.aligned.shape[1:]))
+        held = ids < self._own.rows
+        rows[held] = read_ids(self._own, ids[held].tolist()).astype(np.float64)
+        if not held.all():
+            rows[~held] = self._mean
+        return rows
+
+    @cached_property
+    def _own(self) -> Tensor:
+        return self.anchor.table(self.aligned.name)
+
+    @cached_property
+    def _mean(self) -> Array:
+        """The mean of the anchor's used rows."""
+        mean: Array = survey(self._own, self.anchor.tokens.tokens).mean
+        return mean
 
     def _linear(self) -> Iterator[tuple[int, Array]]:
         for start, stop in self.aligned.ranges:
@@ -165,10 +194,10 @@ class Blended:
             (own, chat, base), (has_own, has_chat, has_base) = self.aligned.read(start, stop)
             both = has_chat & has_base
             mixed = own + np.where(by_row(both, own), weight * (chat - base), 0)
-            from_chat = has_chat & ~has_own
-            from_chat |= np.isin(np.arange(start, stop), list(self.chat_ids))
-            from_chat &= self.aligned.places is not None
-            mixed[from_chat & has_chat] = chat[from_chat & has_chat]
+            if self.aligned.places is not None:
+                is_chat = np.isin(np.arange(start, stop), list(self.chat_ids))
+                taken = has_chat & (~has_own | is_chat)
+                mixed[taken] = chat[taken]
             yield start, mixed
 
 

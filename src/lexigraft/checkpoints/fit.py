@@ -1,4 +1,4 @@
-"""Whether weights, config and tokenizers belong together, asked before any work."""
+"""Whether weights, config and tokenizers belong together: before any work, and once it is done."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexigraft.checkpoints.architectures import VocabularyTensors
+from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows
+from lexigraft.checkpoints.config import config_rows, refuse_quantised
 from lexigraft.checkpoints.header import FLOATS
 from lexigraft.checkpoints.nested import get, paths_to, text_parts
+from lexigraft.checkpoints.tying import as_loaded
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, first_difference
-from lexigraft.files import read_json
+from lexigraft.files import read_settings
 
 
 def require_floats(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
@@ -28,6 +29,46 @@ def require_floats(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Non
                 needed="one of " + ", ".join(FLOATS),
                 fix="use the checkpoint before quantisation",
             )
+
+
+def open_whole(folder: Path) -> tuple[Checkpoint, VocabularyTensors]:
+    """A checkpoint that is to be computed with, and its vocabulary tensors as loaders see them.
+
+    Raises:
+        RefusalError: its weights are quantised, or stored in a type that cannot be averaged.
+        LexigraftError: config.json states another number of rows than the weights have.
+    """
+    checkpoint = Checkpoint.open(folder)
+    refuse_quantised(checkpoint)
+    vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
+    require_floats(checkpoint, vocabulary)
+    stated = config_rows(checkpoint, vocabulary)
+    if stated not in (None, vocabulary.rows):
+        raise LexigraftError(
+            f"{folder / 'config.json'} says vocab_size {stated:,}, the weights have "
+            f"{vocabulary.rows:,} rows",
+            needed="the same number in both",
+            fix=f"lexigraft check {folder}",
+        )
+    return checkpoint, vocabulary
+
+
+def require_consistent(folder: Path, *, rows: int, tokens: int) -> None:
+    """Reopen what was written: rows of each vocabulary tensor == config == `rows` >= `tokens`.
+
+    Raises:
+        LexigraftError: they are not.
+    """
+    written = Checkpoint.open(folder)
+    vocabulary = vocabulary_of(written)
+    stated = config_rows(written, vocabulary)
+    if not vocabulary.rows == stated == rows >= tokens:
+        raise LexigraftError(
+            f"the result has {vocabulary.rows:,} rows, its config says {stated}, its tokenizer "
+            f"has {tokens:,} tokens",
+            needed=f"{rows:,} rows, in the config too, and one for every token",
+            fix="report this with the config.json of every input",
+        )
 
 
 def require_extension(base: Path, old: TokenMap, vocab: Path, new: TokenMap) -> None:
@@ -107,8 +148,7 @@ def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> No
     """
     for name in ("config.json", "generation_config.json"):
         path = checkpoint.folder / name
-        content = read_json(path) if path.is_file() else {}
-        for key, token_id in _stated_ids(content if isinstance(content, dict) else {}):
+        for key, token_id in _stated_ids(read_settings(path)):
             if token_id >= old.tokens and token_id in new.texts:
                 raise RefusalError(
                     f"{path}: {key} is {token_id}, an id that the base's tokenizer of "

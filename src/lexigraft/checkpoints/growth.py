@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, ids_in_blocks, in_blocks
+from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, ids_in_blocks, in_blocks
 from lexigraft.checkpoints.untrained import Ids, RowSizes
 from lexigraft.errors import LexigraftError
 
@@ -57,6 +57,11 @@ class Growth:
     def new_padding(self) -> int:
         """How many rows have no token and did not exist before."""
         return self.rows - max(self.rows_before, self.tokens)
+
+    @property
+    def grows(self) -> bool:
+        """True if there are more rows or more tokens than before."""
+        return (self.rows, self.tokens) != (self.rows_before, self.first_id)
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,7 @@ def grown(
         parts.append(CopyRows(view, growth.tokens, growth.rows_before))
     if growth.new_padding:
         parts.append(_computed(view, growth.new_padding, lambda a, b: repeated(mean(), b - a)))
-    shape = (growth.rows, *view.shape[1:])
-    return PlannedTensor(
-        tensor.name, tensor.dtype, shape if view is tensor else (1, *shape), tuple(parts)
-    )
+    return PlannedTensor(tensor.name, tensor.dtype, grown_shape(tensor, growth.rows), tuple(parts))
 
 
 def repeated(row: Array, count: int) -> Array:

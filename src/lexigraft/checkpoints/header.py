@@ -127,6 +127,11 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     return found
 
 
+def wide_type(dtype: str) -> str:
+    """The type that sums of several changes start from."""
+    return "F64" if dtype == "F64" else "F32"
+
+
 def raw(block: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
     return memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]

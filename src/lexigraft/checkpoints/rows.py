@@ -39,6 +39,12 @@ def by_row(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def grown_shape(tensor: Tensor, rows: int) -> tuple[int, ...]:
+    """The shape of a vocabulary tensor with another number of rows, stored as it was."""
+    shape = (rows, *by_row(tensor).shape[1:])
+    return shape if len(shape) == len(tensor.shape) else (1, *shape)
+
+
 def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
     """Rows [start, stop) of a tensor on disk, in its storage dtype.
 
@@ -99,18 +105,19 @@ def ids_in_blocks(
 
 
 def read_ids(tensor: Tensor, ids: Sequence[int]) -> npt.NDArray[Any]:
-    """Rows `ids` (ascending) of a tensor on disk; neighbours are read together.
+    """Rows `ids` of a tensor on disk in their order; neighbours are read together.
 
     Raises:
         LexigraftError: a row does not exist, or the file became shorter.
     """
-    blocks = [read_rows(tensor, start, stop) for start, stop in _ranges(ids)]
+    blocks = [read_rows(tensor, start, stop) for start, stop in runs(ids)]
     if not blocks:
         return np.empty((0, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
     return np.concatenate(blocks)
 
 
-def _ranges(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+def runs(ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, one past the last) of each stretch of ids that follow one another."""
     start = stop = -1
     for token_id in ids:
         if token_id != stop:

@@ -10,7 +10,14 @@ from typing import Any
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
 from lexigraft.families.tokenmap import TOKENIZER_FILES
-from lexigraft.files import MANIFEST, NEW_TOKENS, read_json, read_object, write_json
+from lexigraft.files import (
+    MANIFEST,
+    NEW_TOKENS,
+    read_json,
+    read_object,
+    read_settings,
+    write_json,
+)
 
 _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml"),
@@ -98,8 +105,7 @@ def _chat_template(folder: Path) -> dict[str, Any]:
     for name in ("chat_template.jinja", "chat_template.json"):
         if (folder / name).is_file():
             found[name] = (folder / name).read_bytes()
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    if isinstance(settings, dict) and "chat_template" in settings:
+    settings = read_settings(folder / "tokenizer_config.json")
+    if "chat_template" in settings:
         found["tokenizer_config.json"] = settings["chat_template"]
     return found

@@ -25,19 +25,22 @@ def is_stored_twice(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> bo
     return same_values(checkpoint.tensors[head], checkpoint.tensors[embedding])
 
 
+def as_loaded(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
+    """`vocabulary` as loaders see it: a head that is stored beside an equal embedding is tied."""
+    if not is_stored_twice(checkpoint, vocabulary):
+        return vocabulary
+    heads = tuple(name for name in vocabulary.heads if name != vocabulary.head_name)
+    return dataclasses.replace(vocabulary, heads=heads, tied=True)
+
+
 def with_copies(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> VocabularyTensors:
     """`vocabulary` with a stored copy of the embedding among the embeddings, so that both stay one.
 
     A head that differs although the config ties it is grown as a head, and said aloud.
     """
-    if is_stored_twice(checkpoint, vocabulary):
-        copy = vocabulary.head_name
-        return dataclasses.replace(
-            vocabulary,
-            embeds=(*vocabulary.embeds, copy),
-            heads=tuple(name for name in vocabulary.heads if name != copy),
-            tied=True,
-        )
+    loaded = as_loaded(checkpoint, vocabulary)
+    if loaded is not vocabulary:
+        return dataclasses.replace(loaded, embeds=(*loaded.embeds, vocabulary.head_name))
     if vocabulary.head_name in vocabulary.heads and _ties_for_certain(checkpoint.config):
         note(
             f"{vocabulary.head_name} differs from {vocabulary.embeds[0]} although the config ties "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import LexigraftError
-from lexigraft.files import read_json
+from lexigraft.files import read_settings
 
 # Classes that move pieces in ways of their own: only their tokenizer.json says which id is what.
 _UNREADABLE = frozenset(
@@ -107,9 +107,9 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
 
 def tokenizer_class(folder: Path) -> str:
     """The class that `tokenizer_config.json` or else `config.json` names, without `Fast`."""
-    name = _settings(folder / "tokenizer_config.json").get("tokenizer_class")
+    name = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
     if not isinstance(name, str):
-        model_type = _settings(folder / "config.json").get("model_type")
+        model_type = read_settings(folder / "config.json").get("model_type")
         name = _CLASS_OF_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
     return name.removesuffix("Fast")
 
@@ -117,7 +117,7 @@ def tokenizer_class(folder: Path) -> str:
 def layout_of(folder: Path) -> Layout:
     """How the tokenizer class of `folder` places the pieces of its `.model`."""
     make = _LAYOUTS.get(tokenizer_class(folder))
-    return make(_settings(folder / "tokenizer_config.json")) if make else Layout()
+    return make(read_settings(folder / "tokenizer_config.json")) if make else Layout()
 
 
 def ids_are_unreadable(folder: Path) -> bool:
@@ -128,8 +128,3 @@ def ids_are_unreadable(folder: Path) -> bool:
     """
     name = tokenizer_class(folder)
     return name in _UNREADABLE or (name != "T5Tokenizer" and bool(layout_of(folder).tail))
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path) if path.is_file() else {}
-    return settings if isinstance(settings, dict) else {}

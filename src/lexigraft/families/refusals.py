@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import RefusalError
-from lexigraft.files import read_json
+from lexigraft.files import read_settings
 
 _SUPPORTED = (
     "byte-level BPE (tokenizer.json, vocab.json + merges.txt, tiktoken ranks), SentencePiece BPE "
@@ -95,9 +95,7 @@ def unknown_model(path: Path, kind: object) -> RefusalError:
 
 def remote_class(folder: Path) -> RefusalError | None:
     """A tokenizer that only the repository's own Python code can read, if that is what it is."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    remote = settings.get("auto_map") if isinstance(settings, dict) else None
+    remote = read_settings(folder / "tokenizer_config.json").get("auto_map")
     if not remote:
         return None
     named = remote.get("AutoTokenizer") if isinstance(remote, dict) else remote

@@ -67,13 +67,10 @@ def _write(base: Family, others: Sequence[Path], maps: Sequence[TokenMap], targe
     ]
     special = list(dict.fromkeys(text for text, is_special in added if is_special))
     plain = [text for text in dict.fromkeys(text for text, _ in added) if text not in special]
+    known = {*base.map.ids, *special, *plain}
     found: dict[str, None] = {}
     for folder, one in zip(others, maps, strict=True):
-        found |= dict.fromkeys(
-            text
-            for text in _in_order(folder, one)
-            if text not in base.map.ids and text not in special and text not in plain
-        )
+        found |= dict.fromkeys(text for text in _in_order(folder, one) if text not in known)
     merges = _merges(base, list(found))
     while True:
         base.extend(merges, target)

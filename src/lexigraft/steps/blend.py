@@ -6,11 +6,11 @@ that keeps the base's ids, in which every added token really comes out.
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,33 +19,39 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.planning import without
+from lexigraft.adapters.planning import with_tables
 from lexigraft.blending.inputs import (
-    BLOCK_VALUES,
     Aligned,
     Model,
     body_tensor,
     is_blendable,
-    padding,
+    places_of,
     require_alike,
     vocabulary_tensor,
 )
 from lexigraft.blending.settings import Settings, depths, from_options, from_recipe
 from lexigraft.blending.streams import Blended
-from lexigraft.checkpoints.architectures import is_tied_by_config, vocabulary_of
-from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows, edit_config
+from lexigraft.checkpoints.architectures import is_tied_by_config
+from lexigraft.checkpoints.config import edit_config
+from lexigraft.checkpoints.fit import require_consistent
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import by_row
+from lexigraft.checkpoints.rows import grown_shape
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, token_text
-from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, write_json
+from lexigraft.files import (
+    publish,
+    read_object,
+    read_settings,
+    refuse_existing,
+    refuse_overwriting,
+    write_json,
+)
 from lexigraft.hub import local_folder
 from lexigraft.manifest import BaseTokenizer, BlendRecord, Manifest, versions
 
@@ -128,6 +134,7 @@ class _Job:
     anchor: Model
     tokens: TokenMap
     tokenizer: Path
+    left_out: tuple[str, ...]
     growth: Growth
     tied: bool
     plan: Plan
@@ -177,14 +184,15 @@ def blend(
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
     with TemporaryDirectory(prefix="lexigraft-") as scratch:
-        job, left_out = _prepare(settings, [Model.open(f) for f in folders], Path(scratch))
+        opened = {folder: Model.open(folder) for folder in dict.fromkeys(folders)}
+        job = _prepare(settings, [opened[folder] for folder in folders], Path(scratch))
         result = BlendResult(
             target,
             settings.method,
             job.growth.rows,
             job.tokens.tokens,
             job.tokens.tokens - job.anchor.tokens.tokens,
-            left_out,
+            job.left_out,
             job.tied,
             job.blended,
             job.plan.to_json() if dry_run else None,
@@ -227,9 +235,7 @@ def _settings(
     )
 
 
-def _prepare(
-    settings: Settings, models: Sequence[Model], scratch: Path
-) -> tuple[_Job, tuple[str, ...]]:
+def _prepare(settings: Settings, models: Sequence[Model], scratch: Path) -> _Job:
     from lexigraft.selection.union import write_union  # imports what `learn` needs
 
     *others, base = models
@@ -255,10 +261,19 @@ def _prepare(
         settings.pad_to if union.map.tokens > vocabulary.rows else 1,
     )
     plan, blended = _plan(settings, models, anchor, union.map, growth, tied=tied)
-    job = _Job(
-        settings, tuple(others), base, anchor, union.map, scratch, growth, tied, plan, blended
+    return _Job(
+        settings,
+        tuple(others),
+        base,
+        anchor,
+        union.map,
+        scratch,
+        union.left_out,
+        growth,
+        tied,
+        plan,
+        blended,
     )
-    return job, union.left_out
 
 
 def _say_other_settings(anchor: Model, models: Sequence[Model]) -> None:
@@ -285,79 +300,57 @@ def _plan(
 ) -> tuple[Plan, int]:
     """Every tensor of the result, and how many of them are blended."""
     checkpoint, vocabulary = anchor.checkpoint, anchor.vocabulary
-    plan, changed = Plan.of(checkpoint), []
     place = depths(list(checkpoint.tensors))
     chat_ids = _chat_ids(models[1], tokens) if settings.how.kind == "chat-vector" else frozenset()
 
-    def blended(aligned: Aligned) -> Blended:
-        numbers = settings.of(aligned.name, place.get(aligned.name, 0.0))
-        return Blended(aligned, settings, numbers, anchor, chat_ids)
+    def planned(
+        aligned: Aligned, dtype: str, shape: tuple[int, ...], new_padding: int = 0
+    ) -> PlannedTensor:
+        name, kind = aligned.name, settings.dtype or dtype
+        numbers = settings.of(name, place.get(name, 0.0))
+        blended = Blended(aligned, settings, numbers, anchor, new_padding, chat_ids)
+        made = Compute(data_bytes(kind, shape), partial(_stored, blended, kind))
+        return PlannedTensor(name, kind, shape, (made,))
 
-    for name, tensor in anchor.body.items():
-        if is_blendable(name, models):
-            one, kind = blended(body_tensor(name, models)), settings.dtype or tensor.dtype
-            blocks = _Blocks(one, kind, anchor, None)
-            size = data_bytes(kind, tensor.shape)
-            changed.append(PlannedTensor(name, kind, tensor.shape, (Compute(size, blocks),)))
+    body = [
+        planned(body_tensor(name, models), tensor.dtype, tensor.shape)
+        for name, tensor in anchor.body.items()
+        if is_blendable(name, models)
+    ]
     stored = [name for name in vocabulary.names if name != vocabulary.head_name]
     heads = [] if tied or not _has_head(models) else [vocabulary.head_name]
+    places = places_of(models, tokens, growth.rows - growth.new_padding)
+    tables = []
     for name in (*stored, *heads):
         like = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
-        view, kind = by_row(like), settings.dtype or like.dtype
-        known = growth.rows - growth.new_padding
-        one = blended(vocabulary_tensor(name, models, tokens, known))
-        shape = (growth.rows, *view.shape[1:])
-        shape = shape if view is like else (1, *shape)
-        blocks = _Blocks(one, kind, anchor, growth)
-        table = PlannedTensor(name, kind, shape, (Compute(data_bytes(kind, shape), blocks),))
-        if name in checkpoint.tensors:
-            changed.append(table)
-        else:
-            plan = plan.add(table, after=vocabulary.embeds[0])
-    if tied and vocabulary.head_name in checkpoint.tensors:
-        plan = without(plan, [vocabulary.head_name])
-    return plan.replace(changed), len(changed) + len(set(heads) - checkpoint.tensors.keys())
+        aligned = vocabulary_tensor(name, models, places)
+        shape = grown_shape(like, growth.rows)
+        tables.append(planned(aligned, like.dtype, shape, growth.new_padding))
+    plan = with_tables(Plan.of(checkpoint).replace(body), tables, vocabulary, tied=tied)
+    return plan, len(body) + len(tables)
 
 
 def _has_head(models: Sequence[Model]) -> bool:
     return any(model.vocabulary.heads or model.vocabulary.tied for model in models)
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The data of one tensor of the result; of a vocabulary tensor with its padding rows."""
-
-    blended: Blended
-    dtype: str
-    anchor: Model
-    growth: Growth | None
-
-    def __call__(self) -> Iterator[npt.NDArray[Any]]:
-        name = self.blended.aligned.name
-        for rows in self._all():
-            with np.errstate(over="ignore"):  # found here, with its name
-                stored = np.ascontiguousarray(rows.astype(numpy_dtype(self.dtype)))
-            if not all_finite(stored, self.dtype):
-                raise LexigraftError(
-                    f"{name} is not finite after the blend",
-                    needed=f"finite numbers in every model, and a result within {self.dtype}",
-                    fix="lexigraft check MODEL --deep for each of the models",
-                )
-            yield stored
-
-    def _all(self) -> Iterator[npt.NDArray[Any]]:
-        yield from self.blended.blocks()
-        if self.growth is not None:
-            first, *width = self.blended.aligned.shape
-            step = max(1, BLOCK_VALUES // math.prod(width))
-            for start in range(first, self.growth.rows, step):
-                ids = np.arange(start, min(start + step, self.growth.rows))
-                yield padding(self.anchor, self.blended.aligned.name, ids)
+def _stored(blended: Blended, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """The data of one tensor of the result, block by block."""
+    for rows in blended.blocks():
+        with np.errstate(over="ignore"):  # found here, with its name
+            stored = np.ascontiguousarray(rows.astype(numpy_dtype(dtype)))
+        if not all_finite(stored, dtype):
+            raise LexigraftError(
+                f"{blended.aligned.name} is not finite after the blend",
+                needed=f"finite numbers in every model, and a result within {dtype}",
+                fix="lexigraft check MODEL --deep for each of the models",
+            )
+        yield stored
 
 
 def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
     """Ids of the special tokens that the chat template writes, or that end an answer."""
-    settings = _settings_file(chat.folder)
+    settings = read_settings(chat.folder / "tokenizer_config.json")
     template = str(settings.get("chat_template") or "")
     for path in chat.folder.glob("chat_template.*"):
         template += path.read_text("utf-8", "replace")
@@ -365,12 +358,6 @@ def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
     named = {text for text in texts if text in template}
     named |= {token_text(settings.get("eos_token")) or ""}
     return frozenset(tokens.ids[text] for text in named if text in tokens.ids)
-
-
-def _settings_file(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    content = read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(job: _Job, folder: Path) -> None:
@@ -383,7 +370,7 @@ def _write(job: _Job, folder: Path) -> None:
     if job.settings.how.kind == "chat-vector":
         _take_chat(job, folder)
     _write_manifest(job, folder)
-    _require_consistent(job, folder)
+    require_consistent(folder, rows=job.growth.rows, tokens=TokenMap.read(folder).tokens)
 
 
 def _write_config(job: _Job, folder: Path) -> None:
@@ -413,7 +400,8 @@ def _take_chat(job: _Job, folder: Path) -> None:
     chat = job.models[1]
     for path in chat.folder.glob("chat_template.*"):
         shutil.copyfile(path, folder / path.name)
-    theirs, ours = _settings_file(chat.folder), _settings_file(folder)
+    theirs = read_settings(chat.folder / "tokenizer_config.json")
+    ours = read_settings(folder / "tokenizer_config.json")
     for key in ("chat_template", "bos_token", "eos_token", "pad_token"):
         if theirs.get(key) is not None:
             ours[key] = theirs[key]
@@ -421,8 +409,8 @@ def _take_chat(job: _Job, folder: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         if not (chat.folder / name).is_file():
             continue
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        for key, value in read_json(chat.folder / name).items():
+        content = read_object(folder / name) if (folder / name).is_file() else {}
+        for key, value in read_object(chat.folder / name).items():
             if re.fullmatch(r"(bos|eos|pad)_token_id", key) and value is not None:
                 content[key] = _moved(value, chat.tokens, job.tokens)
         write_json(folder / name, content)
@@ -458,17 +446,3 @@ def _write_manifest(job: _Job, folder: Path) -> None:
         versions=versions(["lexigraft", "numpy"]),
     )
     Manifest(records=[record]).write(folder)
-
-
-def _require_consistent(job: _Job, folder: Path) -> None:
-    """Reopen what was written: rows of each vocabulary tensor == config >= tokens."""
-    written = Checkpoint.open(folder)
-    vocabulary = vocabulary_of(written)
-    tokens = TokenMap.read(folder).tokens
-    if not vocabulary.rows == config_rows(written, vocabulary) == job.growth.rows >= tokens:
-        raise LexigraftError(
-            f"the result has {vocabulary.rows:,} rows, its config says "
-            f"{config_rows(written, vocabulary)}, its tokenizer has {tokens:,} tokens",
-            needed="rows equal to the config, and one for every token",
-            fix="report this with the config.json files of the models",
-        )

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lexigraft.adapters.classifier import classifier_config, without_head
-from lexigraft.adapters.expand import as_loaded, expand, expand_moved
+from lexigraft.adapters.expand import expand, expand_moved
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.match import match
 from lexigraft.adapters.planning import merged_plan
@@ -30,14 +30,10 @@ from lexigraft.adapters.special import changed_special_ids, with_special_ids
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.vocabulary import WrittenRows
 from lexigraft.adapters.weighted import Weighted, weighted_plan
-from lexigraft.checkpoints.architectures import (
-    VocabularyTensors,
-    is_tied_by_config,
-    vocabulary_of,
-)
+from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import config_rows, edit_config, refuse_quantised
-from lexigraft.checkpoints.fit import require_floats
+from lexigraft.checkpoints.config import edit_config
+from lexigraft.checkpoints.fit import open_whole, require_consistent
 from lexigraft.checkpoints.growth import Growth, survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan
@@ -297,7 +293,7 @@ def _of_all(results: Sequence[MergeResult]) -> MergeResult:
 
 def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
     adapter = Adapter.open(adapter_folder)
-    checkpoint, whole = _open_base(base)
+    checkpoint, whole = open_whole(base)
     vocabulary = without_head(whole) if adapter.config.classifies else whole
     tokenizer = TokenizerChoice.among(base, adapter_folder, given)
     require_recorded(adapter.manifest, tokenizer, adapter_folder)
@@ -322,15 +318,6 @@ def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
     )
 
 
-def _open_base(base: Path) -> tuple[Checkpoint, VocabularyTensors]:
-    checkpoint = Checkpoint.open(base)
-    refuse_quantised(checkpoint)
-    vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
-    require_floats(checkpoint, vocabulary)
-    _require_stated_rows(checkpoint, vocabulary)
-    return checkpoint, vocabulary
-
-
 def _prepare_together(
     base: Path,
     folders: Sequence[Path],
@@ -343,7 +330,7 @@ def _prepare_together(
     """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
     from lexigraft.selection.union import write_union  # imports what `learn` needs
 
-    checkpoint, vocabulary = _open_base(base)
+    checkpoint, vocabulary = open_whole(base)
     base_map = TokenMap.read(base)
     adapters, parts, tokenizers, rows = [], [], [], vocabulary.rows
     for folder, weight in zip(folders, weights, strict=True):
@@ -385,8 +372,11 @@ def _prepare_together(
         parts.append(Weighted(weight, own, matched, expansion))
         tokenizers.append(source)
     union = write_union(base, [t for t in tokenizers if t != base], union_folder)
-    for text in union.left_out[:5]:
-        note(f"{text!r} is left out: the base's merges leave no way to it")
+    if union.left_out:
+        note(
+            f"{len(union.left_out):,} tokens are left out, for the base's merges leave no way to "
+            f"them: {', '.join(map(repr, union.left_out[:5]))}"
+        )
     same = all(part.tokens.hash == union.map.hash for part in parts)
     step = 1 if same or union.map.tokens <= vocabulary.rows else ROW_STEP
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
@@ -409,17 +399,6 @@ def _prepare_together(
 def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
     shorter, longer = (base, own) if base.tokens <= own.tokens else (own, base)
     return first_difference(shorter, longer) is None
-
-
-def _require_stated_rows(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
-    stated = config_rows(checkpoint, vocabulary)
-    if stated not in (None, vocabulary.rows):
-        raise LexigraftError(
-            f"{checkpoint.folder / 'config.json'} says vocab_size {stated:,}, the weights have "
-            f"{vocabulary.rows:,} rows",
-            needed="the same number in both",
-            fix=f"lexigraft check {checkpoint.folder}",
-        )
 
 
 def _say_if_other_base(
@@ -451,7 +430,7 @@ def _write(job: _Job, folder: Path) -> None:
             f"stale. Name a folder that has it with --tokenizer."
         )
     _write_manifest(job, folder)
-    _require_consistent(job, folder)
+    require_consistent(folder, rows=job.growth.rows, tokens=job.tokenizer.map.tokens)
 
 
 def _write_configs(job: _Job, folder: Path) -> None:
@@ -514,20 +493,6 @@ def _write_manifest(job: _Job, folder: Path) -> None:
         if (source / NEW_TOKENS).is_file():
             shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)
             break
-
-
-def _require_consistent(job: _Job, folder: Path) -> None:
-    """Reopen what was written: rows of each vocabulary tensor == config >= tokens."""
-    written = Checkpoint.open(folder)
-    vocabulary = vocabulary_of(written)
-    rows, tokens = vocabulary.rows, job.tokenizer.map.tokens
-    if not rows == config_rows(written, vocabulary) == job.growth.rows >= tokens:
-        raise LexigraftError(
-            f"the result has {rows:,} rows, its config says {config_rows(written, vocabulary)}, "
-            f"its tokenizer has {tokens:,} tokens",
-            needed="rows equal to the config, and one for every token",
-            fix="report this with the two config.json files",
-        )
 
 
 def _prove(job: _Job, folder: Path) -> dict[str, float]:
