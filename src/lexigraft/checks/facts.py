@@ -12,11 +12,11 @@ from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.gguf_header import GgufHeader, read_gguf_header
 from lexigraft.checkpoints.header import Tensor, read_header
-from lexigraft.checks.findings import Finding, finding, from_error
+from lexigraft.checks.findings import Finding, from_error
 from lexigraft.checks.gguf_files import gguf_rows, token_map
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, joined, read_token_maps
-from lexigraft.files import read_json, require_folder
+from lexigraft.files import read_object, require_folder
 from lexigraft.manifest import MANIFEST, Manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -123,22 +123,9 @@ def _read_configs(facts: Facts) -> None:
         if not (facts.folder / name).is_file():
             continue
         try:
-            content = read_json(facts.folder / name)
+            facts.config[name] = read_object(facts.folder / name)
         except LexigraftError as fault:
             facts.unreadable.append(from_error("LG204", name, fault))
-            continue
-        if isinstance(content, dict):
-            facts.config[name] = content
-        else:
-            facts.unreadable.append(
-                finding(
-                    "LG204",
-                    name,
-                    "is not a JSON object",
-                    needed="a config as transformers writes it",
-                    fix=f"copy {name} again from the model",
-                )
-            )
 
 
 def _read_manifest(facts: Facts) -> None:
