@@ -54,14 +54,11 @@ def _rule(code: str) -> dict[str, Any]:
 
 def _result(one: Finding, rule: int, places: Sequence[Path]) -> dict[str, Any]:
     place = next((p / one.where for p in places if (p / one.where).is_file()), places[0])
-    words = [one.found, f"needed: {one.needed}", f"try: {one.fix}"]
-    given = [bool(text) for text in (one.found, one.needed, one.fix)]
-    message = " | ".join(text for text, kept in zip(words, given, strict=True) if kept)
     return {
         "ruleId": one.code,
         "ruleIndex": rule,
         "level": one.severity,
-        "message": {"text": plain_line(f"{one.where}: {message}")},
+        "message": {"text": one.message()},
         "locations": [
             {
                 "physicalLocation": {"artifactLocation": {"uri": quote(place.as_posix())}},
