@@ -13,6 +13,7 @@ from urllib.parse import quote
 from lexigraft.checks.codes import CODES
 from lexigraft.checks.findings import Finding
 from lexigraft.console import plain_line
+from lexigraft.files import is_there
 
 SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -53,7 +54,8 @@ def _rule(code: str) -> dict[str, Any]:
 
 
 def _result(one: Finding, rule: int, places: Sequence[Path]) -> dict[str, Any]:
-    place = next((p / one.where for p in places if (p / one.where).is_file()), places[0])
+    beside = (folder / one.where for folder in places)
+    place = next((file for file in beside if is_there(file) and file.is_file()), places[0])
     return {
         "ruleId": one.code,
         "ruleIndex": rule,
