@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeGuard
+from typing import Any
 
 from lexigraft.checkpoints.gguf_header import read_gguf_header
 from lexigraft.checks.facts import Facts
@@ -22,7 +22,7 @@ from lexigraft.checks.gguf_files import CONTROL, TOKENS, UNUSED, USER_DEFINED
 from lexigraft.checks.weights import stated_rows
 from lexigraft.errors import LexigraftError
 from lexigraft.families.llama_cpp import BYTE_PIECE, SPACE, check_text, simulate
-from lexigraft.families.loader import Reading, TransformersLoader
+from lexigraft.families.loader import TransformersLoader
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.rank_files import is_tiktoken
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece, tokenizer_data
@@ -76,22 +76,10 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
         return
     yield from _lost(facts, facts.tokens, converted, read_back)
     first_new = _first_new(facts, origin)
-    if converted.kind == "gpt2" and first_new is None:
-        return  # what its own converter knows it by is not known here
-    texts = list(_texts(facts, facts.tokens, first_new))
-    with TransformersLoader() as loader:
-        reading = loader.read(facts.folder, [check_text(), *texts])
-        theirs = loader.read(origin.folder, [check_text()]) if _is_tokenizer(origin) else None
-    if reading is None:
-        return  # nothing to compare with; the tokenizer's own findings say why
-    if converted.kind == "gpt2":
-        yield from _check_text(facts.tokens, reading, theirs, first_new)
-    else:
-        yield from _other_ids(converted, read_back, texts, reading.ids[1:], first_new)
-
-
-def _is_tokenizer(origin: Facts | None) -> TypeGuard[Facts]:
-    return origin is not None and origin.gguf is None and origin.tokens is not None
+    if converted.kind == "llama":
+        yield from _other_ids(facts, facts.tokens, converted, read_back, first_new)
+    elif first_new is not None:  # else what its own converter knows it by is not known here
+        yield from _check_text(facts, facts.tokens, origin, first_new)
 
 
 def _convert(facts: Facts) -> Converted | None:
@@ -239,13 +227,19 @@ def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[st
 
 
 def _check_text(
-    tokens: TokenMap, reading: Reading, theirs: Reading | None, first_new: int | None
+    facts: Facts, tokens: TokenMap, origin: Facts | None, first_new: int
 ) -> Iterator[Finding]:
     """Does the extension read the text by which the converter knows a tokenizer as the base did?"""
-    own = reading.ids[0]
-    changed = [i for i in own if first_new is not None and i >= first_new]
-    if not changed and (theirs is None or theirs.ids[0] == own):
-        return
+    with TransformersLoader() as loader:
+        ids = loader.encode(facts.folder, [check_text()])
+        if ids is None:
+            return  # nothing to compare with; the tokenizer's own findings say why
+        changed = [i for i in ids[0] if i >= first_new]
+        if not changed:
+            if origin is None or origin.tokens is None or origin.gguf is not None:
+                return
+            if loader.encode(origin.folder, [check_text()]) in (None, ids):
+                return
     token = f": its new token {tokens.texts.get(changed[0])!r} is in it" if changed else ""
     yield finding(
         "LG911",
@@ -258,10 +252,10 @@ def _check_text(
 
 
 def _other_ids(
+    facts: Facts,
+    tokens: TokenMap,
     converted: Converted,
     texts: Sequence[str],
-    given: Sequence[str],
-    ids: Sequence[Sequence[int]],
     first_new: int | None,
 ) -> Iterator[Finding]:
     """llama.cpp joins pieces by their scores; do the files of the tokenizer?"""
@@ -272,6 +266,11 @@ def _other_ids(
     }
     if len(spelled) < 256:
         return  # llama.cpp has no ids for the bytes that it would fall back to
+    given = list(_texts(facts, tokens, first_new))
+    with TransformersLoader() as loader:
+        ids = loader.encode(facts.folder, given)
+    if ids is None:
+        return  # nothing to compare with; the tokenizer's own findings say why
     pieces = [
         SimpleNamespace(piece=text.replace(" ", SPACE), score=score, type=kind)
         for text, score, kind in zip(texts, converted.scores, converted.types, strict=True)
@@ -280,9 +279,9 @@ def _other_ids(
         pieces=pieces, normalizer_spec=SimpleNamespace(add_dummy_prefix=converted.prefix)
     )
     differing = [
-        (text, one, list(own))
+        (text, one, own)
         for text, one, own in zip(given, simulate(proto)(given), ids, strict=True)
-        if one != list(own)
+        if one != own
     ]
     scored = len(set(converted.scores)) > 2  # those of pieces, of added tokens, of padding
     ours = [
