@@ -18,7 +18,7 @@ from typing import Any
 from lexigraft.checkpoints.gguf_header import read_gguf_header
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
-from lexigraft.checks.gguf_files import CONTROL, TOKENS, UNUSED, USER_DEFINED
+from lexigraft.checks.gguf_files import BYTE, CONTROL, NORMAL, TOKENS, UNUSED, USER_DEFINED
 from lexigraft.checks.weights import stated_rows
 from lexigraft.errors import LexigraftError
 from lexigraft.families.llama_cpp import BYTE_PIECE, SPACE, check_text, simulate
@@ -29,7 +29,6 @@ from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece, tokenizer
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
-_NORMAL, _BYTE = 1, 6
 _NEW_TEXTS = 300  # at most so many new tokens are read each for itself
 # What the converter gives tokens that the model file does not score.
 _UNSCORED, _PADDED = -1000.0, -10000.0
@@ -83,10 +82,11 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
 
 
 def _convert(facts: Facts) -> Converted | None:
-    tokens, stated = facts.tokens, stated_rows(facts.config.get("config.json", {}))
+    tokens = facts.tokens
     if tokens is None:
         return None
-    rows = next(iter(stated.values()), tokens.tokens)
+    stated = _stated(facts)
+    rows = tokens.tokens if stated is None else stated
     path = facts.folder / MODEL
     data = path.read_bytes() if MODEL in facts.maps else b""
     if data and not is_tiktoken(data):
@@ -98,6 +98,11 @@ def _convert(facts: Facts) -> Converted | None:
     if model.get("byte_fallback"):
         return _listed("llama", tokens, tokens.tokens, _UNSCORED)
     return _listed("gpt2", tokens, rows, 0.0)
+
+
+def _stated(facts: Facts) -> int | None:
+    """The number of rows in config.json, by which the converter goes; None if it has none."""
+    return next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
 
 
 def _from_pieces(facts: Facts, proto: Any, rows: int) -> Converted:
@@ -130,7 +135,7 @@ def _listed(kind: str, tokens: TokenMap, rows: int, score: float) -> Converted:
             types.append(USER_DEFINED)
         else:
             is_byte = kind == "llama" and BYTE_PIECE.fullmatch(text)
-            types.append(_BYTE if is_byte else _NORMAL)
+            types.append(BYTE if is_byte else NORMAL)
         texts.append(text)
     return Converted(kind, texts, [score] * rows, types, True)
 
@@ -155,9 +160,8 @@ def _round_trip(folder: Path, converted: Converted) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        return read_gguf_header(path).texts(
-            TOKENS
-        )  # the package's own reader takes ten times as long
+        # The package's own reader takes ten times as long.
+        return read_gguf_header(path).texts(TOKENS)
 
 
 def _unconverted(found: str) -> Finding:
@@ -182,14 +186,14 @@ def _lost(
     ]
     if wrong:
         there = repr(read_back[wrong[0]]) if wrong[0] < len(read_back) else "left out"
-        said = next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
+        said = _stated(facts)
         yield _unconverted(
             f"loses {len(wrong):,} ids in the conversion, the first is {wrong[0]} "
             f"({tokens.texts[wrong[0]]!r}, then {there}): the tokenizer has {tokens.tokens:,} "
             f"tokens, the list {len(converted.texts):,}"
             + (f" because config.json says vocab_size = {said:,}" if said else "")
         )
-    rows = facts.rows or next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
+    rows = facts.rows or _stated(facts)
     if rows is not None and rows != len(read_back) and not wrong:
         yield _unconverted(
             f"becomes a list of {len(read_back):,} tokens for {rows:,} rows: without {MODEL} the "
@@ -262,7 +266,7 @@ def _other_ids(
     spelled = {
         text.upper()
         for text, kind in zip(texts, converted.types, strict=True)
-        if kind == _BYTE and BYTE_PIECE.fullmatch(text)
+        if kind == BYTE and BYTE_PIECE.fullmatch(text)
     }
     if len(spelled) < 256:
         return  # llama.cpp has no ids for the bytes that it would fall back to
