@@ -121,6 +121,19 @@ def test_a_base_of_padded_rows_is_converted_where_its_model_file_is_there(ground
     assert len(converted.texts) == 384 and converted.texts[-1] == "[PAD383]"
 
 
+@pytest.mark.parametrize("name", ["base", "sp"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_numbers_beyond_reason_are_told_and_not_written(ground, name, file):
+    """A size or an id that a file states costs no memory of its own."""
+    folder, number = ground.copy(name), 2**31 - 1
+    if file == "config.json":
+        edit(folder / file, vocab_size=number)
+    else:
+        edit(folder / file, added_tokens_decoder={str(number - 1): {"content": "<far>"}})
+    told = [f for f in check(folder, consumer="gguf").findings if f.code.startswith("LG9")]
+    assert [f.code for f in told] == ["LG913"] and f"{number:,}" in told[0].found
+
+
 def test_a_gguf_file_for_gguf_is_what_it_is(ground):
     assert not found(written_gguf(ground), consumer="gguf")
 

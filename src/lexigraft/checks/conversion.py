@@ -30,6 +30,7 @@ from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece, tokenizer
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
 _NEW_TEXTS = 300  # at most so many new tokens are read each for itself
+_MOST_ROWS = 2**20  # four times the largest vocabulary; files may state any number
 # What the converter gives tokens that the model file does not score.
 _UNSCORED, _PADDED = -1000.0, -10000.0
 
@@ -59,6 +60,12 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
             needed="the gguf package",
             fix="pip install 'lexigraft[gguf]'",
         )
+    entries = max(_stated(facts) or 0, facts.tokens.tokens)
+    if entries > _MOST_ROWS:
+        yield _unconverted(
+            f"would be a list of {entries:,} tokens, by vocab_size in config.json or its highest id"
+        )
+        return
     converted = _convert(facts)
     if converted is None:
         yield finding(
