@@ -81,7 +81,7 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
         yield _unconverted(f"cannot be written ({type(fault).__name__}: {fault})")
         return
     yield from _lost(facts, facts.tokens, converted, read_back)
-    first_new = _first_new(facts, origin)
+    first_new = facts.first_new(origin, "learn")
     if converted.kind == "llama":
         yield from _other_ids(facts, facts.tokens, converted, read_back, first_new)
     elif first_new is not None:  # else what its own converter knows it by is not known here
@@ -209,13 +209,6 @@ def _lost(
     double = len(read_back) - len(set(read_back))
     if double and not wrong:
         yield _unconverted(f"has {double:,} texts with two ids, with which llama.cpp ends")
-
-
-def _first_new(facts: Facts, origin: Facts | None) -> int | None:
-    if origin is not None and origin.tokens is not None:
-        return origin.tokens.tokens
-    record = facts.manifest.last("learn") if facts.manifest else None
-    return record.first_id if record else None
 
 
 def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[str]:

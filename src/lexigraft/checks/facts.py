@@ -69,6 +69,13 @@ class Facts:
             return max(gguf_rows(self.gguf).values(), default=None)
         return self.vocabulary.rows if self.vocabulary else None
 
+    def first_new(self, base: Facts | None, stage: str) -> int | None:
+        """The id from which tokens are new, by the base or the stage's record; None if unknown."""
+        if base is not None and base.tokens is not None:
+            return base.tokens.tokens
+        record = self.manifest.last(stage) if self.manifest else None
+        return record.first_id if record else None
+
 
 def read_facts(folder: Path) -> Facts:
     """Read a folder or a GGUF file; what cannot be read becomes a finding.
