@@ -101,6 +101,16 @@ class GgufHeader:
         return numbers if all(isinstance(n, int | float) for n in numbers) else []
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF file that `path` is, or those that are the model in a folder without safetensors."""
+    if not path.is_dir():
+        return [path] if path.suffix == ".gguf" and path.is_file() else []
+    if any(path.glob("*.safetensors")):
+        return []
+    # mmproj: the eyes of a model.
+    return sorted(file for file in path.glob("*.gguf") if not file.name.startswith("mmproj"))
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
     """The header of the GGUF file at `path`, held against the file's true size.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.gguf_header import GgufHeader, read_gguf_header
+from lexigraft.checkpoints.gguf_header import GgufHeader, gguf_files, read_gguf_header
 from lexigraft.checkpoints.header import Tensor, read_header
 from lexigraft.checks.findings import Finding, from_error
 from lexigraft.checks.gguf_files import gguf_rows, token_map
@@ -83,9 +83,9 @@ def read_facts(folder: Path) -> Facts:
     Raises:
         LexigraftError: there is no such folder.
     """
-    file = _gguf_file(folder)
-    if file is not None:
-        return _read_gguf(file)
+    files = gguf_files(folder)
+    if len(files) == 1:
+        return _read_gguf(files[0])
     facts = Facts(require_folder(folder, "a model, a vocabulary or an adapter"))
     _read_tokenizer(facts)
     _read_configs(facts)
@@ -95,15 +95,6 @@ def read_facts(folder: Path) -> Facts:
     elif "config.json" in facts.config or facts.has_weights:
         _read_weights(facts)
     return facts
-
-
-def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that alone is a model in the folder `path`."""
-    if path.is_dir():
-        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-        alone = len(found) == 1 and not any(path.glob("*.safetensors"))
-        return found[0] if alone else None
-    return path if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _read_gguf(path: Path) -> Facts:

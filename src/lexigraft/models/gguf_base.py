@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexigraft.checkpoints.gguf_header import gguf_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import read_json, require_free_space, write_json
 
@@ -63,12 +64,7 @@ def gguf_file(path: Path) -> Path | None:
         LexigraftError: the folder holds several.
         RefusalError: it is one part of a model that was split.
     """
-    if path.is_dir():
-        if any(path.glob("*.safetensors")):
-            return None
-        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-    else:
-        found = [path] if path.suffix == ".gguf" and path.is_file() else []
+    found = gguf_files(path)
     if not found:
         return None
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[0].name):
