@@ -169,6 +169,12 @@ def test_a_byte_level_file_and_its_base_agree(ground, tmp_path):
     assert done.exit_code == 0 and "token_embd.weight" in done.output
 
 
+def test_a_file_below_the_home_folder(ground, monkeypatch):
+    path = written_gguf(ground)
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert check(f"~/{path.name}").ok
+
+
 @pytest.mark.parametrize(
     "bytes_at_24",
     [
