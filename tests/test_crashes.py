@@ -265,12 +265,7 @@ def test_weights_that_change_while_they_are_read(place, tmp_path, verb):
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(tmp_path_factory, moment):
     """Killed when so many of its stages were begun: the next run ends where a whole one ends."""
     project = tmp_path_factory.mktemp("run")
-    base = parts.write_byte_level(project / "base")
-    parts.write_model(base, tokens=382, tied=True)
-    (project / "c.txt").write_text(parts.corpus_text(documents=60))
-    (project / "g.txt").write_text(parts.plain_english()[:20_000])
-    (project / "terms.txt").write_text("bursitis\n")
-    (project / "special.txt").write_text("<|diagnosis|>\n")
+    test_pipeline.write_inputs(project)
     recipe = project / "recipe.yaml"
     recipe.write_text(test_pipeline.RECIPE.format(steps=3) + "control: false\n")
     run(recipe, output=project / "whole")
