@@ -20,8 +20,8 @@ from lexigraft.checks.facts import read_facts
 from lexigraft.cli import app
 from lexigraft.errors import LexigraftError
 from lexigraft.steps.check import check
-from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows
-from test_check_gallery import Ground, source, written_gguf  # noqa: F401 - a fixture
+from test_check import ADDED, TOKENS, edit, extend, grow_rows
+from test_check_gallery import Ground, source, with_piece, written_gguf  # noqa: F401 - a fixture
 from test_compat import PYTHON
 
 
@@ -103,12 +103,8 @@ def test_extensions_of_learn_are_converted_and_read_id_for_id(tmp_path, write):
 
 def test_pieces_of_one_score_are_read_in_another_order(ground):
     """Merge scripts give new pieces the score 0: transformers ranks them, llama.cpp does not."""
-    folder = ground.sp.parent / "grown"
-    folder.mkdir()
-    shutil.copyfile(ground.sp / "tokenizer.model", folder / "tokenizer.model")
-    shutil.copyfile(ground.sp / "tokenizer_config.json", folder / "tokenizer_config.json")
-    add_pieces(folder / "tokenizer.model", ["gard", "arden", "en▁that"])
-    codes = found(folder, base=ground.sp, consumer="gguf")
+    grown = with_piece(ground, "gard", "arden", "en▁that")
+    codes = found(grown, base=ground.sp, consumer="gguf")
     alike = {f.code for f in check(ground.sp, consumer="gguf").findings} - {"LG916"}
     assert codes <= {"LG912", "LG916"} and not alike
 
