@@ -20,8 +20,8 @@ from lexigraft.checks.facts import read_facts
 from lexigraft.cli import app
 from lexigraft.errors import LexigraftError
 from lexigraft.steps.check import check
-from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows
-from test_check_gallery import Ground, source, written_gguf  # noqa: F401 - a fixture
+from test_check import ADDED, TOKENS, edit, extend, grow_rows
+from test_check_gallery import Ground, source, with_piece, written_gguf  # noqa: F401 - a fixture
 from test_compat import PYTHON
 
 
@@ -103,12 +103,8 @@ def test_extensions_of_learn_are_converted_and_read_id_for_id(tmp_path, write):
 
 def test_pieces_of_one_score_are_read_in_another_order(ground):
     """Merge scripts give new pieces the score 0: transformers ranks them, llama.cpp does not."""
-    folder = ground.sp.parent / "grown"
-    folder.mkdir()
-    shutil.copyfile(ground.sp / "tokenizer.model", folder / "tokenizer.model")
-    shutil.copyfile(ground.sp / "tokenizer_config.json", folder / "tokenizer_config.json")
-    add_pieces(folder / "tokenizer.model", ["gard", "arden", "en▁that"])
-    codes = found(folder, base=ground.sp, consumer="gguf")
+    grown = with_piece(ground, "gard", "arden", "en▁that")
+    codes = found(grown, base=ground.sp, consumer="gguf")
     alike = {f.code for f in check(ground.sp, consumer="gguf").findings} - {"LG916"}
     assert codes <= {"LG912", "LG916"} and not alike
 
@@ -119,6 +115,19 @@ def test_a_base_of_padded_rows_is_converted_where_its_model_file_is_there(ground
     assert found(ground.sp, consumer="gguf") <= {"LG916"}
     converted = _convert(read_facts(ground.sp))
     assert len(converted.texts) == 384 and converted.texts[-1] == "[PAD383]"
+
+
+@pytest.mark.parametrize("name", ["base", "sp"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_numbers_beyond_reason_are_told_and_not_written(ground, name, file):
+    """A size or an id that a file states costs no memory of its own."""
+    folder, number = ground.copy(name), 2**31 - 1
+    if file == "config.json":
+        edit(folder / file, vocab_size=number)
+    else:
+        edit(folder / file, added_tokens_decoder={str(number - 1): {"content": "<far>"}})
+    told = [f for f in check(folder, consumer="gguf").findings if f.code.startswith("LG9")]
+    assert [f.code for f in told] == ["LG913"] and f"{number:,}" in told[0].found
 
 
 def test_a_gguf_file_for_gguf_is_what_it_is(ground):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lexigraft.checkpoints.gguf_header import read_gguf_header
@@ -79,6 +81,17 @@ def test_sarif_of_a_healthy_folder_has_no_results(ground):
     done = CliRunner().invoke(app, ["check", str(ground.base), "--sarif"])
     [run] = json.loads(done.output)["runs"]
     assert done.exit_code == 0 and run["results"] == run["tool"]["driver"]["rules"] == []
+
+
+def test_a_name_that_no_file_can_have_is_told_in_sarif(ground):
+    """A tensor may be called what a file may not: the finding is placed in the folder."""
+    name = "x" * 300
+    tensors = load_file(ground.base / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(0, 4)}, ground.base / "model.safetensors")
+    [result] = check(ground.base).to_sarif()["runs"][0]["results"]
+    [location] = result["locations"]
+    assert (result["ruleId"], location["logicalLocations"]) == ("LG307", [{"name": name}])
+    assert location["physicalLocation"]["artifactLocation"]["uri"] == str(ground.base)
 
 
 # -- hub ids
@@ -154,6 +167,12 @@ def test_a_byte_level_file_and_its_base_agree(ground, tmp_path):
     assert [f.code for f in result.findings] == []
     done = CliRunner().invoke(app, ["check", str(path), "--base", str(ground.base)])
     assert done.exit_code == 0 and "token_embd.weight" in done.output
+
+
+def test_a_file_below_the_home_folder(ground, monkeypatch):
+    path = written_gguf(ground)
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert check(f"~/{path.name}").ok
 
 
 @pytest.mark.parametrize(

@@ -693,15 +693,18 @@ def a_gguf_file_of_another_tokenizer(ground):
     return check(written_gguf(ground), base=ground.base)
 
 
+def with_probe(ground: Ground, probe: list[Probe]) -> Path:
+    """The grafted model with trained rows and texts in its manifest that `learn` read."""
+    learned, grafted = Manifest.read(ground.model).records
+    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
+    change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
+    return ground.model
+
+
 @broken("LG505")
 def a_class_that_the_installed_versions_build_otherwise(ground):
     """The manifest's probe, re-encoded: someone changed how the tokenizer cuts words."""
-    manifest = Manifest.read(ground.model)
-    learned, grafted = manifest.records
-    probe = [Probe(text="the river", ids=[1, 2, 3])]
-    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
-    change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
-    return check(ground.model, deep=True)
+    return check(with_probe(ground, [Probe(text="the river", ids=[1, 2, 3])]), deep=True)
 
 
 # -- what other programs refuse
@@ -1059,13 +1062,9 @@ def an_adapter_on_a_gguf_file(ground):
 
 @healthy
 def a_probe_that_is_read_as_before(ground):
-    manifest = Manifest.read(ground.model)
-    learned, grafted = manifest.records
     tokenizer = Tokenizer.from_file(str(ground.model / "tokenizer.json"))
     probe = [Probe(text=t, ids=tokenizer.encode(t).ids) for t in ("the river", "  冠状 12.5\n")]
-    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
-    change(ground.model, model__embed_tokens__weight=some_rows(lambda r: r[TOKENS:].normal_()))
-    return check(ground.model, deep=True)
+    return check(with_probe(ground, probe), deep=True)
 
 
 @healthy

@@ -31,7 +31,7 @@ VERBS = ("learn", "graft", "merge", "check --fix", "train")
 # A verb in a process of its own, and what ends it: at the N-th event of the file system (an open, a
 # rename, a removal), which spreads kills evenly over its work however fast the machine is.
 CHILD = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 verb, arguments, event = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 import torch
 torch.set_num_threads(1)
@@ -42,7 +42,7 @@ if verb == "check --fix":
 else:
     import lexigraft
     call = getattr(lexigraft, verb)
-seen, output = 0, os.path.abspath(arguments[1]["output"])
+seen = 0
 def count(name, given):
     global seen
     if event >= 0 and name in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copyfile"):
@@ -83,16 +83,13 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
         "learn": ([str(place / "sp")], {**corpus, "tokens": "6", "min_count": 2}),
         "graft": ([str(place / "sp"), str(place / "vocab")], {"output": str(output)}),
         "merge": ([str(place / "sp"), [str(place / "adapter")]], {"output": str(output)}),
-        "check --fix": ([str(place.parent / "odd" / "base"), str(output)], {}),
+        "check --fix": ([str(place.parent / "odd" / "base")], {"output": str(output)}),
         "train": ([str(place / "model")], {**corpus, "max_steps": 2, "block_size": 32}),
     }[verb]
 
 
 def start(verb: str, place: Path, output: Path, event: int) -> subprocess.Popen[str]:
-    positional, options = asked(verb, place, output)
-    given = json.dumps([positional, {"output": str(output), **options}])
-    if verb == "check --fix":
-        given = json.dumps([positional[:1], {"output": str(output)}])
+    given = json.dumps(asked(verb, place, output))
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, verb, given, str(event)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -230,13 +227,12 @@ def test_an_output_below_a_file_is_one_message(place, tmp_path, verb):
 
 
 @pytest.mark.parametrize("verb", ["graft", "merge", "check --fix"])
-def test_weights_that_change_while_they_are_read(place, tmp_path, verb, monkeypatch):
+def test_weights_that_change_while_they_are_read(place, tmp_path, verb):
     """Cut off under the hands of a verb: one clear message, and no output of half of them."""
     from lexigraft import graft, merge
 
     ground = Ground(place, tmp_path / "in")
     base, output = ground.sp, tmp_path / "out"
-    (tmp_path / "in").mkdir(exist_ok=True)
     if verb == "check --fix":
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
@@ -269,12 +265,7 @@ def test_weights_that_change_while_they_are_read(place, tmp_path, verb, monkeypa
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(tmp_path_factory, moment):
     """Killed when so many of its stages were begun: the next run ends where a whole one ends."""
     project = tmp_path_factory.mktemp("run")
-    base = parts.write_byte_level(project / "base")
-    parts.write_model(base, tokens=382, tied=True)
-    (project / "c.txt").write_text(parts.corpus_text(documents=60))
-    (project / "g.txt").write_text(parts.plain_english()[:20_000])
-    (project / "terms.txt").write_text("bursitis\n")
-    (project / "special.txt").write_text("<|diagnosis|>\n")
+    test_pipeline.write_inputs(project)
     recipe = project / "recipe.yaml"
     recipe.write_text(test_pipeline.RECIPE.format(steps=3) + "control: false\n")
     run(recipe, output=project / "whole")

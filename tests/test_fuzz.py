@@ -85,7 +85,7 @@ def test_a_tokenizer_file_that_is_no_object(tmp_path, name):
 @pytest.mark.parametrize("name", ["9" * 400, "a\0b"])
 def test_names_that_no_file_can_have(tmp_path, name):
     """A recipe, a corpus, a model: one message, not an OSError of the system."""
-    from lexigraft import learn
+    from lexigraft import graft, learn
     from lexigraft.recipe import Recipe
 
     recipe = tmp_path / "r.yaml"
@@ -93,6 +93,7 @@ def test_names_that_no_file_can_have(tmp_path, name):
     assert Recipe.read(recipe).base == name
     for call in (
         lambda: check(name),
+        lambda: graft(name, tmp_path, output=tmp_path / "grafted"),
         lambda: learn(name, corpus=[name], output=tmp_path / "out"),
         lambda: learn(parts.write_byte_level(tmp_path / "b"), corpus=[name], output=tmp_path / "o"),
     ):

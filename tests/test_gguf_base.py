@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,9 @@ def test_what_is_no_whole_model(tokenizer, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(one.read_bytes()[:2000])
     assert "damaged.gguf" in refused(damaged, vocab, out).found
+    liar = tmp_path / "liar.gguf"
+    liar.write_bytes(one.read_bytes()[:8] + struct.pack("<QQ", 2**62, 2**62))
+    assert "announces" in refused(liar, vocab, out).found
     other = tmp_path / "other.gguf"
     other.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     assert "other.gguf" in refused(other, vocab, out).found

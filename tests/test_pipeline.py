@@ -41,15 +41,20 @@ def contents(folder):
     }
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    root = tmp_path_factory.mktemp("project")
+def write_inputs(root):
+    """What RECIPE names: a model, texts, lists."""
     base = parts.write_byte_level(root / "base")
     parts.write_model(base, tokens=382, tied=True)
     (root / "c.txt").write_text(parts.corpus_text(documents=60))
     (root / "g.txt").write_text(parts.plain_english()[:20_000])
     (root / "terms.txt").write_text("性\nbursitis\nzzz|zz\n")
     (root / "special.txt").write_text("<|diagnosis|>\n")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    write_inputs(root)
     (root / "recipe.yaml").write_text(RECIPE.format(steps=6))
     (root / "long.yaml").write_text(RECIPE.format(steps=60))
     return root

@@ -236,7 +236,7 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
     refuse_existing(output, force=force)
-    with _new_partial(output) as partial, disk_faults(output):
+    with scratch(output) as partial:
         yield partial
         fsync_tree(partial)
         replace_folder(partial, output, force=force)
@@ -244,37 +244,30 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """A new folder on the disk of `output` for what is needed on the way; removed at the end.
+    """A new folder beside `output` for what is needed on the way; removed at the end.
+
+    It is `OUT.partial-<random>`, locked while we live; those of runs that were killed are removed.
+    The lock lies beside the folder and is there before and after it, so that a folder without one
+    belongs to nobody, whenever its run was killed.
 
     Raises:
         LexigraftError: the parent of `output` cannot be written, or the disk is full.
     """
     place = Path(os.path.abspath(output))  # noqa: PTH100 - as in `publish`
-    with _new_partial(place) as partial, disk_faults(output):
-        yield partial
-
-
-@contextlib.contextmanager
-def _new_partial(output: Path) -> Iterator[Path]:
-    """`OUT.partial-<random>`, locked while we live; those of runs that were killed are removed.
-
-    The lock lies beside the folder and is there before and after it, so that a folder without one
-    belongs to nobody, whenever its run was killed.
-    """
-    _remove_dead_partials(output)
-    partial = output.with_name(f"{output.name}.partial-{secrets.token_hex(4)}")
+    _remove_dead_partials(place)
+    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
     lock = FileLock(_lock_of(partial))
-    make_folder(output.parent)
+    make_folder(place.parent)
     try:
         with disk_faults(output):
             try:
                 lock.acquire()
             except OSError as fault:
                 if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise _cannot_create(output, fault) from None
+                    raise _cannot_create(place, fault) from None
                 raise
-        make_folder(partial)
-        yield partial
+            make_folder(partial)
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there once it is published
         _let_go(lock)

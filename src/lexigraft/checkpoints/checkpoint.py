@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lexigraft.checkpoints.header import Header, Tensor, read_header
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import read_json, require_folder
+from lexigraft.files import read_json, read_object, require_folder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,13 +61,7 @@ class Checkpoint:
             LexigraftError: a file is missing or damaged, or the shards contradict each other.
         """
         folder = require_folder(Path(folder), "config.json and model.safetensors")
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise LexigraftError(
-                f"{folder / 'config.json'} is not a JSON object",
-                needed="the config of a model",
-                fix="copy config.json again from the model",
-            )
+        config = read_object(folder / "config.json")
         shards, index = _find_shards(folder)
         headers = {name: read_header(folder / name) for name in shards}
         tensors = _joined(folder, headers)

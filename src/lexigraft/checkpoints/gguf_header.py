@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.files import is_there
 
 _MAGIC = b"GGUF"
 # gguf_type: 8 is a string, 9 an array; the others are numbers of fixed size.
@@ -99,6 +100,18 @@ class GgufHeader:
         value = self.metadata.get(key)
         numbers = value if isinstance(value, list) else []
         return numbers if all(isinstance(n, int | float) for n in numbers) else []
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF file that `path` is, or those that are the model in a folder without safetensors."""
+    if not is_there(path):
+        return []
+    if not path.is_dir():
+        return [path] if path.suffix == ".gguf" and path.is_file() else []
+    if any(path.glob("*.safetensors")):
+        return []
+    # mmproj: the eyes of a model.
+    return sorted(file for file in path.glob("*.gguf") if not file.name.startswith("mmproj"))
 
 
 def read_gguf_header(path: Path) -> GgufHeader:

@@ -212,10 +212,10 @@ def _transformers_4(model: Facts) -> Iterator[Finding]:
 def _rotary(model: Facts) -> Iterator[Finding]:
     """`rope_parameters` is of transformers 5; 4 reads `rope_theta` and `rope_scaling`."""
     config = model.config.get("config.json", {})
-    parts = {"": config, **{key: config.get(key) for key in _parts(config)}}
+    parts = {"": config, **{key: config[key] for key in _parts(config)}}
     for path, part in parts.items():
-        rotary = part.get("rope_parameters") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or not isinstance(rotary, dict) or "rope_theta" in part:
+        rotary = part.get("rope_parameters")
+        if not isinstance(rotary, dict) or "rope_theta" in part:
             continue
         theta = rotary.get("rope_theta")
         usual = THETA.get(str(part.get("model_type")), 1e4)

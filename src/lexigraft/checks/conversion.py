@@ -13,24 +13,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeGuard
+from typing import Any
 
 from lexigraft.checkpoints.gguf_header import read_gguf_header
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
-from lexigraft.checks.gguf_files import CONTROL, TOKENS, UNUSED, USER_DEFINED
+from lexigraft.checks.gguf_files import BYTE, CONTROL, NORMAL, TOKENS, UNUSED, USER_DEFINED
 from lexigraft.checks.weights import stated_rows
 from lexigraft.errors import LexigraftError
 from lexigraft.families.llama_cpp import BYTE_PIECE, SPACE, check_text, simulate
-from lexigraft.families.loader import Reading, TransformersLoader
+from lexigraft.families.loader import TransformersLoader
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.rank_files import is_tiktoken
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece, tokenizer_data
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
-_NORMAL, _BYTE = 1, 6
 _NEW_TEXTS = 300  # at most so many new tokens are read each for itself
+_MOST_ROWS = 2**20  # four times the largest vocabulary; files may state any number
 # What the converter gives tokens that the model file does not score.
 _UNSCORED, _PADDED = -1000.0, -10000.0
 
@@ -60,6 +60,12 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
             needed="the gguf package",
             fix="pip install 'lexigraft[gguf]'",
         )
+    entries = max(_stated(facts) or 0, facts.tokens.tokens)
+    if entries > _MOST_ROWS:
+        yield _unconverted(
+            f"would be a list of {entries:,} tokens, by vocab_size in config.json or its highest id"
+        )
+        return
     converted = _convert(facts)
     if converted is None:
         yield finding(
@@ -75,30 +81,19 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
         yield _unconverted(f"cannot be written ({type(fault).__name__}: {fault})")
         return
     yield from _lost(facts, facts.tokens, converted, read_back)
-    first_new = _first_new(facts, origin)
-    if converted.kind == "gpt2" and first_new is None:
-        return  # what its own converter knows it by is not known here
-    texts = list(_texts(facts, facts.tokens, first_new))
-    with TransformersLoader() as loader:
-        reading = loader.read(facts.folder, [check_text(), *texts])
-        theirs = loader.read(origin.folder, [check_text()]) if _is_tokenizer(origin) else None
-    if reading is None:
-        return  # nothing to compare with; the tokenizer's own findings say why
-    if converted.kind == "gpt2":
-        yield from _check_text(facts.tokens, reading, theirs, first_new)
-    else:
-        yield from _other_ids(converted, read_back, texts, reading.ids[1:], first_new)
-
-
-def _is_tokenizer(origin: Facts | None) -> TypeGuard[Facts]:
-    return origin is not None and origin.gguf is None and origin.tokens is not None
+    first_new = facts.first_new(origin, "learn")
+    if converted.kind == "llama":
+        yield from _other_ids(facts, facts.tokens, converted, read_back, first_new)
+    elif first_new is not None:  # else what its own converter knows it by is not known here
+        yield from _check_text(facts, facts.tokens, origin, first_new)
 
 
 def _convert(facts: Facts) -> Converted | None:
-    tokens, stated = facts.tokens, stated_rows(facts.config.get("config.json", {}))
+    tokens = facts.tokens
     if tokens is None:
         return None
-    rows = next(iter(stated.values()), tokens.tokens)
+    stated = _stated(facts)
+    rows = tokens.tokens if stated is None else stated
     path = facts.folder / MODEL
     data = path.read_bytes() if MODEL in facts.maps else b""
     if data and not is_tiktoken(data):
@@ -110,6 +105,11 @@ def _convert(facts: Facts) -> Converted | None:
     if model.get("byte_fallback"):
         return _listed("llama", tokens, tokens.tokens, _UNSCORED)
     return _listed("gpt2", tokens, rows, 0.0)
+
+
+def _stated(facts: Facts) -> int | None:
+    """The number of rows in config.json, by which the converter goes; None if it has none."""
+    return next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
 
 
 def _from_pieces(facts: Facts, proto: Any, rows: int) -> Converted:
@@ -142,7 +142,7 @@ def _listed(kind: str, tokens: TokenMap, rows: int, score: float) -> Converted:
             types.append(USER_DEFINED)
         else:
             is_byte = kind == "llama" and BYTE_PIECE.fullmatch(text)
-            types.append(_BYTE if is_byte else _NORMAL)
+            types.append(BYTE if is_byte else NORMAL)
         texts.append(text)
     return Converted(kind, texts, [score] * rows, types, True)
 
@@ -167,9 +167,8 @@ def _round_trip(folder: Path, converted: Converted) -> list[str]:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        return read_gguf_header(path).texts(
-            TOKENS
-        )  # the package's own reader takes ten times as long
+        # The package's own reader takes ten times as long.
+        return read_gguf_header(path).texts(TOKENS)
 
 
 def _unconverted(found: str) -> Finding:
@@ -194,14 +193,14 @@ def _lost(
     ]
     if wrong:
         there = repr(read_back[wrong[0]]) if wrong[0] < len(read_back) else "left out"
-        said = next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
+        said = _stated(facts)
         yield _unconverted(
             f"loses {len(wrong):,} ids in the conversion, the first is {wrong[0]} "
             f"({tokens.texts[wrong[0]]!r}, then {there}): the tokenizer has {tokens.tokens:,} "
             f"tokens, the list {len(converted.texts):,}"
             + (f" because config.json says vocab_size = {said:,}" if said else "")
         )
-    rows = facts.rows or next(iter(stated_rows(facts.config.get("config.json", {})).values()), None)
+    rows = facts.rows or _stated(facts)
     if rows is not None and rows != len(read_back) and not wrong:
         yield _unconverted(
             f"becomes a list of {len(read_back):,} tokens for {rows:,} rows: without {MODEL} the "
@@ -210,13 +209,6 @@ def _lost(
     double = len(read_back) - len(set(read_back))
     if double and not wrong:
         yield _unconverted(f"has {double:,} texts with two ids, with which llama.cpp ends")
-
-
-def _first_new(facts: Facts, origin: Facts | None) -> int | None:
-    if origin is not None and origin.tokens is not None:
-        return origin.tokens.tokens
-    record = facts.manifest.last("learn") if facts.manifest else None
-    return record.first_id if record else None
 
 
 def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[str]:
@@ -239,13 +231,19 @@ def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[st
 
 
 def _check_text(
-    tokens: TokenMap, reading: Reading, theirs: Reading | None, first_new: int | None
+    facts: Facts, tokens: TokenMap, origin: Facts | None, first_new: int
 ) -> Iterator[Finding]:
     """Does the extension read the text by which the converter knows a tokenizer as the base did?"""
-    own = reading.ids[0]
-    changed = [i for i in own if first_new is not None and i >= first_new]
-    if not changed and (theirs is None or theirs.ids[0] == own):
-        return
+    with TransformersLoader() as loader:
+        ids = loader.encode(facts.folder, [check_text()])
+        if ids is None:
+            return  # nothing to compare with; the tokenizer's own findings say why
+        changed = [i for i in ids[0] if i >= first_new]
+        if not changed:
+            if origin is None or origin.tokens is None or origin.gguf is not None:
+                return
+            if loader.encode(origin.folder, [check_text()]) in (None, ids):
+                return
     token = f": its new token {tokens.texts.get(changed[0])!r} is in it" if changed else ""
     yield finding(
         "LG911",
@@ -258,20 +256,25 @@ def _check_text(
 
 
 def _other_ids(
+    facts: Facts,
+    tokens: TokenMap,
     converted: Converted,
     texts: Sequence[str],
-    given: Sequence[str],
-    ids: Sequence[Sequence[int]],
     first_new: int | None,
 ) -> Iterator[Finding]:
     """llama.cpp joins pieces by their scores; do the files of the tokenizer?"""
     spelled = {
         text.upper()
         for text, kind in zip(texts, converted.types, strict=True)
-        if kind == _BYTE and BYTE_PIECE.fullmatch(text)
+        if kind == BYTE and BYTE_PIECE.fullmatch(text)
     }
     if len(spelled) < 256:
         return  # llama.cpp has no ids for the bytes that it would fall back to
+    given = list(_texts(facts, tokens, first_new))
+    with TransformersLoader() as loader:
+        ids = loader.encode(facts.folder, given)
+    if ids is None:
+        return  # nothing to compare with; the tokenizer's own findings say why
     pieces = [
         SimpleNamespace(piece=text.replace(" ", SPACE), score=score, type=kind)
         for text, score, kind in zip(texts, converted.scores, converted.types, strict=True)
@@ -280,9 +283,9 @@ def _other_ids(
         pieces=pieces, normalizer_spec=SimpleNamespace(add_dummy_prefix=converted.prefix)
     )
     differing = [
-        (text, one, list(own))
+        (text, one, own)
         for text, one, own in zip(given, simulate(proto)(given), ids, strict=True)
-        if one != list(own)
+        if one != own
     ]
     scored = len(set(converted.scores)) > 2  # those of pieces, of added tokens, of padding
     ours = [

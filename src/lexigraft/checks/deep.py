@@ -48,7 +48,7 @@ def deep_findings(facts: Facts, base: Facts | None) -> Iterator[Finding]:
     for name in (*facts.vocabulary.embeds, *facts.vocabulary.heads):
         tensor = facts.checkpoint.tensors[name]
         if len(tensor.shape) == 2 and tensor.dtype in FLOATS and facts.tokens is not None:
-            yield from _rows(facts, tensor, _first_new(facts, base))
+            yield from _rows(facts, tensor, facts.first_new(base, "graft"))
     yield from _padding(facts)
     if base is not None:
         yield from _old_rows(facts, base)
@@ -105,14 +105,6 @@ def _tie(facts: Facts) -> Iterator[Finding]:
 def _tied_at(config: Mapping[str, Any]) -> tuple[str, ...]:
     key = "tie_word_embeddings"
     return next((path for path in paths_to(config, (key,)) if get(config, path)), (key,))
-
-
-def _first_new(facts: Facts, base: Facts | None) -> int | None:
-    """The id from which tokens are new; None where nothing tells."""
-    if base is not None and base.tokens is not None:
-        return base.tokens.tokens
-    record = facts.manifest.last("graft") if facts.manifest else None
-    return record.first_id if record else None
 
 
 def _rows(facts: Facts, tensor: Tensor, first_new: int | None) -> Iterator[Finding]:

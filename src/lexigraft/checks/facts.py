@@ -10,13 +10,13 @@ from typing import Any
 
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.gguf_header import GgufHeader, read_gguf_header
+from lexigraft.checkpoints.gguf_header import GgufHeader, gguf_files, read_gguf_header
 from lexigraft.checkpoints.header import Tensor, read_header
-from lexigraft.checks.findings import Finding, finding, from_error
+from lexigraft.checks.findings import Finding, from_error
 from lexigraft.checks.gguf_files import gguf_rows, token_map
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, joined, read_token_maps
-from lexigraft.files import read_json, require_folder
+from lexigraft.files import read_object, require_folder
 from lexigraft.manifest import MANIFEST, Manifest
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -69,6 +69,13 @@ class Facts:
             return max(gguf_rows(self.gguf).values(), default=None)
         return self.vocabulary.rows if self.vocabulary else None
 
+    def first_new(self, base: Facts | None, stage: str) -> int | None:
+        """The id from which tokens are new, by the base or the stage's record; None if unknown."""
+        if base is not None and base.tokens is not None:
+            return base.tokens.tokens
+        record = self.manifest.last(stage) if self.manifest else None
+        return record.first_id if record else None
+
 
 def read_facts(folder: Path) -> Facts:
     """Read a folder or a GGUF file; what cannot be read becomes a finding.
@@ -76,9 +83,9 @@ def read_facts(folder: Path) -> Facts:
     Raises:
         LexigraftError: there is no such folder.
     """
-    file = _gguf_file(folder)
-    if file is not None:
-        return _read_gguf(file)
+    files = gguf_files(folder)
+    if len(files) == 1:
+        return _read_gguf(files[0])
     facts = Facts(require_folder(folder, "a model, a vocabulary or an adapter"))
     _read_tokenizer(facts)
     _read_configs(facts)
@@ -88,15 +95,6 @@ def read_facts(folder: Path) -> Facts:
     elif "config.json" in facts.config or facts.has_weights:
         _read_weights(facts)
     return facts
-
-
-def _gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that alone is a model in the folder `path`."""
-    if path.is_dir():
-        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-        alone = len(found) == 1 and not any(path.glob("*.safetensors"))
-        return found[0] if alone else None
-    return path if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _read_gguf(path: Path) -> Facts:
@@ -123,22 +121,9 @@ def _read_configs(facts: Facts) -> None:
         if not (facts.folder / name).is_file():
             continue
         try:
-            content = read_json(facts.folder / name)
+            facts.config[name] = read_object(facts.folder / name)
         except LexigraftError as fault:
             facts.unreadable.append(from_error("LG204", name, fault))
-            continue
-        if isinstance(content, dict):
-            facts.config[name] = content
-        else:
-            facts.unreadable.append(
-                finding(
-                    "LG204",
-                    name,
-                    "is not a JSON object",
-                    needed="a config as transformers writes it",
-                    fix=f"copy {name} again from the model",
-                )
-            )
 
 
 def _read_manifest(facts: Facts) -> None:

@@ -51,12 +51,16 @@ class Finding:
         """The fields by name."""
         return {key: value for key, value in asdict(self).items() if key != "edit"}
 
-    def line(self) -> str:
-        """All of it on one line, whatever is in the files that it speaks of."""
-        parts = [f"{self.severity} {self.code} {self.where}: {self.found}"]
+    def message(self) -> str:
+        """What a person reads of it, on one line, whatever is in the files that it speaks of."""
+        parts = [f"{self.where}: {self.found}"]
         parts += [f"needed: {self.needed}"] if self.needed else []
         parts += [f"try: {self.fix}"] if self.fix else []
         return plain_line(" | ".join(parts))
+
+    def line(self) -> str:
+        """`message` with severity and code."""
+        return f"{self.severity} {self.code} {self.message()}"
 
 
 def finding(

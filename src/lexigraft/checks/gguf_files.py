@@ -12,14 +12,14 @@ from lexigraft.families.tokenmap import TokenMap
 TOKENS = "tokenizer.ggml.tokens"
 TABLES = ("token_embd.weight", "output.weight")
 # llama_token_type of llama.cpp's include/llama.h
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _CONVERT = "python convert_hf_to_gguf.py MODEL"
 
 
 def token_map(header: GgufHeader) -> TokenMap:
     """What a GGUF file's ids mean, without those that only stand for a row (`[PAD7]`, unused)."""
     texts, kinds = header.texts(TOKENS), header.numbers("tokenizer.ggml.token_type")
-    kinds = kinds if len(kinds) == len(texts) else [1] * len(texts)
+    kinds = kinds if len(kinds) == len(texts) else [NORMAL] * len(texts)
     named = {i: text for i, text in enumerate(texts) if kinds[i] != UNUSED or text != f"[PAD{i}]"}
     return TokenMap(
         named,

@@ -73,14 +73,18 @@ def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
 
 def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
     """Faults between a model or vocabulary and the base that it was made from."""
-    if facts.tokens is not None and base.tokens is not None:
-        moved = _moved(base, facts)
+    old, new = base.tokens, facts.tokens
+    if old is not None and new is not None:
+        if base.gguf is not None or facts.gguf is not None:
+            moved = first_difference(_underlined(old), _underlined(new))
+        else:
+            moved = first_difference(old, new)
         if moved is not None:
             yield finding(
                 "LG601",
                 "tokenizer",
-                f"id {moved} is {facts.tokens.texts.get(moved)!r}, in {base.folder} it is "
-                f"{base.tokens.texts[moved]!r}",
+                f"id {moved} is {new.texts.get(moved)!r}, in {base.folder} it is "
+                f"{old.texts[moved]!r}",
                 needed="every id of the base with its own token",
                 fix=f"lexigraft learn {base.folder} --corpus TEXT -o VOCAB",
             )
@@ -95,19 +99,9 @@ def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
     yield from _lost_tensors(facts, base)
 
 
-def _moved(base: Facts, facts: Facts) -> int | None:
-    """The lowest id of the base that means another token here; None if all agree."""
-    if base.tokens is None or facts.tokens is None:
-        return None
-    if facts.gguf is None and base.gguf is None:
-        return first_difference(base.tokens, facts.tokens)
-    # The converter writes the spaces of user-defined tokens as spaces.
-    old, new = (
-        {i: text.replace(" ", SPACE) for i, text in part.tokens.texts.items()}
-        for part in (base, facts)
-        if part.tokens is not None
-    )
-    return first_difference(TokenMap(old), TokenMap(new))
+def _underlined(tokens: TokenMap) -> TokenMap:
+    """`▁` for each space: in user-defined tokens llama.cpp's converter writes a space for `▁`."""
+    return TokenMap({i: text.replace(" ", SPACE) for i, text in tokens.texts.items()})
 
 
 def _lost_tensors(facts: Facts, base: Facts) -> Iterator[Finding]:

@@ -17,23 +17,20 @@ def probe_findings(facts: Facts) -> Iterator[Finding]:
     if facts.tokens.hash != record.token_map:
         return  # LG502 says that this is another tokenizer
     with TransformersLoader() as loader:
-        reading = loader.read(facts.folder, [probe.text for probe in record.probe])
-        reason = loader.reason
-    drifted = [
-        (probe, ids)
-        for probe, ids in zip(record.probe, reading.ids if reading else [], strict=False)
-        if probe.ids != ids
-    ]
+        read = loader.encode(facts.folder, [probe.text for probe in record.probe])
+        found = str(loader.reason)
+    if read is not None:
+        pairs = zip(record.probe, read, strict=True)
+        drifted = next(((probe, ids) for probe, ids in pairs if probe.ids != ids), None)
+        if drifted is None:
+            return
+        probe, ids = drifted
+        found = f"the text {probe.text!r} had the ids {probe.ids} and is read as {ids} now"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))
-    if reading is not None and not drifted:
-        return
     yield finding(
         "LG505",
         "tokenizer",
-        f"the text {drifted[0][0].text!r} had the ids {drifted[0][0].ids} and is read as "
-        f"{drifted[0][1]} now"
-        if drifted
-        else str(reason),
+        found,
         needed=f"the ids that the manifest holds ({versions})",
         fix="install these versions, or a later one of lexigraft and transformers",
     )

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from lexigraft.checks.codes import CODES
 from lexigraft.checks.findings import Finding
 from lexigraft.console import plain_line
+from lexigraft.files import is_there
 
 SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -53,15 +54,13 @@ def _rule(code: str) -> dict[str, Any]:
 
 
 def _result(one: Finding, rule: int, places: Sequence[Path]) -> dict[str, Any]:
-    place = next((p / one.where for p in places if (p / one.where).is_file()), places[0])
-    words = [one.found, f"needed: {one.needed}", f"try: {one.fix}"]
-    given = [bool(text) for text in (one.found, one.needed, one.fix)]
-    message = " | ".join(text for text, kept in zip(words, given, strict=True) if kept)
+    beside = (folder / one.where for folder in places)
+    place = next((file for file in beside if is_there(file) and file.is_file()), places[0])
     return {
         "ruleId": one.code,
         "ruleIndex": rule,
         "level": one.severity,
-        "message": {"text": plain_line(f"{one.where}: {message}")},
+        "message": {"text": one.message()},
         "locations": [
             {
                 "physicalLocation": {"artifactLocation": {"uri": quote(place.as_posix())}},

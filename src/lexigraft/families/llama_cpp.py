@@ -11,10 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 SPACE = "\u2581"
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexigraft.checkpoints.gguf_header import gguf_files, read_gguf_header
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import read_json, require_free_space, write_json
 
@@ -63,12 +65,7 @@ def gguf_file(path: Path) -> Path | None:
         LexigraftError: the folder holds several.
         RefusalError: it is one part of a model that was split.
     """
-    if path.is_dir():
-        if any(path.glob("*.safetensors")):
-            return None
-        found = sorted(p for p in path.glob("*.gguf") if not p.name.startswith("mmproj"))
-    else:
-        found = [path] if path.suffix == ".gguf" and path.is_file() else []
+    found = gguf_files(path)
     if not found:
         return None
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", found[0].name):
@@ -121,21 +118,20 @@ def write_folder(source: Path, folder: Path) -> Dequantised:
 
 def _looked_into(source: Path, folder: Path) -> tuple[Dequantised, str]:
     """The type of the weights and the name of the pre-tokenizer."""
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType
 
-    reader = GGUFReader(str(source))
-    kinds: Counter[str] = Counter()
-    for tensor in reader.tensors:
+    header = read_gguf_header(source)
+    numbers = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
+    kinds: Counter[int] = Counter()
+    for name, tensor in header.tensors.items():
         if len(tensor.shape) > 1:
-            kinds[tensor.tensor_type.name] += int(tensor.n_elements)
+            kinds[tensor.kind] += numbers[name]
     if not kinds:
         raise ValueError("it holds no weights")
-    kind = kinds.most_common(1)[0][0]
+    kind = GGMLQuantizationType(kinds.most_common(1)[0][0]).name
     dtype = _PLAIN.get(kind, "bfloat16")
-    count = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    require_free_space(folder, count * (4 if dtype == "float32" else 2))
-    field = reader.fields.get("tokenizer.ggml.pre")
-    return Dequantised(kind, dtype), str(field.contents()) if field is not None else ""
+    require_free_space(folder, sum(numbers.values()) * (4 if dtype == "float32" else 2))
+    return Dequantised(kind, dtype), str(header.metadata.get("tokenizer.ggml.pre", ""))
 
 
 def _write_model(source: Path, folder: Path, dtype: str) -> None:

@@ -164,7 +164,7 @@ def check(
 
 def _local(name: str | Path) -> Path:
     """The folder or GGUF file that `name` means."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return path if is_there(path) and path.is_file() else local_folder(name)
 
 
