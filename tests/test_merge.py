@@ -853,8 +853,9 @@ def test_killed_in_the_middle_leaves_no_output(tmp_path):
     scene = adapter_parts.scene(tmp_path, "saved-both", tied=False, shards=True)
     code = (
         "import os, signal, sys\n"
-        "from lexigraft.steps import merge as step\n"
-        "write_plan, done = step.write_plan, 0\n"
+        "from lexigraft import merge\n"
+        "from lexigraft.adapters import merging\n"
+        "write_plan, done = merging.write_plan, 0\n"
         "def advance(count):\n"
         "    global done\n"
         "    done += count\n"
@@ -862,8 +863,8 @@ def test_killed_in_the_middle_leaves_no_output(tmp_path):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "def killed(plan, folder, **options):\n"
         "    write_plan(plan, folder, **{**options, 'advance': advance})\n"
-        "step.write_plan = killed\n"
-        "step.merge(*sys.argv[1:3], output=sys.argv[3])\n"
+        "merging.write_plan = killed\n"
+        "merge(*sys.argv[1:3], output=sys.argv[3])\n"
     )
     output, before = tmp_path / "merged", folder_hash(scene.base)
     run = subprocess.run(

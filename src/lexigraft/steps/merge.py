@@ -14,33 +14,23 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lexigraft.adapters.classifier import classifier_config, without_head
 from lexigraft.adapters.expand import expand, expand_moved
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.match import match
-from lexigraft.adapters.planning import merged_plan
-from lexigraft.adapters.special import changed_special_ids, with_special_ids
+from lexigraft.adapters.merging import Job, prepare, say_if_other_base, write
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
-from lexigraft.adapters.vocabulary import WrittenRows
 from lexigraft.adapters.weighted import Weighted, weighted_plan
-from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config
-from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.config import edit_config
-from lexigraft.checkpoints.fit import open_whole, require_consistent
-from lexigraft.checkpoints.growth import Growth, survey
-from lexigraft.checkpoints.header import Tensor
-from lexigraft.checkpoints.plan import Plan
+from lexigraft.checkpoints.fit import open_whole
+from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.rows import by_row
-from lexigraft.checkpoints.side_files import copy_side_files
-from lexigraft.checkpoints.write import write_plan
-from lexigraft.console import note, progress
+from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import (
     TokenMap,
@@ -51,19 +41,14 @@ from lexigraft.families.tokenmap import (
 )
 from lexigraft.files import (
     publish,
-    read_json,
-    read_object,
     refuse_existing,
     refuse_overwriting,
     scratch,
     sha256_file,
-    write_json,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import NEW_TOKENS, Manifest, MergeRecord, versions
+from lexigraft.manifest import MergeRecord, versions
 
-# Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
-WRITERS = 2
 # What the rows of a vocabulary that no adapter was trained on are a multiple of.
 ROW_STEP = 64
 
@@ -139,24 +124,6 @@ class MergeResult:
         ]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A merge that has been thought through and not yet begun."""
-
-    checkpoint: Checkpoint
-    adapters: tuple[Adapter, ...]
-    vocabulary: VocabularyTensors
-    tokenizer: TokenizerChoice
-    changed: frozenset[str]
-    written: tuple[WrittenRows, ...]
-    growth: Growth
-    tied: bool
-    plan: Plan
-    adapter_rows: int = 0
-    labels: Mapping[str, Tensor] = field(default_factory=dict)
-    weights: tuple[float, ...] | None = None
-
-
 def merge(
     base: str | Path,
     adapters: str | Path | Sequence[str | Path],
@@ -212,14 +179,14 @@ def merge(
             so_far, stages = stack.enter_context(
                 _merged_so_far(source, before, target, prove=prove)
             )
-            job = _prepare(so_far, folder, given)
+            job = prepare(so_far, folder, given)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
         refuse_overwriting(target, (job.tokenizer.folder,))
         if dry_run:
             return _result(job, target, plan=job.plan.to_json())
         with publish(target, force=force) as partial_folder:
-            _write(job, partial_folder)
+            write(job, partial_folder, _record(job))
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])
 
@@ -268,9 +235,9 @@ def _merged_so_far(
     with scratch(target) as between:
         source = base
         for place, folder in enumerate(adapters, 1):
-            job, step = _prepare(source, folder, None), between / f"{base.name}-{place}"
+            job, step = prepare(source, folder, None), between / f"{base.name}-{place}"
             step.mkdir()
-            _write(job, step)
+            write(job, step, _record(job))
             results.append(_result(job, step, **(_prove(job, step) if prove else {})))
             if source != base:
                 shutil.rmtree(source)
@@ -291,33 +258,6 @@ def _of_all(results: Sequence[MergeResult]) -> MergeResult:
     )
 
 
-def _prepare(base: Path, adapter_folder: Path, given: Path | None) -> _Job:
-    adapter = Adapter.open(adapter_folder)
-    checkpoint, whole = open_whole(base)
-    vocabulary = without_head(whole) if adapter.config.classifies else whole
-    tokenizer = TokenizerChoice.among(base, adapter_folder, given)
-    require_recorded(adapter.manifest, tokenizer, adapter_folder)
-    matched = match(adapter, checkpoint, vocabulary)
-    expansion = expand(
-        adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
-    )
-    _say_if_other_base(checkpoint, adapter, tokenizer)
-    dropped = [name for name in whole.names if name not in vocabulary.names]
-    return _Job(
-        checkpoint,
-        (adapter,),
-        vocabulary,
-        tokenizer,
-        frozenset((*matched.changes, *matched.labels)),
-        expansion.tensors,
-        expansion.growth,
-        expansion.tied,
-        merged_plan(checkpoint, vocabulary, matched, expansion, dropped=dropped),
-        expansion.adapter_rows,
-        matched.labels,
-    )
-
-
 def _prepare_together(
     base: Path,
     folders: Sequence[Path],
@@ -326,7 +266,7 @@ def _prepare_together(
     union_folder: Path,
     *,
     remap: bool,
-) -> _Job:
+) -> Job:
     """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
     from lexigraft.selection.union import write_union  # imports what `learn` needs
 
@@ -365,7 +305,7 @@ def _prepare_together(
             expansion = expand(
                 adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=choice
             )
-            _say_if_other_base(checkpoint, adapter, choice)
+            say_if_other_base(checkpoint, adapter, choice)
             own, source = choice.map, choice.folder
             rows = max(rows, expansion.growth.rows)
         adapters.append(adapter)
@@ -382,7 +322,7 @@ def _prepare_together(
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
     growth = replace(growth, rows=max(growth.rows, rows) if same else growth.rows)
     plan, written, tied = weighted_plan(checkpoint, vocabulary, parts, growth, union.map)
-    return _Job(
+    return Job(
         checkpoint,
         tuple(adapters),
         vocabulary,
@@ -401,84 +341,8 @@ def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
     return first_difference(shorter, longer) is None
 
 
-def _say_if_other_base(
-    checkpoint: Checkpoint, adapter: Adapter, tokenizer: TokenizerChoice
-) -> None:
-    """Notice old rows that are not those that the trained model was grafted from."""
-    record = adapter.manifest.last("graft") if adapter.manifest else None
-    if record is None or record.base.token_map != tokenizer.base.hash:
-        return
-    for name, sha256 in record.base_rows.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is not None and survey(tensor, record.first_id).sha256 != sha256:
-            note(
-                f"{name} of {checkpoint.folder} is not that of the model which was grafted and "
-                f"trained ({record.base.name}): the result is that of another base"
-            )
-
-
-def _write(job: _Job, folder: Path) -> None:
-    with progress("merging", total=sum(file.bytes for file in job.plan.files)) as advance:
-        write_plan(job.plan, folder, threads=WRITERS, advance=advance)
-    for name in copy_side_files(job.checkpoint, folder):
-        note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
-    _write_configs(job, folder)
-    job.tokenizer.copy(job.checkpoint.folder, folder)
-    for name in job.tokenizer.missing(job.checkpoint.folder):
-        note(
-            f"{name} is not written: no copy with the new tokens is at hand, and the base's is "
-            f"stale. Name a folder that has it with --tokenizer."
-        )
-    _write_manifest(job, folder)
-    require_consistent(folder, rows=job.growth.rows, tokens=job.tokenizer.map.tokens)
-
-
-def _write_configs(job: _Job, folder: Path) -> None:
-    source = job.checkpoint.folder
-    ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
-    for key, token_id in ids.items():
-        note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
-    comes_apart = is_tied_by_config(job.checkpoint.config) and not job.tied
-    untied = False if comes_apart and not job.adapters[0].config.classifies else None
-    if untied is False:
-        note(
-            f"head and embedding differ now: {job.vocabulary.head_name} is written, and "
-            "tie_word_embeddings becomes false"
-        )
-    config = edit_config(
-        job.checkpoint.config,
-        job.vocabulary,
-        rows=job.growth.rows,
-        tokens=job.growth.tokens,
-        tied=untied,
-    )
-    if job.labels:
-        config = classifier_config(config, job.labels)
-        note(
-            f"the result is a classifier of {len(config['id2label'])} labels: "
-            f"{', '.join(config['architectures'])}; the adapter does not hold their names"
-        )
-    _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
-    if (source / "generation_config.json").is_file():
-        generation = read_object(source / "generation_config.json")
-        _write_if_changed(
-            source, folder, "generation_config.json", with_special_ids(generation, ids)
-        )
-
-
-def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, Any]) -> None:
-    if content == read_json(source / name):
-        shutil.copyfile(source / name, target / name)
-    else:
-        write_json(target / name, content)
-
-
-def _write_manifest(job: _Job, folder: Path) -> None:
-    inputs = (job.checkpoint.folder, *(adapter.folder for adapter in job.adapters))
-    records: list[Any] = []
-    for manifest in map(Manifest.read, inputs):
-        records += [record for record in (manifest or Manifest()).records if record not in records]
-    record = MergeRecord(
+def _record(job: Job) -> MergeRecord:
+    return MergeRecord(
         adapters=[sha256_file(adapter.weights) for adapter in job.adapters],
         token_map=job.tokenizer.map.hash,
         rows=job.growth.rows,
@@ -486,16 +350,9 @@ def _write_manifest(job: _Job, folder: Path) -> None:
         versions=versions(["lexigraft", "torch"]),
         weights=None if job.weights is None else list(job.weights),
     )
-    Manifest(records=records).plus(record).write(folder)
-    # Of several vocabularies none lists the tokens of the result.
-    named = (job.adapters[0].folder, job.tokenizer.folder, job.checkpoint.folder)
-    for source in named if job.weights is None else job.tokenizer.spare:
-        if (source / NEW_TOKENS).is_file():
-            shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)
-            break
 
 
-def _prove(job: _Job, folder: Path) -> dict[str, float]:
+def _prove(job: Job, folder: Path) -> dict[str, float]:
     """The largest difference between a logit of the result and of base + adapter, and its limit.
 
     Raises:
@@ -521,7 +378,7 @@ def _prove(job: _Job, folder: Path) -> dict[str, float]:
     return {"difference": found.difference, "limit": found.limit}
 
 
-def _result(job: _Job, output: Path, **found: Any) -> MergeResult:
+def _result(job: Job, output: Path, **found: Any) -> MergeResult:
     vocabulary = {name: by_row(job.checkpoint.tensors[name]).rows for name in job.vocabulary.names}
     changed = {rows.name for rows in job.written}
     kept = [f"{n}: {rows:,} rows: the base's" for n, rows in vocabulary.items() if n not in changed]

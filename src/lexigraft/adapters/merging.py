@@ -1,0 +1,210 @@
+"""A merge of one adapter: thought through from headers, then written as a whole model folder.
+
+`merge` puts all of an adapter into the weights; `split` leaves LoRA on linear layers out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lexigraft.adapters.classifier import classifier_config, without_head
+from lexigraft.adapters.expand import expand
+from lexigraft.adapters.folder import Adapter, Addition
+from lexigraft.adapters.match import match
+from lexigraft.adapters.planning import merged_plan
+from lexigraft.adapters.special import changed_special_ids, with_special_ids
+from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
+from lexigraft.adapters.vocabulary import WrittenRows
+from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_config
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.config import edit_config
+from lexigraft.checkpoints.fit import open_whole, require_consistent
+from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.plan import Plan
+from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.write import write_plan
+from lexigraft.console import note, progress
+from lexigraft.files import read_json, read_object, write_json
+from lexigraft.manifest import NEW_TOKENS, Manifest
+
+# Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
+WRITERS = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that has been thought through and not yet begun.
+
+    Attributes:
+        checkpoint: the base.
+        adapters: what goes into it.
+        vocabulary: the base's vocabulary tensors, as far as the result has them.
+        tokenizer: the result's.
+        changed: tensors outside the vocabulary that change, or that the base has not.
+        written: the vocabulary tensors that are made.
+        growth: from how many rows to how many.
+        tied: the head of the result is its input embedding.
+        plan: the weights to be written.
+        adapter_rows: rows of the model that the adapter was trained on.
+        labels: the head over labels of a classifier.
+        weights: one per adapter, where several are added together.
+        apart: name of a weight -> the LoRA that was left out.
+    """
+
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    vocabulary: VocabularyTensors
+    tokenizer: TokenizerChoice
+    changed: frozenset[str]
+    written: tuple[WrittenRows, ...]
+    growth: Growth
+    tied: bool
+    plan: Plan
+    adapter_rows: int = 0
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: tuple[float, ...] | None = None
+    apart: Mapping[str, Addition] = field(default_factory=dict)
+
+    def records(self) -> list[Any]:
+        """The stage records of the base and of the adapters, each once."""
+        inputs = (self.checkpoint.folder, *(adapter.folder for adapter in self.adapters))
+        records: list[Any] = []
+        for manifest in map(Manifest.read, inputs):
+            records += [r for r in (manifest or Manifest()).records if r not in records]
+        return records
+
+
+def prepare(
+    base: Path, adapter_folder: Path, given: Path | None, *, linear_apart: bool = False
+) -> Job:
+    """Decide how one adapter goes into its base.
+
+    Args:
+        base: the model that was trained, or the model as it was before it was grafted.
+        adapter_folder: the adapter.
+        given: the tokenizer that it was trained with, where its folder has none.
+        linear_apart: leave LoRA on linear layers outside the vocabulary out.
+
+    Raises:
+        RefusalError: a kind of adapter or base that is not supported.
+        LexigraftError: the parts do not fit together, or a file is missing or damaged.
+    """
+    adapter = Adapter.open(adapter_folder)
+    checkpoint, whole = open_whole(base)
+    vocabulary = without_head(whole) if adapter.config.classifies else whole
+    tokenizer = TokenizerChoice.among(base, adapter_folder, given)
+    require_recorded(adapter.manifest, tokenizer, adapter_folder)
+    matched = match(adapter, checkpoint, vocabulary)
+    apart = matched.linear if linear_apart else {}
+    if apart:
+        matched = dataclasses.replace(matched, linear={})
+    expansion = expand(
+        adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
+    )
+    say_if_other_base(checkpoint, adapter, tokenizer)
+    dropped = [name for name in whole.names if name not in vocabulary.names]
+    return Job(
+        checkpoint,
+        (adapter,),
+        vocabulary,
+        tokenizer,
+        frozenset((*matched.changes, *matched.labels)),
+        expansion.tensors,
+        expansion.growth,
+        expansion.tied,
+        merged_plan(checkpoint, vocabulary, matched, expansion, dropped=dropped),
+        expansion.adapter_rows,
+        matched.labels,
+        apart=apart,
+    )
+
+
+def say_if_other_base(checkpoint: Checkpoint, adapter: Adapter, tokenizer: TokenizerChoice) -> None:
+    """Notice old rows that are not those that the trained model was grafted from."""
+    record = adapter.manifest.last("graft") if adapter.manifest else None
+    if record is None or record.base.token_map != tokenizer.base.hash:
+        return
+    for name, sha256 in record.base_rows.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is not None and survey(tensor, record.first_id).sha256 != sha256:
+            note(
+                f"{name} of {checkpoint.folder} is not that of the model which was grafted and "
+                f"trained ({record.base.name}): the result is that of another base"
+            )
+
+
+def write(job: Job, folder: Path, record: Any) -> None:
+    """Write the model into `folder`: weights, configs, tokenizer, and a manifest with `record`.
+
+    Raises:
+        LexigraftError: a result is not finite, the disk is full, or an input changed meanwhile.
+    """
+    with progress("merging", total=sum(file.bytes for file in job.plan.files)) as advance:
+        write_plan(job.plan, folder, threads=WRITERS, advance=advance)
+    for name in copy_side_files(job.checkpoint, folder):
+        note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
+    _write_configs(job, folder)
+    job.tokenizer.copy(job.checkpoint.folder, folder)
+    for name in job.tokenizer.missing(job.checkpoint.folder):
+        note(
+            f"{name} is not written: no copy with the new tokens is at hand, and the base's is "
+            f"stale. Name a folder that has it with --tokenizer."
+        )
+    Manifest(records=job.records()).plus(record).write(folder)
+    _copy_new_tokens(job, folder)
+    require_consistent(folder, rows=job.growth.rows, tokens=job.tokenizer.map.tokens)
+
+
+def _write_configs(job: Job, folder: Path) -> None:
+    source = job.checkpoint.folder
+    ids = changed_special_ids(source, job.tokenizer.folder, job.tokenizer.map)
+    for key, token_id in ids.items():
+        note(f"{key} becomes {token_id} ({job.tokenizer.map.texts[token_id]}), as it was trained")
+    comes_apart = is_tied_by_config(job.checkpoint.config) and not job.tied
+    untied = False if comes_apart and not job.adapters[0].config.classifies else None
+    if untied is False:
+        note(
+            f"head and embedding differ now: {job.vocabulary.head_name} is written, and "
+            "tie_word_embeddings becomes false"
+        )
+    config = edit_config(
+        job.checkpoint.config,
+        job.vocabulary,
+        rows=job.growth.rows,
+        tokens=job.growth.tokens,
+        tied=untied,
+    )
+    if job.labels:
+        config = classifier_config(config, job.labels)
+        note(
+            f"the result is a classifier of {len(config['id2label'])} labels: "
+            f"{', '.join(config['architectures'])}; the adapter does not hold their names"
+        )
+    _write_if_changed(source, folder, "config.json", with_special_ids(config, ids))
+    if (source / "generation_config.json").is_file():
+        generation = read_object(source / "generation_config.json")
+        _write_if_changed(
+            source, folder, "generation_config.json", with_special_ids(generation, ids)
+        )
+
+
+def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, Any]) -> None:
+    if content == read_json(source / name):
+        shutil.copyfile(source / name, target / name)
+    else:
+        write_json(target / name, content)
+
+
+def _copy_new_tokens(job: Job, folder: Path) -> None:
+    # Of several vocabularies none lists the tokens of the result.
+    named = (job.adapters[0].folder, job.tokenizer.folder, job.checkpoint.folder)
+    for source in named if job.weights is None else job.tokenizer.spare:
+        if (source / NEW_TOKENS).is_file():
+            shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)
+            break
