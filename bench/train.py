@@ -62,7 +62,8 @@ def one(arm: str, model_folder: Path, text: Path, steps: int, batch: int) -> dic
     import torch
 
     from lexigraft import families
-    from lexigraft.models.load import load_model, new_ids, start_and_end
+    from lexigraft.families.measure import new_ids
+    from lexigraft.models.load import load_model, start_and_end
     from lexigraft.models.packing import pack
 
     family = families.load(model_folder)

@@ -8,8 +8,9 @@ import torch
 import parts
 from lexigraft import LexigraftError, evaluate, families, graft, learn
 from lexigraft.corpus import held_out, read_documents
+from lexigraft.families.measure import new_ids
 from lexigraft.models.bits import windows
-from lexigraft.models.load import load_model, new_ids
+from lexigraft.models.load import load_model
 
 torch.set_num_threads(1)
 

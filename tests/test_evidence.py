@@ -11,9 +11,10 @@ import torch
 
 import parts
 from lexigraft import evaluate, families, graft, learn, merge, train
+from lexigraft.families.measure import new_ids
 from lexigraft.files import read_json
 from lexigraft.models.evidence import RowEvidence, Watcher, new_tokens, shares, written
-from lexigraft.models.load import load_model, new_ids, start_and_end
+from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import base_measure, measure, prepare, read_texts
 from lexigraft.models.verdict import Thresholds, judge, verdict_lines
 from test_train import settings

@@ -26,6 +26,7 @@ __all__ = [
     "merge",
     "report",
     "run",
+    "show",
     "train",
 ]
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.graft import graft
     from lexigraft.steps.learn import learn
     from lexigraft.steps.merge import merge
+    from lexigraft.steps.show import show
     from lexigraft.steps.train import find_learning_rate, train
 
 

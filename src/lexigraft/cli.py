@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -696,6 +697,49 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     _show(result, as_json)
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(help="Vocabulary, model or adapter folder, or hub id.")],
+    text: Annotated[str | None, typer.Argument(help="Text to split.")] = None,
+    *,
+    token: Annotated[str | None, typer.Option(help="Look this token up, by its text.")] = None,
+    token_id: Annotated[int | None, typer.Option("--id", help="Look this id up.", min=0)] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base itself.", show_default="its reading, by new_tokens.jsonl"),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Split a text with the base and the extended tokenizer, or look a token up."""
+    from lexigraft.steps.show import show as verb
+
+    result = verb(path, text, token=token, token_id=token_id, base=base)
+    if as_json or not sys.stdout.isatty():
+        _show(result, as_json)
+    else:
+        _show_in_colour(result.styled())
+
+
+_COLOURS = {
+    "label": "dim",
+    "plain": "",
+    "old": "on grey19",
+    "other old": "on grey30",
+    "new": "black on green",
+}
+
+
+def _show_in_colour(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
+    """Spans of text, each in the colour of what it is; without colours where NO_COLOR is set."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(Text.assemble(*((plain(text), _COLOURS[kind]) for text, kind in line)))
 
 
 @app.command()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.families.choice import Choice
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TokenMap
+from lexigraft.manifest import Manifest
+
+if TYPE_CHECKING:  # which compiles loops; those who look at the lines do not need it
+    from lexigraft.families.choice import Choice
 
 
 class _Row(BaseModel):
@@ -70,6 +73,25 @@ def new_tokens(
             "joined": int(choice.saved[place]),
         }
         yield json.dumps(row, ensure_ascii=False)
+
+
+def new_ids(folder: Path, family: Family) -> range:
+    """The ids that lexigraft added, by the folder's manifest; empty where there is none.
+
+    Raises:
+        LexigraftError: the tokenizer beside the manifest is another one.
+    """
+    manifest = Manifest.read(folder)
+    record = manifest and (manifest.last("graft") or manifest.last("learn"))
+    if not record:
+        return range(0)
+    if record.token_map != family.map.hash:
+        raise LexigraftError(
+            f"{folder}: the tokenizer is not the one in its lexigraft.json",
+            needed="the tokenizer that these weights were grafted for",
+            fix=f"lexigraft check {folder}",
+        )
+    return range(record.first_id, record.tokens)
 
 
 def read_rows(path: Path, first_id: int, added: int) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import token_text
 from lexigraft.files import read_object
-from lexigraft.manifest import Manifest
 
 if TYPE_CHECKING:
     from lexigraft.families import Family
@@ -214,22 +213,3 @@ def _end_id(folder: Path, ids: dict[str, int]) -> int | None:
     declared = read_object(folder / "config.json").get("eos_token_id")
     first = declared[0] if isinstance(declared, list) and declared else declared
     return first if isinstance(first, int) else None
-
-
-def new_ids(folder: Path, family: Family) -> range:
-    """The ids that lexigraft added, by the folder's manifest; empty where there is none.
-
-    Raises:
-        LexigraftError: the tokenizer beside the manifest is another one.
-    """
-    manifest = Manifest.read(folder)
-    record = manifest and (manifest.last("graft") or manifest.last("learn"))
-    if not record:
-        return range(0)
-    if record.token_map != family.map.hash:
-        raise LexigraftError(
-            f"{folder}: the tokenizer is not the one in its lexigraft.json",
-            needed="the tokenizer that these weights were grafted for",
-            fix=f"lexigraft check {folder}",
-        )
-    return range(record.first_id, record.tokens)

@@ -18,6 +18,7 @@ from lexigraft.corpus import content_digest, read_documents, sources, weighted_d
 from lexigraft.corpus import held_out as is_held_out
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
+from lexigraft.families.measure import new_ids
 from lexigraft.families.tokenmap import readable
 from lexigraft.files import read_json, require_free_space, sha256_json, write_json
 from lexigraft.manifest import Manifest, TextSource
@@ -33,7 +34,6 @@ from lexigraft.models.evidence import (
 from lexigraft.models.load import (
     context_limit,
     load_model,
-    new_ids,
     require_rows,
     rows_on_disk,
     start_and_end,

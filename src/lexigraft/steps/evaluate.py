@@ -15,12 +15,12 @@ from lexigraft.console import progress
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
+from lexigraft.families.measure import new_ids
 from lexigraft.hub import local_folder
 from lexigraft.models.bits import Score, fitting_window, score, up_to, windows
 from lexigraft.models.load import (
     context_limit,
     load_model,
-    new_ids,
     require_row,
     start_and_end,
 )
