@@ -95,6 +95,49 @@ class Family(Protocol):
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended, in each format that it has."""
 
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Ids that no removal may touch: the tokenizer's rules hang on them.
+
+        Added, control and user-defined tokens, the unknown token, single bytes; in Unigram also
+        the pieces of the lowest and the highest score, by which the engine scores what is unknown
+        or user-defined.
+        """
+
+    def needs(self) -> Mapping[int, tuple[int, ...]]:
+        """The tokens without which a token would be read otherwise, or for the first time.
+
+        Of a token that merges form, the two parts that it is joined of last; of any other, the
+        ids that its own text is read as. A set of tokens is closed if it holds with each token
+        what that needs. If the tokens that stay are closed and hold `fixed`, then
+
+        - every text whose ids all stay is read as before: inside a token the same is joined
+          whatever stands around it (BPE), the best path loses none but its rivals (Unigram), the
+          longest match is the same (WordPiece);
+        - no token comes out that never came out: its own text is read as before.
+
+        Ids that are missing here need nothing.
+        """
+
+    def renumber(self, places: Mapping[int, int], output: Path) -> None:
+        """Write the tokens of `places` (old id -> new id), and no others, in each format.
+
+        Merges stay whose parts and result all stay; ids in templates, added tokens and settings
+        move along. Nothing is checked against `fixed` and `needs`: what to remove is the
+        caller's choice. Two uses:
+
+        - `prune`: `places` numbers the tokens that stay one by one, in the order of their ids.
+        - `learn --replace`: the tokens that go are removed so, the smaller tokenizer is extended
+          as any other, and a second `renumber` gives the old tokens their old ids back and each
+          new one the id of a removed one. Ids that nothing has are then holes (unused entries in
+          lists).
+
+        Raises:
+            RefusalError: a rank file, whose ids are ranks, would be reordered.
+            LexigraftError: a token that a template puts in does not stay, or ids that a class of
+                tokenizers gives by itself would move.
+        """
+
     def engines(self) -> dict[str, Callable[[Sequence[str]], list[list[int]]]]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""
 

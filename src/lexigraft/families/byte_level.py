@@ -21,6 +21,15 @@ from tokenizers import Tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.renumbering import (
+    Needs,
+    kept_merges,
+    needs_by_list,
+    renumber_settings,
+    renumbered_ids,
+    renumbered_json,
+    write_vocabulary,
+)
 from lexigraft.families.spelling import may_join
 from lexigraft.families.tokenmap import (
     BYTE_TO_CHARACTER,
@@ -185,12 +194,44 @@ class ByteLevelBPE:
             ids = read_object(vocabulary)
             for token, token_id in data["model"]["vocab"].items():
                 ids.setdefault(token, token_id)
-            vocabulary.write_text(json.dumps(ids, ensure_ascii=False), "utf-8")
+            write_vocabulary(vocabulary, ids)
         listed = output / "merges.txt"
         if listed.is_file():
             text = listed.read_text("utf-8")
             lines = "".join(f"{left} {right}\n" for left, right in self._pairs(merges))
             listed.write_text(text + ("" if text.endswith("\n") else "\n") + lines, "utf-8")
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Added tokens and the 256 bytes."""
+        vocabulary = self._data["model"]["vocab"]
+        letters = (vocabulary[c] for c in CHARACTER_TO_BYTE if c in vocabulary)
+        return self.map.added | self.map.special | frozenset(letters)
+
+    def needs(self) -> Needs:
+        """By the merges alone."""
+        model = self._data["model"]
+        read = self._plain.encode_batch(list(model["vocab"]), add_special_tokens=False)
+        found = needs_by_list(model["vocab"], (e.ids for e in read), model["merges"])
+        return {i: parts for i, parts in found.items() if i not in self.map.added}
+
+    def renumber(self, places: Mapping[int, int], output: Path) -> None:
+        """Write the tokens of `places` alone, under their new ids, in each format."""
+        copy_tokenizer(self.folder, output)
+        renumber_settings(output, places)
+        if (output / "tokenizer.json").is_file():
+            write_tokenizer_json(output / "tokenizer.json", renumbered_json(self._data, places))
+        vocabulary = output / "vocab.json"
+        if vocabulary.is_file():
+            write_vocabulary(vocabulary, renumbered_ids(read_object(vocabulary), places))
+        listed = output / "merges.txt"
+        if listed.is_file():
+            kept = {text for text, i in self._data["model"]["vocab"].items() if i in places}
+            head, *lines = listed.read_text("utf-8").splitlines()
+            if not head.startswith("#version"):
+                head, lines = "", [head, *lines]
+            lines = kept_merges([line for line in lines if line.strip()], kept)
+            listed.write_text("".join(f"{line}\n" for line in [head, *lines] if line), "utf-8")
 
     def limits(self) -> list[str]:
         """Nothing that a user must know."""

@@ -38,6 +38,12 @@ from lexigraft.families.implicit import (
     last_pair,
     ordered_splits,
 )
+from lexigraft.families.renumbering import (
+    Needs,
+    joined_needs,
+    needs_by_list,
+    needs_by_rank,
+)
 from lexigraft.families.sentencepiece_model import (
     BYTE_PIECES,
     NORMAL,
@@ -237,6 +243,21 @@ class SentencePieceBPE(SentencePieceFiles):
                     symbols += run
             self._spelled[token] = symbols
         return self._spelled
+
+    def needs(self) -> Needs:
+        """By the merges of tokenizer.json, by the scores of the `.model`, or by both."""
+        found: Needs = {}
+        if self._data is not None:
+            model = self._data["model"]
+            read = self._plain_engine.encode_batch(list(model["vocab"]), add_special_tokens=False)
+            found = needs_by_list(model["vocab"], (e.ids for e in read), model["merges"])
+        if self._plain_processor is not None:
+            ids = {piece.piece: place for place, piece in enumerate(self._proto.pieces)}
+            spelled = [piece.replace(SPACE, " ") for piece in ids]
+            ranks = {piece.piece: -piece.score for piece in self._proto.pieces}
+            by_score = needs_by_rank(ids, self._plain_processor.encode(spelled), ranks)
+            found = joined_needs(found, by_score)
+        return {i: parts for i, parts in found.items() if i not in self.fixed}
 
     def limits(self) -> list[str]:
         """Nothing that a user must know."""

@@ -20,6 +20,8 @@ from lexigraft.families.byte_level import (
     write_tokenizer_json,
 )
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.layouts import layout_of
+from lexigraft.families.renumbering import renumber_settings, renumbered_json, renumbered_pieces
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
 
 SPACE = "\u2581"
@@ -152,6 +154,38 @@ class SentencePieceFiles(ABC):
             (output / self._model_name).write_bytes(serialized)
         if self._data is not None:
             write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
+
+    def renumber(self, places: Mapping[int, int], output: Path) -> None:
+        """Write the tokens of `places` alone, under their new ids, in each format."""
+        copy_tokenizer(self.folder, output)
+        renumber_settings(output, places)
+        if self._model_name is not None:
+            path = self.folder / self._model_name
+            proto = parse_sentencepiece(path.read_bytes(), path)
+            layout = layout_of(self.folder)
+            ids = self._ids_in_file(len(proto.pieces))
+            renumbered_pieces(proto, ids, places, head=len(layout.head), skip=layout.skip)
+            serialized = without_self_test(proto).SerializeToString(deterministic=True)
+            (output / self._model_name).write_bytes(serialized)
+        if self._data is not None:
+            write_tokenizer_json(output / "tokenizer.json", renumbered_json(self._data, places))
+
+    def _ids_in_file(self, pieces: int) -> Sequence[int]:
+        """Place of each piece in the `.model` -> its id."""
+        return range(pieces)
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Added, control and user-defined tokens, and bytes."""
+        found = {i for i, text in self.map.texts.items() if text in BYTE_PIECES}
+        if self._proto is not None:
+            ids = self._ids_in_file(len(self._proto.pieces))
+            found |= {
+                token_id
+                for token_id, piece in zip(ids, self._proto.pieces, strict=True)
+                if piece.type not in (NORMAL, UNUSED)
+            }
+        return frozenset(found | self.map.added | self.map.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without the tokens that a template adds."""

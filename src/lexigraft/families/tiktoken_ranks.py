@@ -23,8 +23,14 @@ from typing import Any
 import tiktoken
 from tokenizers import Tokenizer
 
-from lexigraft.errors import LexigraftError
-from lexigraft.families.byte_level import ByteLevelBPE, content_hash, open_engine, plain_model
+from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.byte_level import (
+    ByteLevelBPE,
+    content_hash,
+    open_engine,
+    plain_model,
+    write_tokenizer_json,
+)
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.gpt2_files import (
     BYTE_LEVEL,
@@ -44,8 +50,9 @@ from lexigraft.families.rank_files import (
     known_ranks,
     rank_lines,
 )
+from lexigraft.families.renumbering import Needs, joined_needs, needs_by_rank, renumbered_json
 from lexigraft.families.tokenmap import CHARACTER_TO_BYTE, TokenMap, byte_text
-from lexigraft.files import sha256_json
+from lexigraft.files import read_settings, sha256_json, write_json
 
 
 class TiktokenBPE(ByteLevelBPE):
@@ -186,6 +193,39 @@ class TiktokenBPE(ByteLevelBPE):
             parts = last_pair(start.tokens, places, merge.token)
             if parts is not None:
                 yield merge._replace(left=parts[0], right=parts[1])
+
+    def needs(self) -> Needs:
+        """By the ranks, and by the merges of tokenizer.json where they are others."""
+        found = super().needs()
+        if not self._has_json:  # its merges were made of the ranks
+            return found
+        ids = {byte_text(token): rank for token, rank in self._ranks.items()}
+        read = self._formed.encode_batch(list(ids), add_special_tokens=False)
+        return joined_needs(found, needs_by_rank(ids, (e.ids for e in read), ids))
+
+    def renumber(self, places: Mapping[int, int], output: Path) -> None:
+        """Write the tokens of `places` alone; a lone rank file gets a tokenizer.json beside it.
+
+        Its own readers know the special tokens by fixed ids, or the whole file by its hash.
+        """
+        ranks = {token: places[rank] for token, rank in self._ranks.items() if rank in places}
+        in_order = [ranks[token] for token in sorted(ranks, key=self._ranks.__getitem__)]
+        if in_order != sorted(in_order):
+            raise RefusalError(
+                f"{self._rank_file}: the ranks would change their order",
+                needed="ids in the order of the ranks: the lower id is joined first",
+                fix="number the tokens that stay one by one (prune), or use the tokenizer.json of "
+                f"this model without {self._rank_file.name}",
+            )
+        super().renumber(places, output)
+        (output / self._rank_file.name).write_bytes(rank_lines(ranks))
+        if self._has_json:
+            return
+        write_tokenizer_json(output / "tokenizer.json", renumbered_json(self._data, places))
+        path = output / "tokenizer_config.json"
+        settings = read_settings(path)
+        settings.pop("auto_map", None)
+        write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def extend(self, merges: Sequence[Merge], output: Path) -> None:
         """Write this tokenizer with `merges` appended into `output`, in each of its formats."""

@@ -41,6 +41,7 @@ from lexigraft.families.byte_level import (
 from lexigraft.families.continued_bpe import Merge, Unit
 from lexigraft.families.layouts import layout_of, tokenizer_class
 from lexigraft.families.plain import PlainCounting
+from lexigraft.families.renumbering import Needs, joined_needs, needs_of_paths
 from lexigraft.families.sentencepiece_model import (
     BYTE_PIECES,
     CONTROL,
@@ -315,6 +316,37 @@ class Unigram(SentencePieceFiles, PlainCounting):
         super().extend(merges, output)
         if self._model_name is not None:
             self._settle_sentinels(output / "tokenizer_config.json")
+
+    def _ids_in_file(self, pieces: int) -> Sequence[int]:
+        return self._ids[:pieces]
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Also the lowest and the highest piece, by which the engines score what is none."""
+        ends: set[int] = set()
+        if self._proto is not None:
+            normal = [i for i, p in enumerate(self._proto.pieces) if p.type == NORMAL]
+            score = {self._ids[i]: self._proto.pieces[i].score for i in normal}
+            ends |= {min(score, key=score.__getitem__), max(score, key=score.__getitem__)}
+        if self._data is not None:
+            scores = [score for _, score in self._data["model"]["vocab"]]
+            ends |= {scores.index(min(scores)), scores.index(max(scores))}
+        unknown = set() if self.unknown_id is None else {self.unknown_id}
+        return super().fixed | ends | unknown
+
+    def needs(self) -> Needs:
+        """A piece that the best path never takes needs those that it takes instead."""
+        own = {text: i for i, text in self.map.texts.items() if i not in self.fixed}
+        found: Needs = {}
+        if self._proto is not None:
+            read = self._plain_processor.encode(list(own))
+            ids = ([self._ids[place] for place in places] for places in read)
+            found = needs_of_paths(own.values(), ids)
+        if self._data is not None:
+            batch = self._plain_engine.encode_batch(list(own), add_special_tokens=False)
+            by_list = needs_of_paths(own.values(), (e.ids for e in batch))
+            found = joined_needs(found, by_list)
+        return found
 
     def engines(self) -> dict[str, Any]:
         """Every engine that reads one of the files: name -> encode of a list of texts."""

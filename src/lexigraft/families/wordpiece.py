@@ -37,6 +37,7 @@ from lexigraft.families.byte_level import (
 )
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.plain import PlainCounting
+from lexigraft.families.renumbering import renumber_settings, renumbered_json
 from lexigraft.families.spelling import is_word
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.families.units import Unit
@@ -316,6 +317,35 @@ class WordPiece(PlainCounting):
             self._write_lines(tokens, output / VOCABULARY)
         if self._has_json:
             write_tokenizer_json(output / "tokenizer.json", self._extended_data(merges))
+
+    @property
+    def fixed(self) -> frozenset[int]:
+        """Added tokens and [UNK]."""
+        return self.map.added | self.map.special | {self.unknown_id}
+
+    def needs(self) -> Mapping[int, tuple[int, ...]]:
+        """Nothing: the longest match is the same whatever shorter tokens there are."""
+        return {}
+
+    def renumber(self, places: Mapping[int, int], output: Path) -> None:
+        """Write the tokens of `places` alone, under their new ids, in each format."""
+        copy_tokenizer(self.folder, output)
+        renumber_settings(output, places)
+        data = renumbered_json(self._data, places)
+        if self._has_lines:
+            old = (self.folder / VOCABULARY).read_bytes()
+            lines = _lines(self.folder / VOCABULARY)
+            kept = {places[i]: text for i, text in enumerate(lines) if i in places}
+            behind = [new for old, new in places.items() if old >= len(lines)]
+            size = min(behind) if behind else max(kept) + 1
+            # BERT's own names for unused lines may be taken.
+            holes = {i: f"[removed{i}]" for i in range(size) if i not in kept}
+            texts = [text for _, text in sorted({**kept, **holes}.items())]
+            end = "\r\n" if b"\r\n" in old else "\n"
+            (output / VOCABULARY).write_bytes("".join(t + end for t in texts).encode())
+            data["model"]["vocab"] |= {text: i for i, text in holes.items()}
+        if self._has_json:
+            write_tokenizer_json(output / "tokenizer.json", data)
 
     def _write_lines(self, tokens: Sequence[str], path: Path) -> None:
         """Append to vocab.txt; its lines are the ids, so those of added tokens are filled in."""
