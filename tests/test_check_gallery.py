@@ -574,6 +574,15 @@ def rows_trained_for_ids_without_a_token(ground):
 # -- manifests and bases
 
 
+@broken("LG412")
+def adapters_of_two_extensions(ground):
+    grow_rows(ground.sp, ROWS)
+    other = write_adapter(ground.sp.parent / "o", extend(ground.sp, ground.sp.parent / "v", skip=ADDED), ROWS)  # fmt: skip
+    result = check(ground.sp, adapter=[ground.adapter, other])
+    kept = [f for f in result.findings if f.code not in ("LG303", "LG406")]
+    return CheckResult(result.path, kept, [])
+
+
 @broken("LG501")
 def a_manifest_of_another_format(ground):
     (ground.model / "lexigraft.json").write_text('{"format": 99}')
@@ -919,6 +928,27 @@ def test_each_broken_folder_gives_exactly_its_finding(ground, name):
     [found] = result.findings
     assert result.ok == (found.severity != "error")
     assert found.severity == "note" or (found.needed and found.fix)
+
+
+def test_adapters_of_a_stack_are_each_held_against_those_before_it(ground, tmp_path):
+    """The second was trained on the result of the first: in that order neither is a stranger."""
+    untied = ground.sp
+    one = extend(untied, tmp_path / "one")
+    two = extend(one, tmp_path / "two", skip=ADDED)
+    first = write_adapter(tmp_path / "first", one, TOKENS + ADDED)
+    second = write_adapter(tmp_path / "second", two, TOKENS + 2 * ADDED)
+    found = check(untied, adapter=[first, second]).findings
+    assert [f.code for f in found] == ["LG401", "LG401"]
+    assert f"{untied} with {first} has 366: 6 tokens were added" in found[1].found
+    assert found[1].fix == f"lexigraft merge {untied} {first} {second} -o MERGED"
+    turned = {f.code: f for f in check(untied, adapter=[second, first]).findings}
+    assert turned.keys() == {"LG401", "LG412"}
+    assert turned["LG412"].where == str(first)
+    assert turned["LG412"].fix == f"lexigraft merge {untied} {first} {second} -o MERGED"
+    plain = write_adapter(tmp_path / "plain", untied, None)
+    assert [f.code for f in check(untied, adapter=[first, plain]).findings] == ["LG401"]
+    with pytest.raises(LexigraftError, match="is an adapter, and --adapter names"):
+        check(first, adapter=second)
 
 
 MENDED = {

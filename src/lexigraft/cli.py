@@ -611,7 +611,10 @@ def check(
     ] = None,
     *,
     base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An adapter to be used on PATH.")] = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option(help="An adapter to be used on PATH; several in the order of training."),
+    ] = _NONE,
     deep: Annotated[
         bool, typer.Option("--deep", help="Read the weights too: NaN, untrained and changed rows.")
     ] = False,
@@ -647,7 +650,7 @@ def check(
         )
     from lexigraft.steps import check as step
 
-    if fix is not None and (base, adapter, consumer) != (None, None, None):
+    if fix is not None and (base is not None or adapter or consumer is not None):
         raise LexigraftError(
             "--fix together with --base, --adapter or --for",
             needed="--fix alone: it mends one folder",

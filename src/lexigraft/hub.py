@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lexigraft.errors import LexigraftError
 from lexigraft.files import is_there, require_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+# What a folder holds beside its weights.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def local_folder(name: str | Path) -> Path:
@@ -18,19 +20,39 @@ def local_folder(name: str | Path) -> Path:
     Raises:
         LexigraftError: neither a folder nor a hub id that can be reached.
     """
-    path = Path(name).expanduser()
-    if is_there(path) or not _HUB_ID.fullmatch(str(name)):
-        return require_folder(path, "a model or tokenizer")
+    if not is_hub_id(name):
+        return require_folder(Path(name).expanduser(), "a model or tokenizer")
+    return snapshot(str(name), [*SMALL_FILES, "*.safetensors"])
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """True for what can only be the name of a model on the hub: no such path is here."""
+    return not is_there(Path(name).expanduser()) and bool(_HUB_ID.fullmatch(str(name)))
+
+
+def snapshot(name: str, patterns: Sequence[str]) -> Path:
+    """The folder of one commit in the hub cache, with the files that fit `patterns`.
+
+    Raises:
+        LexigraftError: the hub has no such model, or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
-    repository, _, revision = str(name).partition("@")
+    repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED)
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(patterns)
+        )
     except (OSError, ValueError) as fault:
-        raise LexigraftError(
-            f"{name} is no folder here, and the hub gave no model of that name "
-            f"({type(fault).__name__})",
-            needed="a model folder, or a hub id that this machine can reach",
-            fix=f"ls {path}, or: huggingface-cli download {repository}",
-        ) from None
+        raise unreached(name, fault) from None
     return Path(folder)
+
+
+def unreached(name: str, fault: Exception) -> LexigraftError:
+    """What to say where neither the disk nor the hub has a model of that name."""
+    return LexigraftError(
+        f"{name} is no folder here, and the hub gave no model of that name "
+        f"({type(fault).__name__})",
+        needed="a model folder, or a hub id that this machine can reach",
+        fix=f"ls {name}, or: hf download {name.partition('@')[0]}",
+    )

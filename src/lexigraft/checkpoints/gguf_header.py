@@ -83,11 +83,13 @@ class GgufHeader:
         path: the file.
         metadata: key -> number, text, or list of them.
         tensors: by name, in the order of the file.
+        bytes: its length.
     """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    bytes: int
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; [] where there is none."""
@@ -170,7 +172,7 @@ class _Reader:
                 numbers, size = _BLOCKS[tensor.kind]
                 ends.append(offset + -(-math.prod(tensor.shape) // numbers) * size)
         self._whole(metadata.get("general.alignment", 32), max(ends))
-        return GgufHeader(self._path, metadata, found)
+        return GgufHeader(self._path, metadata, found, self._place)
 
     def _whole(self, alignment: Any, length: int) -> None:
         if not isinstance(alignment, int) or alignment < 1 or alignment > 2**20:

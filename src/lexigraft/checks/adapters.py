@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lexigraft.checkpoints.header import Tensor
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts
 from lexigraft.checks.findings import Finding, finding, from_error
 from lexigraft.errors import LexigraftError
-from lexigraft.families.tokenmap import first_difference
+from lexigraft.families.tokenmap import TokenMap, first_difference
 
 # Last part of the names under which models keep input embeddings and heads.
 _VOCABULARY_MODULES = frozenset(
@@ -76,25 +76,112 @@ def _trained_ids(config: dict[str, Any]) -> list[int]:
     return [i for ids in lists if isinstance(ids, list) for i in ids if isinstance(i, int)]
 
 
-def adapter_findings(model: Facts | None, adapter: Facts) -> Iterator[Finding]:
-    """Faults of an adapter, and, where the model is known, between the two."""
+@dataclass(frozen=True)
+class _Stage:
+    """A model as it is once some adapters are merged into it; `model.folder` is the model's."""
+
+    model: Facts
+    before: tuple[Path, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        added = ", ".join(map(str, self.before))
+        return f"{self.model.folder}" + (f" with {added}" if added else "")
+
+    def merge(self, adapter: Facts, options: str = "") -> str:
+        """The command that merges all of it with one adapter more."""
+        folders = " ".join(map(str, (self.model.folder, *self.before, adapter.folder)))
+        return f"lexigraft merge {folders}{options} -o MERGED"
+
+    def grown(self, adapter: Facts) -> _Stage:
+        """With the tokens and rows of an adapter that was trained on it."""
+        tokens = max(self.model.tokens, adapter.tokens, key=_length)
+        vocabulary = self.model.vocabulary
+        if vocabulary is not None:
+            rows = max(vocabulary.rows, adapter_rows(adapter).rows, _length(tokens))
+            vocabulary = replace(vocabulary, rows=rows)
+        model = replace(self.model, tokens=tokens, vocabulary=vocabulary)
+        return _Stage(model, (*self.before, adapter.folder))
+
+
+def _length(tokens: TokenMap | None) -> int:
+    return tokens.tokens if tokens is not None else 0
+
+
+def stack_findings(model: Facts, adapters: Sequence[Facts]) -> Iterator[Finding]:
+    """Faults of adapters that are to be used on a model, one on the result of those before it.
+
+    An adapter that cannot have been trained so is held against the model alone.
+    """
+    stages = [_Stage(model)]
+    for adapter in adapters:
+        if ADAPTER_CONFIG not in adapter.config:
+            continue
+        apart = list(_apart(stages, adapter))
+        yield from apart
+        stage = stages[0] if apart or _moved(stages[-1].model, adapter) is not None else stages[-1]
+        yield from adapter_findings(adapter)
+        yield from _on_model(stage, adapter)
+        stages.append(stage.grown(adapter))
+
+
+def _apart(stages: Sequence[_Stage], adapter: Facts) -> Iterator[Finding]:
+    """An adapter that fits the model, and was not trained on the adapters named before it."""
+    first, last = stages[0].model.tokens, stages[-1].model.tokens
+    own = adapter.tokens
+    if first is None or last is None or own is None or _moved(stages[0].model, adapter) is not None:
+        return
+    beside = _moved(stages[-1].model, adapter)
+    other = stages[-1].before[-1] if stages[-1].before else None
+    if beside is not None:
+        there = repr(last.texts[beside]) if beside in last.texts else "none"
+        found = (
+            f"gives id {beside} to {own.texts.get(beside)!r}, {other} gives it to {there}: each "
+            "was trained on the model, neither on the result of the other"
+        )
+        needed = "one of them at a time, or a merge side by side, which goes by the text of tokens"
+        fix = stages[-1].merge(adapter, f" --weights {','.join('1' * len(stages))}")
+    elif first.tokens < own.tokens < last.tokens:
+        found = (
+            f"has {own.tokens:,} of the {last.tokens:,} tokens of {other}, which was trained on "
+            "its result and is named before it"
+        )
+        needed = "adapters in the order in which they were trained"
+        fix = f"lexigraft merge {stages[0].model.folder} {adapter.folder} {other} -o MERGED"
+    else:
+        return
+    yield finding("LG412", str(adapter.folder), found, needed=needed, fix=fix)
+
+
+def adapter_findings(adapter: Facts) -> Iterator[Finding]:
+    """Faults of an adapter by itself."""
     if ADAPTER_CONFIG not in adapter.config:
         return
-    empty = [tensor for tensor in adapter.adapter.values() if 0 in tensor.shape]
+    empty = _empty_tensors(adapter)
     if empty:
         yield _empty(empty)
         return
     yield from _unsupported(adapter)
-    if not adapter.adapter:
+    if adapter.adapter:
+        yield from _own_rows(adapter, adapter_rows(adapter))
+
+
+def _on_model(stage: _Stage, adapter: Facts) -> Iterator[Finding]:
+    """Faults between an adapter and the model that it is to be used on."""
+    needed, rows = adapter_rows(adapter), stage.model.rows
+    if rows is None or not adapter.adapter or _empty_tensors(adapter):
         return
-    needed = adapter_rows(adapter)
-    yield from _own_rows(adapter, needed)
-    if model is not None and model.rows is not None:
-        strangers = list(_strangers(model, adapter))
-        yield from strangers
-        if not strangers:
-            yield from _against_rows(model, model.rows, adapter, needed)
-        yield from _shapes(model, adapter)
+    moved = _moved(stage.model, adapter)
+    if moved is not None:
+        yield _stranger(stage.model, adapter, moved)
+    else:
+        yield from _against_rows(stage, rows, adapter, needed)
+    yield from _shapes(stage.model, adapter)
+
+
+def _empty_tensors(adapter: Facts) -> list[Tensor]:
+    return [tensor for tensor in adapter.adapter.values() if 0 in tensor.shape]
 
 
 def _empty(empty: list[Tensor]) -> Finding:
@@ -148,21 +235,23 @@ def _own_rows(adapter: Facts, needed: AdapterRows) -> Iterator[Finding]:
         )
 
 
-def _strangers(model: Facts, adapter: Facts) -> Iterator[Finding]:
-    """Ids that mean one thing to the model and another to the adapter."""
+def _moved(model: Facts, adapter: Facts) -> int | None:
+    """The lowest id that means one thing to the model and another to the adapter."""
     if model.tokens is None or adapter.tokens is None:
-        return
+        return None
     moved = first_difference(model.tokens, adapter.tokens)
     if moved is not None and adapter.tokens.tokens < model.tokens.tokens:
-        shorter = first_difference(adapter.tokens, model.tokens)
-        moved = shorter  # an adapter from before the model was extended is no stranger
-    if moved is None:
-        return
+        # An adapter from before the model was extended is no stranger.
+        moved = first_difference(adapter.tokens, model.tokens)
+    return moved
+
+
+def _stranger(model: Facts, adapter: Facts, moved: int) -> Finding:
     here, there = (
         repr(facts.tokens.texts[moved]) if facts.tokens and moved in facts.tokens.texts else "none"
         for facts in (model, adapter)
     )
-    yield finding(
+    return finding(
         "LG404",
         str(adapter.folder),
         f"its tokenizer is no extension of that of {model.folder}: id {moved} is {there} there "
@@ -174,16 +263,16 @@ def _strangers(model: Facts, adapter: Facts) -> Iterator[Finding]:
 
 
 def _against_rows(
-    model: Facts, rows: int, adapter: Facts, needed: AdapterRows
+    stage: _Stage, rows: int, adapter: Facts, needed: AdapterRows
 ) -> Iterator[Finding]:
     own = adapter.tokens.tokens if adapter.tokens else 0
-    before = model.tokens.tokens if model.tokens else rows
-    merge = f"lexigraft merge {model.folder} {adapter.folder} -o MERGED"
+    before = stage.model.tokens.tokens if stage.model.tokens else rows
+    merge = stage.merge(adapter)
     if needed.rows > rows and own:
         yield finding(
             "LG401",
             ADAPTER_WEIGHTS,
-            f"has {needed.rows:,} rows, {model.folder} has {rows:,}: {own - before:,} tokens were "
+            f"has {needed.rows:,} rows, {stage.name} has {rows:,}: {own - before:,} tokens were "
             f"added before the adapter was trained ({before:,} -> {own:,}), and this model was not "
             "grown with them; loading it with PEFT ends in a size mismatch",
             needed=f"a model with {needed.rows:,} rows; merge grows it from the adapter",
@@ -193,49 +282,47 @@ def _against_rows(
         yield finding(
             "LG405",
             str(adapter.folder),
-            f"has {needed.rows:,} rows, {model.folder} has {rows:,}, and no tokenizer lies beside "
+            f"has {needed.rows:,} rows, {stage.name} has {rows:,}, and no tokenizer lies beside "
             "the adapter that says which tokens the new rows belong to",
             needed="the tokenizer that the adapter was trained with",
-            fix=f"lexigraft merge {model.folder} {adapter.folder} --tokenizer TOKENIZER -o MERGED",
+            fix=stage.merge(adapter, " --tokenizer TOKENIZER"),
         )
     elif own > rows:
-        yield _rows_unsaved(model, rows, adapter, own, merge)
+        yield _rows_unsaved(stage, rows, adapter, own)
     elif own > before:
         yield finding(
             "LG406",
             str(adapter.folder),
-            f"was trained with {own:,} tokens, the tokenizer of {model.folder} has {before:,}: "
+            f"was trained with {own:,} tokens, the tokenizer of {stage.name} has {before:,}: "
             "with that one the new tokens never occur",
             needed="the adapter's tokenizer beside the weights",
             fix=merge,
         )
-    yield from _fewer(model, rows, needed, merge)
+    if needed.by_tensor and needed.rows < rows:
+        yield finding(
+            "LG402",
+            ADAPTER_WEIGHTS,
+            f"has {needed.rows:,} rows, {stage.name} has {rows:,}: the trainer cut padding rows "
+            "off, or the model was extended later",
+            needed="the same number of rows",
+            fix=merge,
+        )
 
 
-def _rows_unsaved(model: Facts, rows: int, adapter: Facts, own: int, merge: str) -> Finding:
+def _rows_unsaved(stage: _Stage, rows: int, adapter: Facts, own: int) -> Finding:
     """The tokenizer grew, but no tensor holds the new rows; a manifest may rebuild them."""
     rebuilt = adapter.manifest is not None and adapter.manifest.last("graft") is not None
     return finding(
         "LG401" if rebuilt else "LG407",
         str(adapter.folder),
-        f"its tokenizer has {own:,} tokens, {model.folder} has {rows:,} rows, and the adapter "
+        f"its tokenizer has {own:,} tokens, {stage.name} has {rows:,} rows, and the adapter "
         "stores no rows for the others"
         + (": they are those of graft, which its manifest describes" if rebuilt else ""),
         needed=f"a model with {own:,} rows",
-        fix=merge if rebuilt else "merge it into the resized model that it was trained on",
+        fix=stage.merge(adapter)
+        if rebuilt
+        else "merge it into the resized model that it was trained on",
     )
-
-
-def _fewer(model: Facts, rows: int, needed: AdapterRows, merge: str) -> Iterator[Finding]:
-    if needed.by_tensor and needed.rows < rows:
-        yield finding(
-            "LG402",
-            ADAPTER_WEIGHTS,
-            f"has {needed.rows:,} rows, {model.folder} has {rows:,}: the trainer cut padding rows "
-            "off, or the model was extended later",
-            needed="the same number of rows",
-            fix=merge,
-        )
 
 
 def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:

@@ -337,6 +337,16 @@ CODES: dict[str, Code] = {
         "trainable_token_indices ends at 32,040, its tokenizer has 32,016 tokens.",
         "train again with the ids of the new tokens",
     ),
+    "LG412": Code(
+        "warning",
+        "adapters that were not trained one on the result of the other",
+        "Several adapters were named. Two of them give one id to different tokens: each was "
+        "trained on the model with a vocabulary of its own. Or one of them was trained on the "
+        "result of another that is named after it.",
+        "cardiology gives id 32,000 to `▁angina`, neurology to `▁ataxia`: merged one after the "
+        "other, the rows of one would get the words of the other.",
+        "lexigraft merge BASE ADAPTER ADAPTER --weights 1,1 -o MERGED",
+    ),
     "LG501": Code(
         "error",
         "the manifest cannot be read",

@@ -6,7 +6,7 @@ Each rule names the function of that program that it was read from, in the table
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lexigraft.checks.adapters import adapter_rows
@@ -43,9 +43,9 @@ THETA = {
 
 
 def consumer_findings(
-    consumer: str, subject: Facts, origin: Facts | None, patch: Facts | None
+    consumer: str, subject: Facts, origin: Facts | None, patches: Sequence[Facts]
 ) -> Iterator[Finding]:
-    """What `consumer` will not do with the folder, or with the adapter on it.
+    """What `consumer` will not do with the folder, or with the adapters on it.
 
     Raises:
         LexigraftError: no such consumer, or the gguf package is not installed.
@@ -57,30 +57,39 @@ def consumer_findings(
             fix=f"--for {CONSUMERS[0]}",
         )
     model = None if subject.is_adapter else subject
-    adapter = subject if subject.is_adapter else patch
-    if consumer == "gguf":
-        yield from _gguf(model, origin, adapter)
-    elif consumer == "vllm":
-        yield from _vllm(model, adapter)
-    elif consumer == "tgi":
-        yield from _tgi(model, adapter)
-    elif model is not None:
-        yield from _transformers_4(model)
+    adapters = [subject] if subject.is_adapter else patches
+    if model is not None:
+        yield from _of_model(consumer, model, origin)
+    for adapter in adapters:
+        yield from _of_adapter(consumer, model, adapter)
 
 
-def _gguf(model: Facts | None, origin: Facts | None, adapter: Facts | None) -> Iterator[Finding]:
-    if model is not None and model.gguf is None:
+def _of_model(consumer: str, model: Facts, origin: Facts | None) -> Iterator[Finding]:
+    if consumer == "gguf" and model.gguf is None:
         from lexigraft.checks.conversion import conversion_findings  # a child process, and numpy
 
         yield from conversion_findings(model, origin)
-    yield from _beyond_factors(
-        "LG914", adapter, "convert_lora_to_gguf.py stops", embeddings=True, copies=True
-    )
+    elif consumer == "vllm":
+        yield from _vllm_rows(model)
+    elif consumer == "tgi":
+        yield from _tgi_tokenizer(model)
+    elif consumer == "transformers-4":
+        yield from _transformers_4(model)
+
+
+def _of_adapter(consumer: str, model: Facts | None, adapter: Facts) -> Iterator[Finding]:
+    if consumer == "gguf":
+        what = "convert_lora_to_gguf.py stops"
+        yield from _beyond_factors("LG914", adapter, what, embeddings=True, copies=True)
+    elif consumer == "vllm":
+        yield from _vllm_adapter(model, adapter)
+    elif consumer == "tgi":
+        yield from _beyond_factors("LG942", adapter, "TGI leaves it out and only warns")
 
 
 def _beyond_factors(
     code: str,
-    adapter: Facts | None,
+    adapter: Facts,
     what: str,
     *,
     embeddings: bool = False,
@@ -89,12 +98,12 @@ def _beyond_factors(
     """Tensors of an adapter besides the LoRA factors that a program takes."""
     strange = [
         name
-        for name in (adapter.adapter if adapter else ())
+        for name in adapter.adapter
         if not _FACTOR.search(name)
         and not (embeddings and _EMBEDDING_FACTOR.search(name))
         and not (copies and _COPY.search(name))
     ]
-    if strange and adapter is not None:
+    if strange:
         yield finding(
             code,
             ADAPTER_WEIGHTS,
@@ -106,16 +115,18 @@ def _beyond_factors(
         )
 
 
-def _vllm(model: Facts | None, adapter: Facts | None) -> Iterator[Finding]:
-    rows = model.rows if model is not None else None
-    if rows is not None and rows % VLLM_BLOCK:
+def _vllm_rows(model: Facts) -> Iterator[Finding]:
+    if model.rows is not None and model.rows % VLLM_BLOCK:
         yield finding(
             "LG924",
             "weights",
-            f"have {rows:,} rows, no multiple of {VLLM_BLOCK}: versions before 0.7 stop where the "
-            "model is spread over several GPUs",
+            f"have {model.rows:,} rows, no multiple of {VLLM_BLOCK}: versions before 0.7 stop "
+            "where the model is spread over several GPUs",
         )
-    if adapter is None or ADAPTER_CONFIG not in adapter.config:
+
+
+def _vllm_adapter(model: Facts | None, adapter: Facts) -> Iterator[Finding]:
+    if ADAPTER_CONFIG not in adapter.config:
         return
     config = adapter.config[ADAPTER_CONFIG]
     refused = _refused_by_vllm(config)
@@ -140,7 +151,7 @@ def _vllm(model: Facts | None, adapter: Facts | None) -> Iterator[Finding]:
             needed=f"--max-lora-rank {rank} or more",
             fix=f"vllm serve MODEL --enable-lora --max-lora-rank {_rank_option(rank)}",
         )
-    rows = max(rows or 0, adapter_rows(adapter).rows)
+    rows = max((model and model.rows) or 0, adapter_rows(adapter).rows)
     if rows > VLLM_ROWS:
         yield finding(
             "LG923",
@@ -164,8 +175,8 @@ def _rank_option(rank: int) -> int:
     return next((size for size in (16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
-def _tgi(model: Facts | None, adapter: Facts | None) -> Iterator[Finding]:
-    if model is not None and model.maps and "tokenizer.json" not in model.maps:
+def _tgi_tokenizer(model: Facts) -> Iterator[Finding]:
+    if model.maps and "tokenizer.json" not in model.maps:
         yield finding(
             "LG941",
             "tokenizer",
@@ -175,7 +186,6 @@ def _tgi(model: Facts | None, adapter: Facts | None) -> Iterator[Finding]:
             fix='python -c "from transformers import AutoTokenizer as T; '
             f"T.from_pretrained(r'{model.folder}').save_pretrained('NEW')\"",
         )
-    yield from _beyond_factors("LG942", adapter, "TGI leaves it out and only warns")
 
 
 def _transformers_4(model: Facts) -> Iterator[Finding]:

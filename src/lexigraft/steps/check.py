@@ -6,13 +6,14 @@ Headers and small files are read, weights only when asked for, and torch is not 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lexigraft.checkpoints.nested import put
-from lexigraft.checks.adapters import adapter_findings, adapter_rows
+from lexigraft.checks.adapters import adapter_findings, adapter_rows, stack_findings
 from lexigraft.checks.added import added_findings
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
 from lexigraft.checks.findings import Edit, Finding
@@ -32,7 +33,7 @@ from lexigraft.files import (
     require_free_space,
     write_json,
 )
-from lexigraft.hub import local_folder
+from lexigraft.hub import is_hub_id, local_folder
 from lexigraft.manifest import MANIFEST
 
 _ROUNDS = 8
@@ -66,6 +67,9 @@ class Row:
             "count": self.count,
             "detail": self.detail,
         }
+
+
+_Told = TypeVar("_Told", Finding, Row)
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,20 @@ def check(
     path: str | Path,
     *,
     base: str | Path | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] = (),
     deep: bool = False,
     consumer: str | None = None,
 ) -> CheckResult:
     """Hold the parts of a model, vocabulary or adapter folder against each other.
 
+    Of a hub id headers and small files are fetched; `deep` downloads the weights.
+
     Args:
         path: the folder, a hub id (`owner/model`, `owner/model@revision`), or a GGUF file.
         base: the model that `path` was made from; for an adapter, the model it is to be used on.
-        adapter: an adapter that is to be used on `path`.
+        adapter: an adapter that is to be used on `path`, or several, in the order in which they
+            were trained; each is held against the model with those before it, or, where its
+            tokens say that it was trained beside them, against the model alone.
         deep: read the weights too, in blocks: their numbers, untrained and equal rows, old rows
             against those of `base`.
         consumer: `gguf`, `vllm`, `transformers-4` or `tgi`: what that program refuses or garbles.
@@ -129,43 +137,106 @@ def check(
         LexigraftError: a folder does not exist, holds nothing that could be checked, a file
             became shorter while it was read, or there is no such consumer.
     """
-    subject = read_facts(_local(path))
-    origin = read_facts(_local(base)) if base is not None else None
-    patch = read_facts(_local(adapter)) if adapter is not None else None
-    if patch is not None and not patch.is_adapter:
-        raise LexigraftError(
-            f"{patch.folder} is no adapter: it has no {ADAPTER_CONFIG}",
-            needed=f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            fix=f"ls {patch.folder}",
-        )
-    if subject.is_adapter and origin is not None:
-        subject, patch, origin = origin, subject, None
-    parts = [part for part in (subject, origin, patch) if part is not None]
-    if not _something(subject):
-        raise LexigraftError(
-            f"{subject.folder} holds no tokenizer, config, weights or adapter",
-            needed="a model, vocabulary or adapter folder",
-            fix=f"ls {subject.folder}",
-        )
-    found = list(_findings(subject, origin, patch))
-    if deep:
-        for part in (subject, patch):
-            if part is not None:
-                found += _deep(part, origin if part is subject else None)
-        if any(one.code == "LG705" for one in found):  # which says more
-            found = [one for one in found if one.code != "LG306"]
-    if consumer is not None:
-        from lexigraft.checks.consumers import consumer_findings
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    names: dict[str, str] = {}
+    with ExitStack() as stack:
 
-        found += consumer_findings(consumer, subject, origin, patch)
+        def opened(name: str | Path) -> Facts:
+            place = stack.enter_context(_place(name, deep=deep))
+            if is_hub_id(name):
+                names[str(place)] = str(name)
+            return read_facts(place)
+
+        try:
+            subject = opened(path)
+            origin = opened(base) if base is not None else None
+            found, parts = _held(subject, origin, [*map(opened, adapters)], deep, consumer)
+            table = [row for part in parts for row in _rows(part)]
+        except LexigraftError as fault:
+            raise _renamed_fault(fault, names) from None
     findings = sorted(found, key=lambda f: _ORDER[f.severity])
-    return CheckResult(Path(path), findings, [row for part in parts for row in _rows(part)])
+    return CheckResult(
+        Path(path),
+        [_renamed(one, names) for one in findings],
+        [_renamed(row, names) for row in table],
+    )
+
+
+@contextmanager
+def _place(name: str | Path, *, deep: bool) -> Iterator[Path]:
+    """The folder or GGUF file that `name` means; of a hub id what is needed of it."""
+    if is_hub_id(name) and not deep:
+        from lexigraft.checks.remote import headers_of  # a client of the network
+
+        with headers_of(str(name)) as folder:
+            yield folder
+    else:
+        yield _local(name)
 
 
 def _local(name: str | Path) -> Path:
     """The folder or GGUF file that `name` means."""
     path = Path(name).expanduser()
     return path if is_there(path) and path.is_file() else local_folder(name)
+
+
+def _renamed(told: _Told, names: Mapping[str, str]) -> _Told:
+    """A finding or a row that calls a model of the hub by its name, not by where it lies here."""
+    texts = {key: _by_name(text, names) for key, text in vars(told).items()}
+    return replace(told, **texts)
+
+
+def _renamed_fault(fault: LexigraftError, names: Mapping[str, str]) -> LexigraftError:
+    found, needed, fix = (_by_name(t, names) for t in (fault.found, fault.needed, fault.fix))
+    return type(fault)(found, needed=needed, fix=fix)
+
+
+def _by_name(value: Any, names: Mapping[str, str]) -> Any:
+    for place, name in names.items() if isinstance(value, str) else ():
+        value = value.replace(place, name)
+    return value
+
+
+def _held(
+    subject: Facts,
+    origin: Facts | None,
+    patches: list[Facts],
+    deep: bool,
+    consumer: str | None,
+) -> tuple[list[Finding], list[Facts]]:
+    """All findings, and the folders that they are about, the subject first."""
+    for patch in patches:
+        if not patch.is_adapter:
+            raise LexigraftError(
+                f"{patch.folder} is no adapter: it has no {ADAPTER_CONFIG}",
+                needed=f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+                fix=f"ls {patch.folder}",
+            )
+    if subject.is_adapter and origin is not None:
+        subject, patches, origin = origin, [subject, *patches], None
+    elif subject.is_adapter and patches:
+        raise LexigraftError(
+            f"{subject.folder} is an adapter, and --adapter names {patches[0].folder}",
+            needed="the model that both are to be used on",
+            fix=f"lexigraft check MODEL --adapter {subject.folder} --adapter {patches[0].folder}",
+        )
+    if not _something(subject):
+        raise LexigraftError(
+            f"{subject.folder} holds no tokenizer, config, weights or adapter",
+            needed="a model, vocabulary or adapter folder",
+            fix=f"ls {subject.folder}",
+        )
+    found = list(_findings(subject, origin, patches))
+    if deep:
+        for part in (subject, *patches):
+            found += _deep(part, origin if part is subject else None)
+        if any(one.code == "LG705" for one in found):  # which says more
+            found = [one for one in found if one.code != "LG306"]
+    if consumer is not None:
+        from lexigraft.checks.consumers import consumer_findings
+
+        found += consumer_findings(consumer, subject, origin, patches)
+    return found, [subject, *([origin] if origin is not None else []), *patches]
 
 
 @dataclass(frozen=True)
@@ -261,21 +332,19 @@ def _something(facts: Facts) -> bool:
     return bool(facts.maps or facts.config or facts.unreadable or facts.manifest or facts.gguf)
 
 
-def _findings(subject: Facts, origin: Facts | None, patch: Facts | None) -> Iterator[Finding]:
-    for part in (subject, patch):
-        if part is not None:
-            yield from part.unreadable
-        if part is not None and part.gguf is not None:
+def _findings(subject: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[Finding]:
+    for part in (subject, *patches):
+        yield from part.unreadable
+        if part.gguf is not None:
             yield from gguf_findings(part.gguf)
-        elif part is not None:
+        else:
             yield from tokenizer_findings(part)
             yield from added_findings(part)
             yield from weight_findings(part)
             yield from manifest_findings(part)
     if subject.is_adapter:
-        yield from adapter_findings(None, subject)
-    if patch is not None:
-        yield from adapter_findings(subject, patch)
+        yield from adapter_findings(subject)
+    yield from stack_findings(subject, patches)
     if origin is not None:
         yield from origin.unreadable
         yield from base_findings(subject, origin)
