@@ -84,7 +84,18 @@ def test_version_and_help():
 
     assert lexigraft("--version").stdout.strip() == f"lexigraft {__version__}"
     shown = lexigraft("--help").stdout
-    for verb in ("learn", "graft", "train", "merge", "check", "eval", "show", "report", "run", "demo"):
+    for verb in (
+        "learn",
+        "graft",
+        "train",
+        "merge",
+        "check",
+        "eval",
+        "show",
+        "report",
+        "run",
+        "demo",
+    ):
         assert verb in shown
         assert lexigraft(verb, "--help").returncode == 0
 

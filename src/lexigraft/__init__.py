@@ -27,6 +27,7 @@ __all__ = [
     "report",
     "run",
     "show",
+    "split",
     "train",
 ]
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.learn import learn
     from lexigraft.steps.merge import merge
     from lexigraft.steps.show import show
+    from lexigraft.steps.split import split
     from lexigraft.steps.train import find_learning_rate, train
 
 

@@ -545,6 +545,27 @@ def merge(
 
 
 @app.command()
+def split(
+    model: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    *,
+    output: Output,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with the tokenizer, if the adapter has none.")
+    ] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Part an adapter into a base with its rows and LoRA that every server takes."""
+    from lexigraft.steps.split import split as verb
+
+    result = verb(model, adapter, output=output, tokenizer=tokenizer, force=force, dry_run=dry_run)
+    _show(result, as_json)
+
+
+@app.command()
 def blend(
     models: Annotated[
         list[str], typer.Argument(help="Model folders or hub ids; or one mergekit recipe (.yml).")

@@ -180,6 +180,17 @@ class MergeRecord(_Data):
         return {key: value for key, value in data.items() if key != "weights" or value is not None}
 
 
+class SplitRecord(_Data):
+    """`split`: LoRA that stayed beside the weights, and what went into them."""
+
+    stage: Literal["split"] = "split"
+    adapter: str = Field(description="sha256 of the adapter's weights file")
+    token_map: str
+    rows: int
+    tied: bool
+    versions: dict[str, str]
+
+
 class BlendRecord(_Data):
     """`blend`: whole models that became one."""
 
@@ -195,7 +206,7 @@ class BlendRecord(_Data):
 
 
 Record = Annotated[
-    LearnRecord | GraftRecord | TrainRecord | MergeRecord | BlendRecord,
+    LearnRecord | GraftRecord | TrainRecord | MergeRecord | SplitRecord | BlendRecord,
     Field(discriminator="stage"),
 ]
 

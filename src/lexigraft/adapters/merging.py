@@ -101,9 +101,11 @@ def prepare(
     tokenizer = TokenizerChoice.among(base, adapter_folder, given)
     require_recorded(adapter.manifest, tokenizer, adapter_folder)
     matched = match(adapter, checkpoint, vocabulary)
-    apart = matched.linear if linear_apart else {}
-    if apart:
-        matched = dataclasses.replace(matched, linear={})
+    apart: dict[str, Addition] = {}
+    if linear_apart:
+        apart = {n: one for n, one in matched.linear.items() if not one.low_rank.of_embedding}
+        kept = {n: one for n, one in matched.linear.items() if n not in apart}
+        matched = dataclasses.replace(matched, linear=kept)
     expansion = expand(
         adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
     )

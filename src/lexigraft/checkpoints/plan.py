@@ -104,6 +104,13 @@ class PlannedFile:
     metadata: Mapping[str, str]
     verbatim: Path | None = None
 
+    @classmethod
+    def of(
+        cls, name: str, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]
+    ) -> PlannedFile:
+        """A new file, in which tensors lie as safetensors itself puts them: widest types first."""
+        return cls(name, tuple(sorted(tensors, key=_place_in_file)), metadata)
+
     @property
     def head(self) -> bytes:
         """Length and header."""
@@ -199,7 +206,7 @@ class Plan:
         metadata = {k: v for file in self.files for k, v in file.metadata.items()}
         names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
         files = tuple(
-            PlannedFile(name, tuple(sorted(group, key=_place_in_file)), metadata)
+            PlannedFile.of(name, group, metadata)
             for name, group in zip(names if len(groups) > 1 else [SINGLE], groups, strict=True)
         )
         return dataclasses.replace(self, files=files, index=self.index if len(groups) > 1 else None)
