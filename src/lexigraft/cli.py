@@ -517,6 +517,10 @@ def merge(
         bool,
         typer.Option("--remap", help="Move rows of adapters with other ids by token text."),
     ] = False,
+    body_only: Annotated[
+        bool,
+        typer.Option("--body-only", help="Leave the adapters' rows out; the tokenizer is BASE's."),
+    ] = False,
     max_shard_size: MaxShardSize = None,
     prove: Annotated[
         bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
@@ -536,6 +540,7 @@ def merge(
         tokenizer=tokenizer,
         weights=None if weights is None else _numbers("--weights", weights),
         remap=remap,
+        body_only=body_only,
         max_shard_size=max_shard_size,
         prove=prove,
         force=force,

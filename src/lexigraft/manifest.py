@@ -173,11 +173,14 @@ class MergeRecord(_Data):
     weights: list[float] | None = Field(
         default=None, description="of each adapter, where they were merged side by side"
     )
+    body_only: Literal[True] | None = Field(
+        default=None, description="what the adapters hold of the vocabulary was left out"
+    )
 
     @model_serializer(mode="wrap")
-    def _without_weights(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
-        return {key: value for key, value in data.items() if key != "weights" or value is not None}
+        return {key: value for key, value in data.items() if value is not None}
 
 
 class SplitRecord(_Data):

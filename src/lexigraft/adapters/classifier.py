@@ -24,18 +24,14 @@ def without_head(vocabulary: VocabularyTensors) -> VocabularyTensors:
     return dataclasses.replace(vocabulary, heads=(), biases=(), tied=False)
 
 
-def classifier_config(config: Mapping[str, Any], labels: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A copy of config.json's content for the classifier of the same body.
-
-    Labels that the config names are kept where their number is the head's; an adapter does not
-    hold their names, so others are called LABEL_0 and so on, as transformers does.
+def count_of(labels: Mapping[str, Tensor]) -> int:
+    """How many labels a head has.
 
     Args:
-        config: the base's.
-        labels: the tensors of the head.
+        labels: its tensors.
 
     Raises:
-        RefusalError: none of them tells how many labels there are.
+        RefusalError: none of them tells.
     """
     counts = [tensor.rows for name, tensor in labels.items() if name.endswith(_LABEL_WEIGHTS)]
     if len(counts) != 1:
@@ -44,13 +40,26 @@ def classifier_config(config: Mapping[str, Any], labels: Mapping[str, Tensor]) -
             needed=f"one weight whose rows are the labels: {', '.join(_LABEL_WEIGHTS)}",
             fix="merge it with PEFT on the model that was trained",
         )
+    return counts[0]
+
+
+def classifier_config(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
+    """A copy of config.json's content for the classifier of the same body.
+
+    Labels that the config names are kept where their number is the head's; an adapter does not
+    hold their names, so others are called LABEL_0 and so on, as transformers does.
+
+    Args:
+        config: the base's.
+        labels: how many the head has.
+    """
     names = [
         re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", str(name))
         for name in config.get("architectures") or ()
     ]
     changed = dict(config)
     changed["architectures"] = [f"{name}ForSequenceClassification" for name in names]
-    if len(config.get("id2label") or ()) != counts[0]:
-        changed["id2label"] = {str(label): f"LABEL_{label}" for label in range(counts[0])}
-        changed["label2id"] = {f"LABEL_{label}": label for label in range(counts[0])}
+    if len(config.get("id2label") or ()) != labels:
+        changed["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
+        changed["label2id"] = {f"LABEL_{label}": label for label in range(labels)}
     return changed

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexigraft.adapters.classifier import classifier_config, without_head
+from lexigraft.adapters.classifier import classifier_config, count_of, without_head
 from lexigraft.adapters.expand import expand
 from lexigraft.adapters.folder import Adapter, Addition
-from lexigraft.adapters.match import match
+from lexigraft.adapters.match import Matched, match
 from lexigraft.adapters.planning import merged_plan
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
@@ -30,6 +30,7 @@ from lexigraft.checkpoints.plan import Plan
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
+from lexigraft.errors import RefusalError
 from lexigraft.files import read_json, read_object, write_json
 from lexigraft.manifest import NEW_TOKENS, Manifest
 
@@ -55,6 +56,7 @@ class Job:
         labels: the head over labels of a classifier.
         weights: one per adapter, where several are added together.
         apart: name of a weight -> the LoRA that was left out.
+        body_only: what the adapters hold of the vocabulary was left out.
     """
 
     checkpoint: Checkpoint
@@ -70,18 +72,29 @@ class Job:
     labels: Mapping[str, Tensor] = field(default_factory=dict)
     weights: tuple[float, ...] | None = None
     apart: Mapping[str, Addition] = field(default_factory=dict)
+    body_only: bool = False
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The folders whose vocabulary went into the result: the base's and the adapters'."""
+        adapters = () if self.body_only else self.adapters
+        return (self.checkpoint.folder, *(adapter.folder for adapter in adapters))
 
     def records(self) -> list[Any]:
-        """The stage records of the base and of the adapters, each once."""
-        inputs = (self.checkpoint.folder, *(adapter.folder for adapter in self.adapters))
+        """The stage records of the sources, each once."""
         records: list[Any] = []
-        for manifest in map(Manifest.read, inputs):
+        for manifest in map(Manifest.read, self.sources):
             records += [r for r in (manifest or Manifest()).records if r not in records]
         return records
 
 
 def prepare(
-    base: Path, adapter_folder: Path, given: Path | None, *, linear_apart: bool = False
+    base: Path,
+    adapter_folder: Path,
+    given: Path | None,
+    *,
+    linear_apart: bool = False,
+    body_only: bool = False,
 ) -> Job:
     """Decide how one adapter goes into its base.
 
@@ -90,6 +103,7 @@ def prepare(
         adapter_folder: the adapter.
         given: the tokenizer that it was trained with, where its folder has none.
         linear_apart: leave LoRA on linear layers outside the vocabulary out.
+        body_only: leave out what the adapter holds of the vocabulary.
 
     Raises:
         RefusalError: a kind of adapter or base that is not supported.
@@ -98,9 +112,12 @@ def prepare(
     adapter = Adapter.open(adapter_folder)
     checkpoint, whole = open_whole(base)
     vocabulary = without_head(whole) if adapter.config.classifies else whole
-    tokenizer = TokenizerChoice.among(base, adapter_folder, given)
-    require_recorded(adapter.manifest, tokenizer, adapter_folder)
+    tokenizer = TokenizerChoice.among(base, base if body_only else adapter_folder, given)
     matched = match(adapter, checkpoint, vocabulary)
+    if body_only:
+        matched = body_of(matched, adapter)
+    else:
+        require_recorded(adapter.manifest, tokenizer, adapter_folder)
     apart: dict[str, Addition] = {}
     if linear_apart:
         apart = {n: one for n, one in matched.linear.items() if not one.low_rank.of_embedding}
@@ -124,7 +141,25 @@ def prepare(
         expansion.adapter_rows,
         matched.labels,
         apart=apart,
+        body_only=body_only,
     )
+
+
+def body_of(matched: Matched, adapter: Adapter) -> Matched:
+    """An adapter without what it holds of the vocabulary; what that is, is told.
+
+    Raises:
+        RefusalError: nothing is left.
+    """
+    if not matched.changes and not matched.labels:
+        raise RefusalError(
+            f"{adapter.folder} changes only vocabulary tensors, and --body-only leaves them out",
+            needed="LoRA on the layers of the model",
+            fix="leave --body-only out; with the tokenizers of both, --remap moves rows by text",
+        )
+    if matched.vocabulary:
+        note(f"left out of {adapter.folder}: {', '.join(matched.vocabulary)}")
+    return dataclasses.replace(matched, vocabulary={})
 
 
 def say_if_other_base(checkpoint: Checkpoint, adapter: Adapter, tokenizer: TokenizerChoice) -> None:
@@ -183,7 +218,7 @@ def _write_configs(job: Job, folder: Path) -> None:
         tied=untied,
     )
     if job.labels:
-        config = classifier_config(config, job.labels)
+        config = classifier_config(config, count_of(job.labels))
         note(
             f"the result is a classifier of {len(config['id2label'])} labels: "
             f"{', '.join(config['architectures'])}; the adapter does not hold their names"
@@ -205,7 +240,8 @@ def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, 
 
 def _copy_new_tokens(job: Job, folder: Path) -> None:
     # Of several vocabularies none lists the tokens of the result.
-    named = (job.adapters[0].folder, job.tokenizer.folder, job.checkpoint.folder)
+    base, *adapters = job.sources
+    named = (*adapters[:1], job.tokenizer.folder, base)
     for source in named if job.weights is None else job.tokenizer.spare:
         if (source / NEW_TOKENS).is_file():
             shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)

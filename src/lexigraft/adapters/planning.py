@@ -40,8 +40,13 @@ def merged_plan(
     )
     tables = [rows.planned() for rows in expansion.tensors]
     plan = with_tables(plan, tables, vocabulary, tied=expansion.tied)
-    for name, tensor in matched.labels.items():
-        head = dataclasses.replace(PlannedTensor.copy(tensor), name=name)
+    labels = matched.labels.items()
+    return with_labels(plan, (dataclasses.replace(PlannedTensor.copy(t), name=n) for n, t in labels))
+
+
+def with_labels(plan: Plan, heads: Iterable[PlannedTensor]) -> Plan:
+    """`plan` with the tensors of a head over labels, which the base has not."""
+    for head in heads:
         plan = plan.add(head, after=list(plan.tensors)[-1])
     return plan
 

@@ -4,7 +4,8 @@ Rule. Of everything that the base has, W' = W + sum over adapters of w (W_i - W)
 adapter i alone makes of W: for LoRA W + sum of w s B A. Weights are taken as they are: they need
 not sum to 1, and may be negative. A token that the base lacks has no W: its row is the mean of the
 rows of the adapters that have it, weighted, with weights renormalised to 1 for this row (a plain
-mean where all of them are 0). Rows without a token stay the base's.
+mean where all of them are 0). Rows without a token stay the base's. A head over labels, which the
+base lacks too, is the mean of the adapters' heads in the same way.
 
 Sums run in float64 and are rounded once, whatever the base's type: also where a single merge
 rounds twice, as PEFT does for embeddings.
@@ -12,7 +13,7 @@ rounds twice, as PEFT does for embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -24,7 +25,7 @@ from lexigraft.adapters.expand import Expansion
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
-from lexigraft.adapters.planning import with_tables
+from lexigraft.adapters.planning import with_labels, with_tables, without
 from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -161,6 +162,8 @@ def weighted_plan(
     adapters: Sequence[Weighted],
     growth: Growth,
     tokens: TokenMap,
+    *,
+    dropped: Iterable[str] = (),
 ) -> tuple[Plan, tuple[WeightedRows, ...], bool]:
     """The base with every adapter in it; the vocabulary tensors that are made; and if it is tied.
 
@@ -170,13 +173,15 @@ def weighted_plan(
         adapters: each with its weight.
         growth: from how many rows to how many.
         tokens: the tokenizer of the result.
+        dropped: tensors of the base that the result has not.
 
     Raises:
-        RefusalError: the weights of a new token's adapters sum to 0 or less.
+        RefusalError: the weights of a new token's adapters, or of classifiers, sum to 0 or less;
+            classifiers have heads of different sizes.
     """
     tied = vocabulary.tied and all(adapter.expansion.tied for adapter in adapters)
     names = dict.fromkeys(name for adapter in adapters for name in adapter.matched.changes)
-    plan = Plan.of(checkpoint).replace(
+    plan = without(Plan.of(checkpoint), dropped).replace(
         _planned(
             checkpoint.tensors[name],
             [
@@ -202,7 +207,37 @@ def weighted_plan(
     for rows in written:
         _require_rows(rows, tokens)
     tables = [rows.planned() for rows in written]
-    return with_tables(plan, tables, vocabulary, tied=tied), tuple(written), tied
+    plan = with_tables(plan, tables, vocabulary, tied=tied)
+    return with_labels(plan, _heads(adapters)), tuple(written), tied
+
+
+def _heads(adapters: Sequence[Weighted]) -> Iterator[PlannedTensor]:
+    """The weighted mean of the classifiers' heads."""
+    shapes = [{n: t.shape for n, t in adapter.matched.labels.items()} for adapter in adapters]
+    if any(found != shapes[0] for found in shapes):
+        raise RefusalError(
+            f"classifiers with different heads: {', '.join(map(str, shapes))}",
+            needed="the same labels in all: the heads are averaged label by label",
+            fix="merge each classifier by itself",
+        )
+    weights = [adapter.weight for adapter in adapters]
+    if shapes[0] and any(weights) and sum(weights) <= 0:
+        raise RefusalError(
+            f"the weights of the classifiers sum to {sum(weights):g}",
+            needed="a sum above 0: the base has no head over labels to be changed",
+            fix="weigh the adapters with positive numbers",
+        )
+    used = weights if any(weights) else [1.0] * len(weights)
+    for name, first in adapters[0].matched.labels.items():
+        heads = [(w, a.matched.labels[name]) for w, a in zip(used, adapters, strict=True)]
+        blocks = partial(_mean_blocks, heads)
+        yield PlannedTensor(name, first.dtype, first.shape, (Compute(first.bytes, blocks),))
+
+
+def _mean_blocks(heads: Sequence[tuple[float, Tensor]]) -> Iterator[Array]:
+    total = sum(weight * read_rows(head).astype(np.float64) for weight, head in heads)
+    first = heads[0][1]
+    yield _stored(np.asarray(total) / sum(weight for weight, _ in heads), first, first.name)
 
 
 def _require_rows(rows: WeightedRows, tokens: TokenMap) -> None:

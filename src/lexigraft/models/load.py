@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lexigraft.families import Family
 
 QUANTISED = ("int8", "nf4")
+_LOAD_FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 
 @contextlib.contextmanager
@@ -52,10 +53,18 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | None = None) -> Any:
+def load_model(
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+    labels: int | None = None,
+) -> Any:
     """The causal language model in `folder`, frozen and in eval mode.
 
     Args:
+        labels: make it a classifier of so many labels instead, whose head is random where the
+            folder has none.
         dtype: of its weights, by name; without it float32 on a CPU, which computes fastest in it,
             and the stored one on a GPU. `int8` and `nf4` store the linear layers of the body in 8
             or 4 bits (bitsandbytes; Dettmers et al. 2022, arXiv 2208.07339, and 2023, arXiv
@@ -68,7 +77,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
         RefusalError: the folder needs code of its own, which was not allowed to run.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     Checkpoint.open(folder)  # no pickle, and no index that names files of other folders
     if not trust_remote_code:
@@ -79,9 +88,12 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
     if dtype in QUANTISED:
         used = torch.float32 if place == "cpu" else torch.bfloat16
         more = _quantised(dtype, used)
+    loader: Any = AutoModelForCausalLM
+    if labels is not None:
+        loader, more = AutoModelForSequenceClassification, {**more, "num_labels": labels}
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = loader.from_pretrained(
                 folder,
                 dtype=used,
                 trust_remote_code=trust_remote_code,
@@ -89,14 +101,47 @@ def load_model(folder: Path, *, trust_remote_code: bool = False, dtype: str | No
                 use_safetensors=True,  # never a pickle that lies beside another .safetensors
                 **more,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
-        first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
-        raise LexigraftError(
-            f"transformers cannot load {folder} ({type(fault).__name__}: {first})",
-            needed="a causal language model of an architecture that transformers ships",
-            fix=f"lexigraft check {folder}",
-        ) from None
-    return (model if more else model.to(place)).eval().requires_grad_(False)
+    except _LOAD_FAULTS as fault:
+        kind = "a causal language model" if labels is None else "a classifier"
+        raise _not_loaded(folder, fault, kind) from None
+    return (model if dtype in QUANTISED else model.to(place)).eval().requires_grad_(False)
+
+
+def _not_loaded(folder: Path, fault: Exception, kind: str) -> LexigraftError:
+    first = str(fault).strip().splitlines()[0] if str(fault).strip() else ""
+    return LexigraftError(
+        f"transformers cannot load {folder} ({type(fault).__name__}: {first})",
+        needed=f"{kind} of an architecture that transformers ships",
+        fix=f"lexigraft check {folder}",
+    )
+
+
+def absent_weights(folder: Path, labels: int) -> list[str]:
+    """Weights that a classifier has and `folder` has not: transformers makes them at random.
+
+    No weight is read.
+
+    Args:
+        folder: a model of any class.
+        labels: how many the classifier has.
+
+    Raises:
+        LexigraftError: transformers cannot load it, or has no classifier of this architecture.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet_transformers():
+            _, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=labels,
+                local_files_only=True,
+                device_map="meta",
+                output_loading_info=True,
+            )
+    except _LOAD_FAULTS as fault:
+        raise _not_loaded(folder, fault, "a classifier") from None
+    return sorted(found["missing_keys"])
 
 
 def _quantised(dtype: str, computed: Any) -> dict[str, Any]:

@@ -43,8 +43,11 @@ def compare_merged(
     tokens: int,
     adapter_rows: int,
     dtype: str,
+    labels: int | None = None,
 ) -> LogitProof:
     """Compare `merged` with PEFT's unmerged model on sequences of old and new tokens.
+
+    Logits are those of each position, of a classifier those of its labels.
 
     Args:
         base: the base, grafted or not; rows that it lacks are taken from `merged` before the
@@ -55,14 +58,15 @@ def compare_merged(
         tokens: tokens of the result's.
         adapter_rows: rows of the model that the adapter was trained on.
         dtype: safetensors' name of the type that the result is stored in.
+        labels: of a classifier, how many labels it has.
 
     Raises:
         LexigraftError: transformers cannot load a model.
     """
     ids = torch.from_numpy(_sequences(base_tokens, min(tokens, adapter_rows)))
-    result = load_model(merged)
+    result, start = (load_model(folder, labels=labels) for folder in (merged, base))
     ours = _logits(result, ids)
-    theirs = _logits(_unmerged(base, adapter, result, base_tokens, adapter_rows), ids)
+    theirs = _logits(_unmerged(start, adapter, result, base_tokens, adapter_rows), ids)
     width = min(ours.shape[-1], theirs.shape[-1])
     difference = float((ours[..., :width] - theirs[..., :width]).abs().max())
     step = float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
@@ -79,10 +83,9 @@ def _sequences(old: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return ids
 
 
-def _unmerged(base: Path, adapter: Path, result: Any, base_tokens: int, rows: int) -> Any:
+def _unmerged(model: Any, adapter: Path, result: Any, base_tokens: int, rows: int) -> Any:
     from peft import PeftModel
 
-    model = load_model(base)
     with quiet_transformers(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT speaks of tied weights, which are compared here
         if rows != model.get_input_embeddings().weight.shape[0]:
@@ -91,11 +94,15 @@ def _unmerged(base: Path, adapter: Path, result: Any, base_tokens: int, rows: in
             (model.get_input_embeddings(), result.get_input_embeddings()),
             (model.get_output_embeddings(), result.get_output_embeddings()),
         ):
+            if old is None:  # a classifier
+                continue
             old.weight[base_tokens:] = new.weight[base_tokens:rows].to(old.weight)
         return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """One sequence at a time: classifiers read a batch by its padding, and these have none."""
+    model.config.get_text_config().pad_token_id = None
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits.float().cpu()
-    return logits
+        found = [model(input_ids=one[None].to(model.device)).logits.float().cpu() for one in ids]
+    return torch.cat(found)

@@ -21,10 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lexigraft.adapters.classifier import count_of, without_head
 from lexigraft.adapters.expand import expand, expand_moved
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.match import match
-from lexigraft.adapters.merging import Job, prepare, say_if_other_base, write
+from lexigraft.adapters.merging import Job, body_of, prepare, say_if_other_base
+from lexigraft.adapters.merging import write as write_model
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.weighted import Weighted, weighted_plan
 from lexigraft.checkpoints.fit import open_whole
@@ -132,6 +134,7 @@ def merge(
     tokenizer: str | Path | None = None,
     weights: Sequence[float] | None = None,
     remap: bool = False,
+    body_only: bool = False,
     max_shard_size: str | int | None = None,
     prove: bool = False,
     force: bool = False,
@@ -149,6 +152,8 @@ def merge(
             aligned by token text; `adapters.weighted` has the rule.
         remap: accept adapters whose tokenizer has other ids than the base's, and move their rows
             by token text.
+        body_only: leave out what the adapters hold of the vocabulary: rows and tokenizer of the
+            result are the base's.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
         prove: compare the logits of the result with those of base + adapter, unmerged; after
@@ -162,6 +167,12 @@ def merge(
             a file is missing or damaged.
     """
     together = weights is not None or remap
+    _refuse_combinations(
+        prove=prove,
+        together=together,
+        body_only=body_only,
+        moved=remap or tokenizer is not None,
+    )
     *before, folder = _folders(adapters, dry_run=dry_run and not together)
     source, target = local_folder(base), Path(output)
     given = None if tokenizer is None else Path(tokenizer)
@@ -171,30 +182,37 @@ def merge(
     with ExitStack() as stack:
         stages: list[MergeResult] = []
         if together:
-            _refuse_proof(prove)
             union = Path(stack.enter_context(TemporaryDirectory(prefix="lexigraft-")))
             shares = _weights(weights, [*before, folder])
-            job = _prepare_together(source, [*before, folder], shares, given, union, remap=remap)
+            job = _prepare_together(
+                source, [*before, folder], shares, given, union, remap=remap, body_only=body_only
+            )
         else:
             so_far, stages = stack.enter_context(
-                _merged_so_far(source, before, target, prove=prove)
+                _merged_so_far(source, before, target, prove=prove, body_only=body_only)
             )
-            job = prepare(so_far, folder, given)
+            job = prepare(so_far, folder, given, body_only=body_only)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
         refuse_overwriting(target, (job.tokenizer.folder,))
         if dry_run:
             return _result(job, target, plan=job.plan.to_json())
         with publish(target, force=force) as partial_folder:
-            write(job, partial_folder, _record(job))
+            _write(job, partial_folder)
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])
 
 
-def _refuse_proof(prove: bool) -> None:
-    if prove:
+def _refuse_combinations(*, prove: bool, together: bool, body_only: bool, moved: bool) -> None:
+    if body_only and moved:
         raise RefusalError(
-            "--prove with --weights or --remap",
+            "--body-only with --remap or --tokenizer",
+            needed="one of them: --body-only leaves every row and the tokenizer as the base's",
+            fix="choose: --remap moves the adapter's rows to the base's ids, --body-only drops them",
+        )
+    if prove and (together or body_only):
+        raise RefusalError(
+            "--prove with --weights, --remap or --body-only",
             needed="one adapter by its own ids: PEFT cannot run the unmerged model of these",
             fix="leave --prove out; lexigraft check MERGED --base BASE --deep reads the result",
         )
@@ -225,7 +243,7 @@ def _folders(adapters: str | Path | Sequence[str | Path], *, dry_run: bool) -> l
 
 @contextmanager
 def _merged_so_far(
-    base: Path, adapters: Sequence[Path], target: Path, *, prove: bool
+    base: Path, adapters: Sequence[Path], target: Path, *, prove: bool, body_only: bool
 ) -> Iterator[tuple[Path, list[MergeResult]]]:
     """The base with `adapters` in it, in a folder that is gone at the end; and what was done."""
     if not adapters:
@@ -235,9 +253,10 @@ def _merged_so_far(
     with scratch(target) as between:
         source = base
         for place, folder in enumerate(adapters, 1):
-            job, step = prepare(source, folder, None), between / f"{base.name}-{place}"
+            job = prepare(source, folder, None, body_only=body_only)
+            step = between / f"{base.name}-{place}"
             step.mkdir()
-            write(job, step, _record(job))
+            _write(job, step)
             results.append(_result(job, step, **(_prove(job, step) if prove else {})))
             if source != base:
                 shutil.rmtree(source)
@@ -266,22 +285,20 @@ def _prepare_together(
     union_folder: Path,
     *,
     remap: bool,
+    body_only: bool,
 ) -> Job:
     """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
     from lexigraft.selection.union import write_union  # imports what `learn` needs
 
-    checkpoint, vocabulary = open_whole(base)
+    checkpoint, whole = open_whole(base)
+    adapters = [Adapter.open(folder) for folder in folders]
+    vocabulary = without_head(whole) if _classify(adapters) else whole
     base_map = TokenMap.read(base)
-    adapters, parts, tokenizers, rows = [], [], [], vocabulary.rows
-    for folder, weight in zip(folders, weights, strict=True):
-        adapter = Adapter.open(folder)
-        if adapter.config.classifies:
-            raise RefusalError(
-                f"{folder} is a classifier, merged with --weights or --remap",
-                needed="adapters of the language model: each classifier has labels of its own",
-                fix=f"lexigraft merge {base} {folder} -o MERGED",
-            )
+    parts, tokenizers, rows = [], [], vocabulary.rows
+    for adapter, folder, weight in zip(adapters, folders, weights, strict=True):
         matched = match(adapter, checkpoint, vocabulary)
+        if body_only:
+            matched, folder = body_of(matched, adapter), base
         own = joined(read_token_maps(folder))
         source = given if own is None and given is not None else folder
         own = own or (base_map if given is None else TokenMap.read(given))
@@ -301,14 +318,14 @@ def _prepare_together(
             )
         else:
             choice = TokenizerChoice.among(base, folder, None if source == folder else source)
-            require_recorded(adapter.manifest, choice, folder)
+            if not body_only:
+                require_recorded(adapter.manifest, choice, folder)
             expansion = expand(
                 adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=choice
             )
             say_if_other_base(checkpoint, adapter, choice)
             own, source = choice.map, choice.folder
             rows = max(rows, expansion.growth.rows)
-        adapters.append(adapter)
         parts.append(Weighted(weight, own, matched, expansion))
         tokenizers.append(source)
     union = write_union(base, [t for t in tokenizers if t != base], union_folder)
@@ -321,19 +338,39 @@ def _prepare_together(
     step = 1 if same or union.map.tokens <= vocabulary.rows else ROW_STEP
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
     growth = replace(growth, rows=max(growth.rows, rows) if same else growth.rows)
-    plan, written, tied = weighted_plan(checkpoint, vocabulary, parts, growth, union.map)
+    dropped = [name for name in whole.names if name not in vocabulary.names]
+    plan, written, tied = weighted_plan(
+        checkpoint, vocabulary, parts, growth, union.map, dropped=dropped
+    )
+    labels = parts[0].matched.labels
+    if len(parts) > 1 and labels:
+        note("the heads over labels are averaged: label by label they have to mean the same")
     return Job(
         checkpoint,
         tuple(adapters),
         vocabulary,
         TokenizerChoice(union_folder, union.map, base_map, None, tuple(tokenizers) if same else ()),
-        frozenset(name for part in parts for name in part.matched.changes),
+        frozenset(n for part in parts for n in (*part.matched.changes, *part.matched.labels)),
         written,
         growth,
         tied,
         plan,
+        labels=labels,
         weights=tuple(weights),
+        body_only=body_only,
     )
+
+
+def _classify(adapters: Sequence[Adapter]) -> bool:
+    """Whether `adapters` are classifiers; all or none."""
+    kinds = {adapter.config.classifies: adapter.folder for adapter in adapters}
+    if len(kinds) > 1:
+        raise RefusalError(
+            f"{kinds[True]} is a classifier, {kinds[False]} is none",
+            needed="with --weights or --remap, adapters of one kind",
+            fix="without --weights they are a stack: name the classifier last, trained on the rest",
+        )
+    return True in kinds
 
 
 def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
@@ -341,15 +378,44 @@ def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
     return first_difference(shorter, longer) is None
 
 
-def _record(job: Job) -> MergeRecord:
-    return MergeRecord(
+def _write(job: Job, folder: Path) -> None:
+    if job.labels:
+        _require_all_weights(job)
+    record = MergeRecord(
         adapters=[sha256_file(adapter.weights) for adapter in job.adapters],
         token_map=job.tokenizer.map.hash,
         rows=job.growth.rows,
         tied=job.tied,
         versions=versions(["lexigraft", "torch"]),
         weights=None if job.weights is None else list(job.weights),
+        body_only=job.body_only or None,
     )
+    write_model(job, folder, record)
+
+
+def _require_all_weights(job: Job) -> None:
+    """A classifier has every weight of its class: the pooler of a BERT may have been random."""
+    from lexigraft.models.load import absent_weights
+
+    base = job.checkpoint.folder
+    absent = [n for n in absent_weights(base, count_of(job.labels)) if n not in job.labels]
+    if absent:
+        raise LexigraftError(
+            f"{', '.join(absent)} of the classifier: neither {base} nor the adapter holds it, so "
+            "it was random when the adapter was trained, and was not saved",
+            needed="the values that it was trained with",
+            fix="name as BASE the model under PEFT: model.unload().save_pretrained(...); or train "
+            "again with these in modules_to_save",
+        )
+
+
+def _labels(job: Job) -> int | None:
+    """How many labels the result has; None where it is no classifier."""
+    if job.labels:
+        return count_of(job.labels)
+    if not job.adapters[0].config.classifies:
+        return None
+    return len(job.checkpoint.config.get("id2label") or "01")  # transformers' default is two
 
 
 def _prove(job: Job, folder: Path) -> dict[str, float]:
@@ -368,6 +434,7 @@ def _prove(job: Job, folder: Path) -> dict[str, float]:
         tokens=job.tokenizer.map.tokens,
         adapter_rows=job.adapter_rows,
         dtype=job.checkpoint.tensors[job.vocabulary.embeds[0]].dtype,
+        labels=_labels(job),
     )
     if not found.difference <= found.limit:
         raise LexigraftError(
