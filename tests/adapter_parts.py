@@ -236,6 +236,15 @@ def logits(model, rows: int, *, old_only: bool = False):
         return model(input_ids=ids).logits[..., :rows].float()
 
 
+def tensors(folder: Path) -> dict:
+    """Everything that the weights of a folder hold."""
+    from safetensors.torch import load_file
+
+    return {
+        n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()
+    }
+
+
 def edit_adapter_config(adapter: Path, **values) -> None:
     path = adapter / "adapter_config.json"
     content = json.loads(path.read_text())

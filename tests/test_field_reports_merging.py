@@ -18,9 +18,12 @@ from safetensors.numpy import load_file, save_file
 import adapter_parts
 import parts
 from adapter_parts import ADDED, TOKENS
-from lexigraft import LexigraftError, blend, check, graft, learn, merge
+from lexigraft import LexigraftError, blend, check, families, graft, learn, merge
 from lexigraft.checkpoints.checkpoint import INDEX
+from lexigraft.errors import RefusalError
 from lexigraft.families import TokenMap
+from lexigraft.families.measure import new_ids
+from lexigraft.manifest import Manifest
 
 ROWS = TOKENS + ADDED
 EMBED = "model.embed_tokens.weight"
@@ -86,6 +89,8 @@ def siblings(tmp_path_factory):
         vocab = sibling(root, name, text)
         graft(base, vocab, output=root / f"m{name}", pad_to=1)
         adapter_parts.write_adapter(base, root / f"m{name}", root / f"a{name}", "saved-shared")
+        for file in ("lexigraft.json", "new_tokens.jsonl"):  # as `train` leaves them
+            shutil.copyfile(root / f"m{name}" / file, root / f"a{name}" / file)
     return root
 
 
@@ -95,7 +100,7 @@ def test_B54_an_adapter_of_a_sibling_vocabulary_is_refused_or_moved_by_text(sibl
         merge(root / "mx", root / "ay", output=tmp_path / "no")
     assert "rows belong to ids" in caught.value.needed
     assert "--remap" in caught.value.fix
-    merge(root / "mx", root / "ay", remap=True, output=tmp_path / "moved")
+    assert merge(root / "mx", root / "ay", remap=True, output=tmp_path / "moved").tied
     merge(root / "base", root / "ay", output=tmp_path / "own")
     ids, own = TokenMap.read(tmp_path / "moved"), TokenMap.read(tmp_path / "own")
     assert TokenMap.read(root / "mx").texts.items() <= ids.texts.items()
@@ -105,6 +110,42 @@ def test_B54_an_adapter_of_a_sibling_vocabulary_is_refused_or_moved_by_text(sibl
     of_x_alone = [i for i, text in ids.texts.items() if text not in own.ids]
     assert of_x_alone
     assert torch.equal(moved[of_x_alone], table(root / "mx")[of_x_alone])
+    new = new_ids(tmp_path / "moved", families.load(tmp_path / "moved"))
+    assert (new.start, new.stop) == (TOKENS, ids.tokens)
+
+
+def test_B54_the_body_of_a_sibling_s_adapter_can_go_in_alone(siblings, tmp_path, capsys):
+    """Asked for by name: the rows and the tokenizer of the expanded model stay as they are."""
+    model, adapter = siblings / "mx", shutil.copytree(siblings / "ay", tmp_path / "ay")
+    merge(siblings / "base", adapter, output=tmp_path / "own")
+    (adapter / "tokenizer.json").unlink()  # which nobody needs here
+    result = merge(model, adapter, body_only=True, output=tmp_path / "body")
+    assert "left out of" in capsys.readouterr().err
+    ours, theirs = (adapter_parts.tensors(tmp_path / name) for name in ("body", "own"))
+    before = adapter_parts.tensors(model)
+    assert ours.keys() == before.keys()
+    assert torch.equal(ours.pop(EMBED), before[EMBED])
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert result.tied
+    for file in ("tokenizer.json", "new_tokens.jsonl"):
+        assert (tmp_path / "body" / file).read_bytes() == (model / file).read_bytes()
+    *records, record = Manifest.read(tmp_path / "body").records
+    assert records == Manifest.read(model).records
+    assert record.body_only
+    assert new_ids(tmp_path / "body", families.load(tmp_path / "body")).start == TOKENS
+    assert check(tmp_path / "body").ok
+    merge(model, [adapter, adapter], weights=[1, 0], body_only=True, output=tmp_path / "two")
+    both = adapter_parts.tensors(tmp_path / "two")
+    assert torch.equal(both.pop(EMBED), before[EMBED])
+    assert all(torch.allclose(tensor, ours[name], atol=1e-6) for name, tensor in both.items())
+
+
+def test_B54_a_body_alone_is_refused_where_there_is_none(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "rows-only", tied=True)
+    with pytest.raises(RefusalError, match="changes only vocabulary tensors"):
+        merge(scene.base, scene.adapter, body_only=True, output=tmp_path / "merged")
+    with pytest.raises(RefusalError, match="--body-only with --remap or --tokenizer"):
+        merge(scene.base, scene.adapter, body_only=True, remap=True, output=tmp_path / "merged")
 
 
 def test_B55_an_old_adapter_leaves_new_rows_of_a_grown_model(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import adapter_parts
 from adapter_parts import ADDED, FORMS, NEW, TOKENS
+from adapter_parts import tensors as weights
 from lexigraft import merge
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
@@ -43,13 +44,6 @@ def folder_hash(folder):
         if path.is_file():
             state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()
-
-
-def weights(folder):
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(path))
-    return found
 
 
 def missing_rows(case):

@@ -1,7 +1,5 @@
 """Several adapters side by side, rows aligned by token text; adapters of sibling vocabularies."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ import adapter_parts
 import parts
 from adapter_parts import ADDED, TOKENS
 from lexigraft import check, graft, learn, merge
-from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import load as load_tokenizer
 from lexigraft.families.tokenmap import TokenMap
@@ -174,36 +171,6 @@ def test_weights_are_as_many_as_adapters_and_no_proof_is_promised(tmp_path):
     for weights in ([], [1, 2], [float("nan")]):
         with pytest.raises(LexigraftError, match="--weights"):
             merge(scene.base, scene.adapter, weights=weights, output=tmp_path / "merged")
-    with pytest.raises(RefusalError, match="--prove with --weights"):
-        merge(scene.base, scene.adapter, weights=[1], prove=True, output=tmp_path / "merged")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_classifier_gets_its_head_over_labels(tmp_path, tied, capsys):
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForSequenceClassification as Classifier
-
-    base = adapter_parts.write_base(tmp_path / "base", tied=tied)
-    torch.manual_seed(3)
-    model = Classifier.from_pretrained(base, num_labels=3, pad_token_id=TOKENS - 1)
-    model.save_pretrained(tmp_path / "trained")
-    options = {"r": 4, "target_modules": adapter_parts.LINEAR, "task_type": "SEQ_CLS"}
-    peft = get_peft_model(model, LoraConfig(**options))
-    adapter_parts.move_what_trains(peft)
-    peft.save_pretrained(tmp_path / "adapter")
-    result = merge(base, tmp_path / "adapter", output=tmp_path / "merged")
-    merged = Classifier.from_pretrained(tmp_path / "merged", pad_token_id=TOKENS - 1).eval()
-    start = Classifier.from_pretrained(tmp_path / "trained", pad_token_id=TOKENS - 1)
-    unmerged = PeftModel.from_pretrained(start, tmp_path / "adapter").eval()
-    ids = torch.randint(0, TOKENS - 1, (4, 16))
-    with torch.no_grad():
-        difference = merged(input_ids=ids).logits - unmerged(input_ids=ids).logits
-    assert float(difference.abs().max()) < 1e-4
-    config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"]
-    assert len(config["id2label"]) == 3
-    assert config["tie_word_embeddings"] is tied
-    assert "3 labels" in capsys.readouterr().err
-    assert "lm_head.weight" not in Checkpoint.open(tmp_path / "merged").tensors
-    assert result.tokens == TOKENS
-    assert check(tmp_path / "merged").ok
+    for options in ({"weights": [1]}, {"remap": True}, {"body_only": True}):
+        with pytest.raises(RefusalError, match="--prove with --weights, --remap or --body-only"):
+            merge(scene.base, scene.adapter, prove=True, output=tmp_path / "merged", **options)

@@ -141,15 +141,19 @@ def expand_moved(
     places = aligned(own, base)
     written, tied = _settle_ties(vocabulary, changes, adapter.config)
     lacks = bool(own.texts.keys() - places.keys())
-    tensors = tuple(
-        moved_rows(
+    tensors = {
+        name: moved_rows(
             name, checkpoint.tensors[_stored(name, checkpoint, vocabulary)], change, own, places
         )
         for name, change in written.items()
         if lacks or change or (vocabulary.tied and not tied)
-    )
+    }
+    embedding, head = vocabulary.embeds[0], vocabulary.head_name
+    if vocabulary.tied and not tied and equal_rows(tensors[embedding], tensors[head]):
+        tied = True
+        del tensors[head]
     growth = Growth(own.tokens, own.tokens, own.tokens, own.tokens)
-    return Expansion(tensors, growth, tied, known or own.tokens)
+    return Expansion(tuple(tensors.values()), growth, tied, known or own.tokens)
 
 
 def _stored(name: str, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> str:

@@ -41,7 +41,9 @@ def merged_plan(
     tables = [rows.planned() for rows in expansion.tensors]
     plan = with_tables(plan, tables, vocabulary, tied=expansion.tied)
     labels = matched.labels.items()
-    return with_labels(plan, (dataclasses.replace(PlannedTensor.copy(t), name=n) for n, t in labels))
+    return with_labels(
+        plan, (dataclasses.replace(PlannedTensor.copy(t), name=n) for n, t in labels)
+    )
 
 
 def with_labels(plan: Plan, heads: Iterable[PlannedTensor]) -> Plan:

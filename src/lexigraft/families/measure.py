@@ -13,7 +13,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TokenMap
-from lexigraft.manifest import Manifest
+from lexigraft.manifest import GraftRecord, LearnRecord, Manifest
 
 if TYPE_CHECKING:  # which compiles loops; those who look at the lines do not need it
     from lexigraft.families.choice import Choice
@@ -81,11 +81,15 @@ def new_ids(folder: Path, family: Family) -> range:
     Raises:
         LexigraftError: the tokenizer beside the manifest is another one.
     """
-    manifest = Manifest.read(folder)
-    record = manifest and (manifest.last("graft") or manifest.last("learn"))
+    manifest = Manifest.read(folder) or Manifest()
+    record = manifest.last("graft") or manifest.last("learn")
     if not record:
         return range(0)
     if record.token_map != family.map.hash:
+        merged = manifest.last("merge")
+        if merged is not None and merged.token_map == family.map.hash:  # a union of vocabularies
+            records = [r for r in manifest.records if isinstance(r, LearnRecord | GraftRecord)]
+            return range(min(r.first_id for r in records), family.map.tokens)
         raise LexigraftError(
             f"{folder}: the tokenizer is not the one in its lexigraft.json",
             needed="the tokenizer that these weights were grafted for",

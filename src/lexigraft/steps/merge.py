@@ -208,7 +208,7 @@ def _refuse_combinations(*, prove: bool, together: bool, body_only: bool, moved:
         raise RefusalError(
             "--body-only with --remap or --tokenizer",
             needed="one of them: --body-only leaves every row and the tokenizer as the base's",
-            fix="choose: --remap moves the adapter's rows to the base's ids, --body-only drops them",
+            fix="leave one out: --remap moves the adapter's rows, --body-only drops them",
         )
     if prove and (together or body_only):
         raise RefusalError(
@@ -295,10 +295,11 @@ def _prepare_together(
     vocabulary = without_head(whole) if _classify(adapters) else whole
     base_map = TokenMap.read(base)
     parts, tokenizers, rows = [], [], vocabulary.rows
-    for adapter, folder, weight in zip(adapters, folders, weights, strict=True):
+    for adapter, weight in zip(adapters, weights, strict=True):
         matched = match(adapter, checkpoint, vocabulary)
+        folder = base if body_only else adapter.folder
         if body_only:
-            matched, folder = body_of(matched, adapter), base
+            matched = body_of(matched, adapter)
         own = joined(read_token_maps(folder))
         source = given if own is None and given is not None else folder
         own = own or (base_map if given is None else TokenMap.read(given))
