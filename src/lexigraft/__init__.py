@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "demo",
     "evaluate",
+    "extract",
     "find_learning_rate",
     "graft",
     "graft_distilled",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.blend import blend
     from lexigraft.steps.check import check
     from lexigraft.steps.evaluate import evaluate
+    from lexigraft.steps.extract import extract
     from lexigraft.steps.graft import graft
     from lexigraft.steps.learn import learn
     from lexigraft.steps.merge import merge

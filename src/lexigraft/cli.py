@@ -571,6 +571,41 @@ def split(
 
 
 @app.command()
+def extract(
+    tuned: Annotated[Path, typer.Argument(help="Fine-tuned model.")],
+    *,
+    output: Output,
+    base: Annotated[Path, typer.Option(help="The model that it was made from.")],
+    rank: Annotated[str, typer.Option(help="Of LoRA: a number, or auto.")] = "16",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="With --rank auto: the largest relative error of a change.", show_default="0.1"
+        ),
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a fine-tuned model has beyond its base as an adapter."""
+    from lexigraft.steps.extract import extract as verb
+
+    result = verb(
+        tuned,
+        base=base,
+        output=output,
+        rank=int(rank) if rank.isdecimal() else rank,
+        max_error=max_error,
+        seed=seed,
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
+@app.command()
 def blend(
     models: Annotated[
         list[str], typer.Argument(help="Model folders or hub ids; or one mergekit recipe (.yml).")

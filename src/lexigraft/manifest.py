@@ -194,6 +194,20 @@ class SplitRecord(_Data):
     versions: dict[str, str]
 
 
+class ExtractRecord(_Data):
+    """`extract`: what a model has beyond its base, as an adapter."""
+
+    stage: Literal["extract"] = "extract"
+    base: BaseTokenizer
+    token_map: str
+    tokens: int
+    rows: int
+    rank: int | None = Field(description="of every layer; None where each has its own")
+    max_error: float | None
+    seed: int
+    versions: dict[str, str]
+
+
 class BlendRecord(_Data):
     """`blend`: whole models that became one."""
 
@@ -209,7 +223,13 @@ class BlendRecord(_Data):
 
 
 Record = Annotated[
-    LearnRecord | GraftRecord | TrainRecord | MergeRecord | SplitRecord | BlendRecord,
+    LearnRecord
+    | GraftRecord
+    | TrainRecord
+    | MergeRecord
+    | SplitRecord
+    | ExtractRecord
+    | BlendRecord,
     Field(discriminator="stage"),
 ]
 

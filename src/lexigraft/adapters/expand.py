@@ -25,6 +25,7 @@ from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap, aligned
+from lexigraft.manifest import ExtractRecord, GraftRecord
 
 NOTHING = Change()
 
@@ -203,8 +204,10 @@ def _growth(
 
 
 def _grafted_rows(adapter: Adapter, tokenizer: TokenizerChoice) -> int:
-    """Rows of the grafted model, padding included, where the manifest tells."""
-    record = adapter.manifest.last("graft") if adapter.manifest else None
+    """Rows of the model that it was trained on or extracted from, where the manifest tells."""
+    records = adapter.manifest.records if adapter.manifest else []
+    known = [record for record in records if isinstance(record, GraftRecord | ExtractRecord)]
+    record = known[-1] if known else None
     if record is None or record.token_map != tokenizer.map.hash:
         return 0
     return int(record.rows)

@@ -213,7 +213,7 @@ def _scales(
         if name in vocabulary:
             raise refusal(vector.path, f"(IA)3 on a vocabulary tensor ({module})")
         weight = checkpoint.tensors[name]
-        scale = Scale(vector, adapter.config.transposed or _has_conv1d(checkpoint))
+        scale = Scale(vector, adapter.config.transposed or has_conv1d(checkpoint))
         rows, width = weight.shape[::-1] if scale.transposed else weight.shape
         if vector.shape not in ((rows, 1), (1, width)):
             raise _other_base(vector, name, weight.shape)
@@ -237,7 +237,7 @@ def _is_transposed(
     the config's word counts where neither the shape nor the architecture tells.
     """
     shape = low_rank.shape
-    may_be = not low_rank.of_embedding and (config.transposed or _has_conv1d(checkpoint))
+    may_be = not low_rank.of_embedding and (config.transposed or has_conv1d(checkpoint))
     if weight.shape not in ({shape, shape[::-1]} if may_be else {shape}):
         raise LexigraftError(
             f"LoRA of {low_rank.module} changes a matrix of shape {list(shape)}, the base "
@@ -247,12 +247,13 @@ def _is_transposed(
         )
     if not may_be or shape[0] != shape[1]:
         return weight.shape != shape
-    if not _has_conv1d(checkpoint):
+    if not has_conv1d(checkpoint):
         raise refusal(config.path, f"fan_in_fan_out on the square matrix {low_rank.module}")
     return True
 
 
-def _has_conv1d(checkpoint: Checkpoint) -> bool:
+def has_conv1d(checkpoint: Checkpoint) -> bool:
+    """True when linear layers are GPT-2's Conv1D, whose weights are stored (in, out)."""
     return checkpoint.config.get("model_type") in ("gpt2", "openai-gpt")
 
 

@@ -103,7 +103,7 @@ def require_alike(first: Model, others: Sequence[Model]) -> None:
             raise RefusalError(
                 found,
                 needed="models of one architecture and size, that differ in weights and vocabulary",
-                fix="blend models that were made from the same base",
+                fix="name models that were made from the same base",
             )
 
 
