@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LexigraftError",
+    "align",
     "blend",
     "check",
     "demo",
@@ -43,6 +44,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from lexigraft.pipeline import demo, graft_distilled, run
     from lexigraft.reporting import report
+    from lexigraft.steps.align import align
     from lexigraft.steps.blend import blend
     from lexigraft.steps.check import check
     from lexigraft.steps.evaluate import evaluate

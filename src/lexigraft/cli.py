@@ -606,6 +606,24 @@ def extract(
 
 
 @app.command()
+def align(
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders or hub ids; the first one's ids are kept.")
+    ],
+    *,
+    output: Output,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put models on one vocabulary, ready for any merge tool."""
+    from lexigraft.steps.align import align as verb
+
+    _show(verb(models, output=output, force=force, dry_run=dry_run), as_json)
+
+
+@app.command()
 def blend(
     models: Annotated[
         list[str], typer.Argument(help="Model folders or hub ids; or one mergekit recipe (.yml).")

@@ -208,6 +208,18 @@ class ExtractRecord(_Data):
     versions: dict[str, str]
 
 
+class AlignRecord(_Data):
+    """`align`: one of several models that were put on one vocabulary."""
+
+    stage: Literal["align"] = "align"
+    models: list[BaseTokenizer]
+    place: int = Field(description="which of them this one is, from 0")
+    token_map: str
+    rows: int
+    tied: bool
+    versions: dict[str, str]
+
+
 class BlendRecord(_Data):
     """`blend`: whole models that became one."""
 
@@ -229,6 +241,7 @@ Record = Annotated[
     | MergeRecord
     | SplitRecord
     | ExtractRecord
+    | AlignRecord
     | BlendRecord,
     Field(discriminator="stage"),
 ]
