@@ -26,11 +26,13 @@ __all__ = [
     "graft_distilled",
     "learn",
     "merge",
+    "prune",
     "report",
     "run",
     "show",
     "split",
     "train",
+    "unprune",
 ]
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "run": "lexigraft.pipeline",
     "demo": "lexigraft.pipeline",
     "graft_distilled": "lexigraft.pipeline",
+    "unprune": "lexigraft.steps.prune",
 }
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.graft import graft
     from lexigraft.steps.learn import learn
     from lexigraft.steps.merge import merge
+    from lexigraft.steps.prune import prune, unprune
     from lexigraft.steps.show import show
     from lexigraft.steps.split import split
     from lexigraft.steps.train import find_learning_rate, train

@@ -673,6 +673,85 @@ def blend(
     _show(result, as_json)
 
 
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Model folder; with --undo the pruned one.")],
+    *,
+    output: Output,
+    corpus: Annotated[
+        list[str],
+        typer.Option(
+            help="Text whose tokens stay; alone, all that it never uses goes. Repeatable."
+        ),
+    ] = _NONE,
+    general: General = _NONE,
+    keep: Annotated[
+        int | None, typer.Option(help="How many tokens are left; the rarest go.", min=1)
+    ] = None,
+    drop: Annotated[
+        str | None, typer.Option(help="How many tokens go: a number, or a share such as 30%.")
+    ] = None,
+    min_count: Annotated[
+        int,
+        typer.Option(help="Tokens that the corpus has fewer of may go too.", min=1),
+    ] = 1,
+    scripts: Annotated[
+        str | None,
+        typer.Option(help="Scripts that stay, such as Latin,Han: tokens of others go."),
+    ] = None,
+    listed: Annotated[Path | None, typer.Option("--list", help="File of tokens that go.")] = None,
+    adapter: Annotated[
+        list[Path],
+        typer.Option(help="Adapter of this model to copy for the result. Repeatable."),
+    ] = [],  # noqa: B006 - typer copies defaults
+    pad_to: Annotated[int, typer.Option(help="Rows are a multiple of this.", min=1)] = 64,
+    tensor: Annotated[
+        list[str],
+        typer.Option(help="NAME=embed, head or bias, where the layout is unknown. Repeatable."),
+    ] = _NONE,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Write the model that MODEL was pruned from.")
+    ] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take tokens that are not needed out of a model: rows, ids and settings move together."""
+    from lexigraft.steps import prune as step
+
+    options: dict[str, Any] = {
+        "corpus": corpus,
+        "general": general,
+        "keep": keep,
+        "drop": drop,
+        "scripts": [name.strip() for name in scripts.split(",")] if scripts else [],
+        "listed": listed,
+        "adapters": adapter,
+    }
+    if undo:
+        given = [name for name, value in options.items() if value]
+        if given or dry_run:
+            raise LexigraftError(
+                f"--undo together with {'--dry-run' if not given else given[0]}",
+                needed="--undo alone: it writes what the model was",
+                fix=f"lexigraft prune --undo {model} -o {output}",
+            )
+        _show(step.unprune(model, output=output, force=force), as_json)
+        return
+    result = step.prune(
+        model,
+        output=output,
+        **options,
+        min_count=min_count,
+        pad_to=pad_to,
+        tensor_roles=_roles(tensor),
+        force=force,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]

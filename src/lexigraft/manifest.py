@@ -234,6 +234,42 @@ class BlendRecord(_Data):
     versions: dict[str, str]
 
 
+class PruneRecord(_Data):
+    """`prune`: tokens that were removed; the others are numbered anew in their order.
+
+    It is the first record of a manifest: what the base's said is of other ids (`undo` has it).
+    """
+
+    stage: Literal["prune"] = "prune"
+    base: BaseTokenizer
+    rows_before: int
+    tied: bool
+    base_rows: dict[str, str] = Field(description="tensor -> sha256 of its rows [0, base.tokens)")
+    removed: Annotated[str, Field(pattern=r"^(\d+(-\d+)?( \d+(-\d+)?)*)?$")] = Field(
+        description="base ids below base.tokens that have no new id: `12 40-57`, ascending"
+    )
+    token_map: str
+    content: str
+    tokens: int
+    rows: int
+    settings: dict[str, Any]
+    sources: dict[str, list[TextSource]]
+    versions: dict[str, str]
+    roles: dict[str, str] | None = Field(
+        default=None, description="tensor -> role, where the base's manifest had them"
+    )
+
+    @property
+    def places(self) -> dict[int, int]:
+        """Base id -> new id of every token that was kept, holes of the base left out."""
+        gone: set[int] = set()
+        for run in self.removed.split():
+            first, _, last = run.partition("-")
+            gone.update(range(int(first), int(last or first) + 1))
+        kept = (i for i in range(self.base.tokens) if i not in gone)
+        return {old: new for new, old in enumerate(kept)}
+
+
 Record = Annotated[
     LearnRecord
     | GraftRecord
@@ -242,7 +278,8 @@ Record = Annotated[
     | SplitRecord
     | ExtractRecord
     | AlignRecord
-    | BlendRecord,
+    | BlendRecord
+    | PruneRecord,
     Field(discriminator="stage"),
 ]
 

@@ -90,6 +90,17 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     return Matched(linear, biases, scaled, replaced, changes, labels)
 
 
+def vocabulary_name(
+    target: str, checkpoint: Checkpoint, vocabulary: VocabularyTensors
+) -> str | None:
+    """The vocabulary tensor that a tensor or a module of an adapter belongs to; None if to none."""
+    names = {*vocabulary.names, vocabulary.head_name}
+    for spelled in (*_spellings(target), *_spellings(f"{target}.weight")):
+        if spelled in names:
+            return spelled
+    return None
+
+
 def _is_of_labels(target: str, adapter: Adapter, find: _Finder) -> bool:
     """True for a tensor of the head over labels that a classifier was given for its training."""
     saved = any(target.startswith(f"{name}.") for name in adapter.config.modules_to_save)

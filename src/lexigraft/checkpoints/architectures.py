@@ -180,14 +180,16 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
 
 
 def recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
-    """What `graft --tensor` was told, as far as the tensors are still there."""
+    """What `graft --tensor` was told, now or before a `prune`, for tensors still there."""
     from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
 
     if not (checkpoint.folder / MANIFEST).is_file():
         return {}
     manifest = Manifest.read(checkpoint.folder)
-    record = manifest.last("graft") if manifest else None
-    told = (record.roles if record else None) or {}
+    records = [manifest.last(stage) for stage in ("graft", "prune")] if manifest else []
+    told: Mapping[str, str] = next(
+        (record.roles for record in records if record and record.roles), {}
+    )
     return {name: role for name, role in told.items() if name in checkpoint.tensors}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows, refuse_quantised
 from lexigraft.checkpoints.header import FLOATS
 from lexigraft.checkpoints.nested import get, paths_to, text_parts
+from lexigraft.checkpoints.token_ids import ID_KEY
 from lexigraft.checkpoints.tying import as_loaded
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
@@ -137,9 +137,6 @@ def mention_normalised_head(checkpoint: Checkpoint, vocabulary: VocabularyTensor
         )
 
 
-_ID = re.compile(r"(^|_)token_(id|ids|index)$")
-
-
 def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> None:
     """No config gives a meaning to an id that is a padding row so far and now gets a token.
 
@@ -161,7 +158,7 @@ def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> No
 
 
 def _stated_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    keys = {key for part in text_parts(config) for key in part if _ID.search(key)}
+    keys = {key for part in text_parts(config) for key in part if ID_KEY.search(key)}
     for path in paths_to(config, sorted(keys)):
         value = get(config, path)
         for token_id in value if isinstance(value, list) else [value]:

@@ -74,6 +74,12 @@ def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
 def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
     """Faults between a model or vocabulary and the base that it was made from."""
     old, new = base.tokens, facts.tokens
+    record = facts.manifest.last("prune") if facts.manifest else None
+    least, pruned = base.rows, False
+    if record is not None and old is not None and old.hash == record.base.token_map:
+        least, pruned = record.rows, True  # the tokens that were kept, under their new ids
+        places = record.places
+        old = TokenMap({places[i]: text for i, text in old.texts.items() if i in places})
     if old is not None and new is not None:
         if base.gguf is not None or facts.gguf is not None:
             moved = first_difference(_underlined(old), _underlined(new))
@@ -84,16 +90,18 @@ def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
                 "LG601",
                 "tokenizer",
                 f"id {moved} is {new.texts.get(moved)!r}, in {base.folder} it is "
-                f"{old.texts[moved]!r}",
+                f"{old.texts[moved]!r}" + (" (ids as prune left them)" if pruned else ""),
                 needed="every id of the base with its own token",
                 fix=f"lexigraft learn {base.folder} --corpus TEXT -o VOCAB",
             )
-    if facts.rows is not None and base.rows is not None and facts.rows < base.rows:
+    if facts.rows is not None and least is not None and facts.rows < least:
         yield finding(
             "LG602",
             "weights",
-            f"have {facts.rows:,} rows, {base.folder} has {base.rows:,}: something cut rows off",
-            needed=f"at least {base.rows:,} rows",
+            f"have {facts.rows:,} rows, {base.folder} has {least:,}"
+            + (" once pruned" if pruned else "")
+            + ": something cut rows off",
+            needed=f"at least {least:,} rows",
             fix=f"lexigraft graft {base.folder} {facts.folder} -o MODEL",
         )
     yield from _lost_tensors(facts, base)
