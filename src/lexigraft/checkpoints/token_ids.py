@@ -10,10 +10,8 @@ from typing import Any
 from lexigraft.checkpoints.nested import text_parts
 
 ID_KEY = re.compile(r"(^|_)token_(id|ids|index)$")
-# Keys of generation settings that hold ids under other names (transformers, GenerationConfig; the
-# dictionaries of Whisper).
+# Keys of generation settings that hold ids under other names (transformers, GenerationConfig).
 _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
-_BY_NAME = ("lang_to_id", "task_to_id")
 
 
 def with_ids(config: Mapping[str, Any], place: Callable[[int], int]) -> dict[str, Any]:
@@ -25,7 +23,7 @@ def with_ids(config: Mapping[str, Any], place: Callable[[int], int]) -> dict[str
     for part in text_parts(result):
         assert isinstance(part, dict)
         for key, value in part.items():
-            if ID_KEY.search(key) or key in _LISTS or key in _BY_NAME:
+            if ID_KEY.search(key) or key in _LISTS:
                 part[key] = _mapped(value, place)
             elif key == "forced_decoder_ids" and isinstance(value, list):  # [position, id] each
                 part[key] = [[pair[0], *_mapped(pair[1:], place)] for pair in value]
@@ -49,7 +47,5 @@ def stated_ids(config: Mapping[str, Any]) -> frozenset[int]:
 def _mapped(value: Any, place: Callable[[int], int]) -> Any:
     if isinstance(value, list):
         return [_mapped(one, place) for one in value]
-    if isinstance(value, dict):
-        return {key: _mapped(one, place) for key, one in value.items()}
     is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return place(value) if is_id else value

@@ -257,7 +257,8 @@ class SentencePieceBPE(SentencePieceFiles):
             ranks = {piece.piece: -piece.score for piece in self._proto.pieces}
             by_score = needs_by_rank(ids, self._plain_processor.encode(spelled), ranks)
             found = joined_needs(found, by_score)
-        return {i: parts for i, parts in found.items() if i not in self.fixed}
+        fixed = self.fixed
+        return {i: parts for i, parts in found.items() if i not in fixed}
 
     def limits(self) -> list[str]:
         """Nothing that a user must know."""

@@ -336,7 +336,8 @@ class Unigram(SentencePieceFiles, PlainCounting):
 
     def needs(self) -> Needs:
         """A piece that the best path never takes needs those that it takes instead."""
-        own = {text: i for i, text in self.map.texts.items() if i not in self.fixed}
+        fixed = self.fixed
+        own = {text: i for i, text in self.map.texts.items() if i not in fixed}
         found: Needs = {}
         if self._proto is not None:
             read = self._plain_processor.encode(list(own))
