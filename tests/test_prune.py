@@ -240,7 +240,7 @@ def test_ids_in_settings_move_along(texts, tmp_path):
     "form",
     ["saved-both", "lora-both", "rows",
      *(pytest.param(f, marks=pytest.mark.matrix)
-       for f in ("plain", "saved-embed", "lora-embed", "lora-head", "dora", "rows-both", "none"))],
+       for f in ("plain", "saved-embed", "lora-embed", "lora-head", "dora", "rows-both", "lora"))],
 )  # fmt: skip
 def test_adapters_follow_their_rows(form, texts, tmp_path):
     """Base + adapter = pruned base + its copy, on the logits of kept tokens."""
