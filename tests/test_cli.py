@@ -93,6 +93,7 @@ def test_version_and_help():
         "eval",
         "show",
         "report",
+        "serve",
         "run",
         "demo",
     ):

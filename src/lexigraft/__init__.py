@@ -29,6 +29,7 @@ __all__ = [
     "prune",
     "report",
     "run",
+    "serve",
     "show",
     "split",
     "train",
@@ -42,11 +43,13 @@ _HOMES = {
     "demo": "lexigraft.pipeline",
     "graft_distilled": "lexigraft.pipeline",
     "unprune": "lexigraft.steps.prune",
+    "serve": "lexigraft.serving",
 }
 
 if TYPE_CHECKING:
     from lexigraft.pipeline import demo, graft_distilled, run
     from lexigraft.reporting import report
+    from lexigraft.serving import serve
     from lexigraft.steps.align import align
     from lexigraft.steps.blend import blend
     from lexigraft.steps.check import check

@@ -65,6 +65,7 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the model folder's own Python code."),
 ]
+Lang = Annotated[Literal["en", "zh"], typer.Option(help="Language of the page.")]
 Corpus = Annotated[
     list[str],
     typer.Option(help="Text of your field: file, folder or quoted glob. Repeatable."),
@@ -907,15 +908,34 @@ def _show_in_colour(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write.", show_default="RUN")
+        Path | None,
+        typer.Option("-o", "--output", help="Page to write.", show_default="RUN/report.html"),
     ] = None,
+    lang: Lang = "en",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what happened in a run as Markdown and JSON."""
+    """Write what happened in a run as one page, with Markdown and JSON beside it."""
     from lexigraft.reporting import report as verb
 
-    _show(verb(run_folder, output=output), as_json)
+    _show(verb(run_folder, output=output, lang=lang), as_json)
+
+
+@app.command()
+def serve(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    port: Annotated[int, typer.Option(help="Where to listen; 0: any.", min=0, max=65535)] = 8000,
+    lang: Lang = "en",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run's report in the browser of this machine, with a box to try its tokenizers."""
+    from lexigraft.serving import serve as verb
+
+    serving = verb(run_folder, port=port, lang=lang)
+    _show(serving, as_json)
+    sys.stdout.flush()
+    serving.forever()
 
 
 @app.command()

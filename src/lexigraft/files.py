@@ -140,6 +140,15 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write one file whole or not at all, in place of what may be there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(text.encode("utf-8", "surrogatepass"))
+    fsync_path(partial)
+    os.replace(partial, path)  # noqa: PTH105 - the call that is atomic on every system
+    fsync_path(path.parent)
+
+
 def is_there(path: Path) -> bool:
     """True if `path` exists; False also for what no file can be called (too long, a NUL)."""
     return os.path.exists(path)  # noqa: PTH110 - Path.exists() raises for such names

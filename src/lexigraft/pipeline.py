@@ -65,7 +65,7 @@ class RunResult:
             *training_lines(self.state),
             "",
             *sample_lines(self.state),
-            f"report: {self.output / 'report.md'}",
+            f"report: {self.output / 'report.html'}",
             "try it:",
             f'  python -c "from transformers import pipeline as p; '
             f"print(p('text-generation', '{merged}')('{_prompt(self.state)}', max_new_tokens=40)"
@@ -84,7 +84,7 @@ def run(recipe: str | Path, *, output: str | Path, force: bool = False) -> RunRe
 
     Args:
         recipe: a YAML file, see docs/recipe.md.
-        output: the run folder: vocab/, model/, adapter/, merged/, control/, run.json, report.md.
+        output: the run folder: vocab/, model/, adapter/, merged/, control/, run.json, report.html.
         force: start over.
 
     Raises:

@@ -6,13 +6,12 @@ It holds times, so it is no part of what two runs must agree on byte for byte.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from lexigraft.files import fsync_path
+from lexigraft.files import write_whole
 from lexigraft.manifest import read_model
 from lexigraft.recipe import Recipe
 
@@ -61,12 +60,8 @@ class RunState(_Data):
 
     def save(self, folder: Path) -> None:
         """Write `run.json` whole or not at all."""
-        path, partial = folder / RUN_FILE, folder / f"{RUN_FILE}.partial"
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-        fsync_path(partial)
-        os.replace(partial, path)  # noqa: PTH105 - the call that is atomic on every system
-        fsync_path(folder)
+        write_whole(folder / RUN_FILE, text)
 
     @classmethod
     def read(cls, folder: Path) -> RunState | None:

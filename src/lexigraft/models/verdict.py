@@ -260,6 +260,19 @@ def adoption(rows: Sequence[RowEvidence]) -> tuple[float | None, int]:
     return (adopted / decided if decided else None), decided
 
 
+def row_verdict(row: Mapping[str, Any], limits: Thresholds = Thresholds()) -> str:
+    """What the rules say of one new row, given as `RowEvidence` has it.
+
+    `unmoved`; `rare`, a target too few times; `spelled`, the model rather writes its old
+    spelling; else `learned`.
+    """
+    if not row["moved"]:
+        return "unmoved"
+    if row["targets"] < limits.floor:
+        return "rare"
+    return "spelled" if row["spelled"] >= max(1, row["adopted"]) else "learned"
+
+
 def _adoption(rows: Sequence[RowEvidence], limits: Thresholds) -> list[Reason]:
     share, decided = adoption(rows)
     if share is None or decided < limits.decided or share >= limits.adoption:

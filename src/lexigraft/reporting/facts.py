@@ -1,17 +1,26 @@
-"""The facts of a run as plain data: what the page shows, and what report.json holds."""
+"""The facts of a run as plain data: what each form of the report shows."""
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
-from lexigraft.manifest import NEW_TOKENS
+from lexigraft import __version__
+from lexigraft.errors import LexigraftError
+from lexigraft.families.segments import Extension
+from lexigraft.files import read_object
+from lexigraft.manifest import Manifest
+from lexigraft.models.verdict import Thresholds, row_verdict
+from lexigraft.reporting.repeating import repetition
+from lexigraft.reporting.sentences import sentences
+from lexigraft.reporting.space import row_space
 from lexigraft.runfile import RunState
 
-SHOWN_TOKENS = 12
 SHOWN_TERMS = 12
+TRAINING = "training.json"
+# Folders of a run that hold a manifest, the last one first.
+_LATEST = ("merged", "adapter", "model", "vocab")
+_EVIDENCE = ("targets", "inputs", "moved", "top1", "rank", "leak", "adopted", "missed")
 # Which training led to which measured model.
 _TRAININGS = {
     "merged": "train",
@@ -21,24 +30,45 @@ _TRAININGS = {
 
 
 def run_facts(state: RunState, folder: Path) -> dict[str, Any]:
-    """Everything that a report says of a run, finished or not."""
+    """Everything that a report says of a run, finished or not; keys: docs/report.md."""
     learned = state.result("learn")
+    where = next((folder / name for name in _LATEST if (folder / name).is_dir()), None)
+    manifest = Manifest.read(where) if where else None
+    extension, why = opened(state, folder)
+    looked: dict[str, Any] = {"shown": [], "samples": [], "why": why}
     return {
+        "lexigraft": __version__,
         "base": Path(state.recipe.base).name,
         "seed": state.recipe.seed,
         "finished": "samples" in state.stages and state.running is None,
         "learn": learned,
         "graft": state.result("graft"),
-        "tokens": _first_tokens(folder / "vocab" / NEW_TOKENS),
+        "tokens": _tokens(extension, folder / "adapter", folder / "merged"),
         "terms": _first_terms(learned),
         "models": model_rows(state),
         "training": _training(state),
+        "curves": _curves(state),
+        "rows": _rows(state, folder, extension),
         "check": state.result("check"),
+        "sentences": sentences(state.recipe, extension) if extension else looked,
         "samples": state.result("samples").get("samples", []),
         "stages": [
             {"stage": name, "seconds": stage.seconds} for name, stage in state.stages.items()
         ],
+        "lineage": _lineage(where, manifest),
+        "repeat": repetition(state, folder, manifest),
     }
+
+
+def opened(state: RunState, folder: Path) -> tuple[Extension | None, str | None]:
+    """The extended tokenizer beside the base's, if that is at hand; else why there is none."""
+    vocab, base = folder / "vocab", Path(state.recipe.base)
+    if not vocab.is_dir():
+        return None, None
+    try:
+        return Extension.open(vocab, base if base.is_dir() else None), None
+    except LexigraftError as fault:
+        return None, fault.found
 
 
 def model_rows(state: RunState) -> list[dict[str, Any]]:
@@ -78,12 +108,90 @@ def _training(state: RunState) -> dict[str, Any]:
     return {key: found[key] for key in keys} if "verdict" in found else {}
 
 
-def _first_tokens(path: Path) -> list[dict[str, Any]]:
-    """The first new tokens, which were chosen first."""
-    if not path.is_file():
+def _curves(state: RunState) -> list[dict[str, Any]]:
+    """Bits per byte through training, of the extended model and of its controls.
+
+    Stages of training follow each other: the second one starts where the first one ended.
+    """
+    curves = []
+    for name, last in _TRAININGS.items():
+        points: list[dict[str, Any]] = []
+        for stage in _training_stages(state, last):
+            begin = points[-1]["text_bytes"] if points else 0
+            points += [
+                {
+                    "text_bytes": begin + entry["text_bytes"],
+                    "domain_bpb": entry.get("domain_bpb"),
+                    "general_bpb": entry.get("general_bpb"),
+                }
+                for entry in state.result(stage).get("log", [])
+            ]
+        curves += [{"model": name, "points": points}] if points else []
+    return curves
+
+
+def _tokens(extension: Extension | None, *trained: Path) -> list[dict[str, Any]]:
+    """Every new token: what `learn` wrote of it, and what training found.
+
+    Args:
+        trained: folders that may hold what the last training found.
+    """
+    if extension is None:
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in itertools.islice(lines, SHOWN_TOKENS)]
+    path = next((folder / TRAINING for folder in trained if (folder / TRAINING).is_file()), None)
+    found = read_object(path) if path else {}
+    seen = {row["id"]: row for row in found.get("rows", [])}
+    limits = Thresholds(**found.get("verdict", {}).get("thresholds", {}))
+    tokens = []
+    for token in extension.ids:
+        row = extension.rows.get(token) or _special(extension, token)
+        evidence = seen.get(token, {})
+        tokens.append(
+            {
+                **row,
+                "shown": extension.piece(token).text,
+                "spelled": [extension.piece(i).text for i in row["pieces"]],
+                **{key: evidence.get(key) for key in _EVIDENCE},
+                "verdict": row_verdict(evidence, limits) if evidence else None,
+            }
+        )
+    return tokens
+
+
+def _special(extension: Extension, token: int) -> dict[str, Any]:
+    """A new special token, in the form of the lines of `new_tokens.jsonl`."""
+    data = extension.family.token_bytes(token)
+    known: dict[str, Any] = dict.fromkeys(("count", "tokens_saved", "specificity", "parts"))
+    return {
+        "id": token,
+        "token": extension.family.map.texts[token],
+        "bytes": data.hex(),
+        "text": data.decode("utf-8", "replace"),
+        "pieces": extension.spelled(token),
+        **known,
+        "origin": "special",
+    }
+
+
+def _rows(state: RunState, folder: Path, extension: Extension | None) -> dict[str, Any]:
+    """Where the rows lie, of the last model that there is; empty before there is one."""
+    where = next((name for name in ("merged", "model") if (folder / name).is_dir()), None)
+    if where is None or extension is None:
+        return {}
+    try:
+        return {"model": where, **row_space(folder / where, extension, seed=state.recipe.seed)}
+    except LexigraftError as fault:
+        return {"model": where, "why": fault.found}
+
+
+def _lineage(folder: Path | None, manifest: Manifest | None) -> dict[str, Any]:
+    """The records of the last folder's manifest, without their probes; empty without one."""
+    if folder is None or manifest is None:
+        return {}
+    records = [record.model_dump(mode="json") for record in manifest.records]
+    for record in records:
+        record.pop("probe", None)
+    return {"folder": folder.name, "hash": manifest.hash, "records": records}
 
 
 def _first_terms(learned: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lexigraft.console import plain_line
 from lexigraft.models.verdict import verdict_lines
 from lexigraft.reporting.tables import HEADERS, cells, pipes
+
+SHOWN_TOKENS = 12
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -22,6 +25,8 @@ def markdown(facts: dict[str, Any]) -> str:
         _terms(facts),
         _proof(facts),
         _verdict(facts),
+        _lineage(facts),
+        _repeat(facts),
         _seconds(facts),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -144,9 +149,9 @@ def _training(facts: dict[str, Any]) -> list[str]:
 def _samples(facts: dict[str, Any]) -> list[str]:
     rows = [
         (
-            sample["text"],
-            f"{len(sample['before'])}: {' · '.join(sample['before'])}",
-            f"{len(sample['after'])}: {' · '.join(sample['after'])}",
+            _cell(sample["text"]),
+            _cell(f"{len(sample['before'])}: {' · '.join(sample['before'])}"),
+            _cell(f"{len(sample['after'])}: {' · '.join(sample['after'])}"),
         )
         for sample in facts["samples"]
     ]
@@ -156,13 +161,13 @@ def _samples(facts: dict[str, Any]) -> list[str]:
 def _tokens(facts: dict[str, Any]) -> list[str]:
     rows = [
         (
-            token["text"] if token["text"] is not None else f"bytes {token['bytes']}",
+            _cell(token["shown"]),
             str(token["id"]),
-            f"{token['count']:,}",
-            f"{token['tokens_saved']:,}",
+            "-" if token["count"] is None else f"{token['count']:,}",
+            "-" if token["count"] is None else f"{token['tokens_saved']:,}",
             token["origin"],
         )
-        for token in facts["tokens"]
+        for token in facts["tokens"][:SHOWN_TOKENS]
     ]
     header = ("token", "id", "count", "tokens saved", "origin")
     return ["## The first new tokens", "", *pipes(header, rows)] if rows else []
@@ -254,6 +259,43 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     return ["## Check", "", f"The merged model: {state}."] + [
         f"- {f['severity']} {f['code']} {f['where']}: {f['found']}" for f in findings
     ]
+
+
+def _cell(text: str) -> str:
+    """A text of the run in a table: on one line, and no tag where it holds a `<`."""
+    return plain_line(text).replace("<", "\\<")
+
+
+def _lineage(facts: dict[str, Any]) -> list[str]:
+    """The manifest, and what each of its records says by hash."""
+    lineage = facts["lineage"]
+    if not lineage:
+        return []
+    rows = [
+        (record["stage"], key, f"`{value}`")
+        for record in lineage["records"]
+        for key, value in record.items()
+        if key in ("token_map", "content", "model")
+    ]
+    head = f"Manifest of {lineage['folder']}/: `{lineage['hash']}`"
+    return ["## Where it comes from", "", head, "", *pipes(("step", "hash of", "sha256"), rows)]
+
+
+def _repeat(facts: dict[str, Any]) -> list[str]:
+    repeat = facts["repeat"]
+    versions = ", ".join(f"{name} {number}" for name, number in repeat["versions"].items())
+    return [
+        *("## Do it again", "", "recipe.yaml:", ""),
+        *_block(repeat["recipe"].splitlines()),
+        *("", "The run, and the same without controls as single commands:", ""),
+        *_block([repeat["run"], "", *repeat["commands"]]),
+        *("", f"With {versions}."),
+    ]
+
+
+def _block(lines: list[str]) -> list[str]:
+    """Lines as they are, indented: no text in them can end it, as it could a fence."""
+    return [f"    {plain_line(line)}".rstrip() for line in lines]
 
 
 def _seconds(facts: dict[str, Any]) -> list[str]:
