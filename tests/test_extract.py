@@ -195,6 +195,34 @@ def test_conv1d_biases_and_positions(tmp_path):
     assert (adapter_parts.logits(peft, TOKENS, old_only=True) - expected).abs().max() < 1e-3
 
 
+def test_fused_experts_sinks_and_routers_are_stored_whole(tmp_path):
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    sizes = {"vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 40, "head_dim": 8}
+    few = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **few, **heads)).eval()
+    base = parts.write_byte_level(tmp_path / "base", vocab_size=TOKENS)
+    model.save_pretrained(base)
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(tuned)
+    result = extract(tuned, base=base, rank=32, output=tmp_path / "adapter")
+    whole = {one.name for one in result.of("whole")}
+    assert {f"model.layers.1.{n}" for n in ("mlp.experts.gate_up_proj", "self_attn.sinks")} < whole
+    assert len(result.of("lora")) == 8
+    merge(base, result.output, output=tmp_path / "merged")
+    merged = tensors(tmp_path / "merged")
+    assert all(torch.equal(merged[name], tensors(tuned)[name]) for name in whole)
+    expected = adapter_parts.logits(model, TOKENS, old_only=True)
+    for other in (adapter_parts.load(tmp_path / "merged"), served(base, result.output, TOKENS)):
+        found = adapter_parts.logits(other, TOKENS, old_only=True)
+        assert (found - expected).abs().max() < 1e-4
+
+
 def test_experts_that_differ_are_refused_by_name(tmp_path):
     names = {"target_parameters": ["mlp.experts.down_proj"]}
     base, adapter = other_with_adapter(tmp_path, "mixtral", **names)
