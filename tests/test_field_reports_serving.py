@@ -52,7 +52,7 @@ def test_B72_added_tokens_that_the_converter_would_drop(ground):
 @pytest.mark.parametrize("consumer", ["gguf", "vllm", "tgi"])
 def test_B76_rows_in_an_adapter_are_told_before_a_server_refuses_them(ground, consumer):
     found = [f for f in check(ground.adapter, consumer=consumer).findings if f.code > "LG9"]
-    assert len(found) == 1 and "lexigraft merge" in found[0].fix
+    assert len(found) == 1 and "lexigraft split" in found[0].fix
 
 
 def test_B77_rows_and_config_agree_and_are_a_multiple_of_64(ground, tmp_path):

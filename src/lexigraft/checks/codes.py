@@ -545,7 +545,7 @@ CODES: dict[str, Code] = {
         "It holds whole tables, rows of tokens or DoRA's magnitudes; the converter takes the two "
         "factors of LoRA alone.",
         "`Unexpected name '...lm_head.weight': Not a lora_A or lora_B tensor`.",
-        "lexigraft merge BASE ADAPTER -o MERGED, and convert MERGED",
+        "lexigraft split BASE ADAPTER -o PAIR, and convert its base and adapter",
         "`get_tensors` in llama.cpp's convert_lora_to_gguf.py",
     ),
     "LG915": Code(
@@ -572,7 +572,7 @@ CODES: dict[str, Code] = {
         "cannot be in one; nor can DoRA and biases.",
         "`vLLM only supports modules_to_save being None`, `...trainable_tokens_delta is "
         "unsupported LoRA weight`.",
-        "lexigraft merge BASE ADAPTER -o MERGED, and serve MERGED",
+        "lexigraft split BASE ADAPTER -o PAIR, and serve its base and adapter",
         "`PEFTHelper._validate_features` in vllm/lora/peft_helper.py, "
         "`parse_fine_tuned_lora_name` in vllm/lora/utils.py",
     ),
@@ -651,7 +651,7 @@ CODES: dict[str, Code] = {
         "TGI looks for lora_A and lora_B of the model's layers, and only warns of what else there "
         "is: trained rows and tables are not used, and new tokens mean nothing.",
         "lm_head.weight is in the adapter.",
-        "lexigraft merge BASE ADAPTER -o MERGED, and serve MERGED",
+        "lexigraft split BASE ADAPTER -o PAIR, and serve its base and adapter",
         "`LoraConfig.map_weights_for_model` in server/text_generation_server/adapters/lora.py",
     ),
 }

@@ -111,8 +111,15 @@ def _beyond_factors(
             + (f" and {len(strange) - 1} others" if len(strange) > 1 else "")
             + f" beside LoRA factors: {what}",
             needed="LoRA factors alone; rows of the vocabulary belong into the model",
-            fix=f"lexigraft merge BASE {adapter.folder} -o MERGED, and serve MERGED",
+            fix=_way_out(adapter),
         )
+
+
+def _way_out(adapter: Facts) -> str:
+    """LoRA beside a base that holds the rest; DoRA has to be merged."""
+    if adapter.config.get(ADAPTER_CONFIG, {}).get("use_dora"):
+        return f"lexigraft merge BASE {adapter.folder} -o MERGED, and serve MERGED"
+    return f"lexigraft split BASE {adapter.folder} -o PAIR, and serve its base and adapter"
 
 
 def _vllm_rows(model: Facts) -> Iterator[Finding]:
@@ -136,7 +143,7 @@ def _vllm_adapter(model: Facts | None, adapter: Facts) -> Iterator[Finding]:
             ADAPTER_CONFIG,
             f"has {refused}: vLLM refuses such an adapter",
             needed="LoRA alone, without modules_to_save, DoRA and bias",
-            fix=f"lexigraft merge BASE {adapter.folder} -o MERGED, and serve MERGED",
+            fix=_way_out(adapter),
         )
     else:
         yield from _beyond_factors(
