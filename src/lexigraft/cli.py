@@ -901,7 +901,12 @@ def _show_in_colour(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
 
     console = Console(highlight=False)
     for line in lines:
-        console.print(Text.assemble(*((plain(text), _COLOURS[kind]) for text, kind in line)))
+        spans = [(plain(text), _COLOURS[kind]) for text, kind in line]
+        head = Text.assemble(*spans[:1])  # what follows it is wrapped beside it
+        body = Text.assemble(*spans[1:])
+        for part in body.wrap(console, max(20, console.width - head.cell_len)):
+            console.print(head + part)
+            head = Text(" " * head.cell_len)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ def run_facts(state: RunState, folder: Path) -> dict[str, Any]:
         "finished": "samples" in state.stages and state.running is None,
         "learn": learned,
         "graft": state.result("graft"),
-        "tokens": _tokens(extension, folder / "adapter", folder / "merged"),
+        "tokens": _tokens(extension, _trained(state, folder)) if extension else [],
         "terms": _first_terms(learned),
         "models": model_rows(state),
         "training": _training(state),
         "curves": _curves(state),
-        "rows": _rows(state, folder, extension),
+        "rows": _rows(folder, extension, state.recipe.seed) if extension else {},
         "check": state.result("check"),
         "sentences": sentences(state.recipe, extension) if extension else looked,
         "samples": state.result("samples").get("samples", []),
@@ -64,7 +65,7 @@ def opened(state: RunState, folder: Path) -> tuple[Extension | None, str | None]
     """The extended tokenizer beside the base's, if that is at hand; else why there is none."""
     vocab, base = folder / "vocab", Path(state.recipe.base)
     if not vocab.is_dir():
-        return None, None
+        return None, f"no folder {vocab}" if "learn" in state.stages else None
     try:
         return Extension.open(vocab, base if base.is_dir() else None), None
     except LexigraftError as fault:
@@ -130,16 +131,15 @@ def _curves(state: RunState) -> list[dict[str, Any]]:
     return curves
 
 
-def _tokens(extension: Extension | None, *trained: Path) -> list[dict[str, Any]]:
-    """Every new token: what `learn` wrote of it, and what training found.
+def _trained(state: RunState, folder: Path) -> dict[str, Any]:
+    """What the last training wrote of itself, rows included; empty before there is one."""
+    name = Path(state.result("train").get("output", "")).name  # the run may have been moved
+    path = folder / name / TRAINING
+    return read_object(path) if name and path.is_file() else {}
 
-    Args:
-        trained: folders that may hold what the last training found.
-    """
-    if extension is None:
-        return []
-    path = next((folder / TRAINING for folder in trained if (folder / TRAINING).is_file()), None)
-    found = read_object(path) if path else {}
+
+def _tokens(extension: Extension, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every new token: what `learn` wrote of it, and what training found."""
     seen = {row["id"]: row for row in found.get("rows", [])}
     limits = Thresholds(**found.get("verdict", {}).get("thresholds", {}))
     tokens = []
@@ -173,13 +173,13 @@ def _special(extension: Extension, token: int) -> dict[str, Any]:
     }
 
 
-def _rows(state: RunState, folder: Path, extension: Extension | None) -> dict[str, Any]:
+def _rows(folder: Path, extension: Extension, seed: int) -> dict[str, Any]:
     """Where the rows lie, of the last model that there is; empty before there is one."""
     where = next((name for name in ("merged", "model") if (folder / name).is_dir()), None)
-    if where is None or extension is None:
+    if where is None:
         return {}
     try:
-        return {"model": where, **row_space(folder / where, extension, seed=state.recipe.seed)}
+        return {"model": where, **row_space(folder / where, extension, seed=seed)}
     except LexigraftError as fault:
         return {"model": where, "why": fault.found}
 

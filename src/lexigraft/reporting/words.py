@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lexigraft.models.verdict import HARMFUL, fall_per_doubling
 
 Language = Literal["en", "zh"]
+Words = Callable[..., str]  # t(key, **values)
 
 # key -> (English, Chinese). Braces are filled by name.
 WORDS: Mapping[str, tuple[str, str]] = {
@@ -61,7 +62,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "即可看到它取代了哪些片段、出现了多少次。",
     ),
     "sentences.samples": ("Samples of the recipe", "recipe 指定的例句"),
-    "sentences.none": ("No sentence is shown: {why}.", "没有例句可显示：{why}。"),
+    "unseen": ("Not shown: {why}.", "无法显示：{why}。"),
     "sentences.no_text": (
         "the held-out text has none with a new token",
         "留出文本中没有含新 token 的句子",
@@ -72,7 +73,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "tip.pieces": ("base: {pieces} ({n} tokens)", "基座切分：{pieces}（{n} 个 token）"),
     "tip.count": ("{n} times in the learning text", "在学习文本中出现 {n} 次"),
     "tip.id": ("id {id}", "编号 {id}"),
-    "size": ("How many tokens", "选多少个 token"),
+    "size": ("How many tokens", "选取多少个 token"),
     "size.lede": (
         "Each new token shortens the text of the field a little less than the one before. The "
         "curve counts base tokens that are left per byte.",
@@ -193,7 +194,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "models.bytes": ("trained on bytes", "训练字节"),
     "models.trained": ("trained tokens", "训练 token"),
     "models.seconds": ("seconds", "秒"),
-    "rows": ("The new rows", "新的行向量"),
+    "rows": ("The new rows", "新增的行向量"),
     "rows.lengths": ("Lengths of rows: {name}", "行向量长度：{name}"),
     "rows.map": ("New rows among old ones", "新旧行向量分布图"),
     "rows.x": ("length", "长度"),
@@ -213,7 +214,6 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "取自 {folder}/ 中的模型，数量多时为抽样。"
         "若新行远离所有旧行，或明显过长、过短，说明还没有训练到位。",
     ),
-    "rows.why": ("The rows were not read: {why}.", "未能读取行向量：{why}。"),
     "rows.new": ("new", "新"),
     "rows.old": ("old", "旧"),
     "proofs": ("What was proved", "已验证的性质"),
@@ -273,7 +273,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     ),
     "lineage.settings": ("settings", "设置"),
     "lineage.hash": ("manifest", "清单哈希"),
-    "repeat": ("Do it again", "重现"),
+    "repeat": ("Do it again", "复现"),
     "repeat.lede": (
         "Save the recipe, then run it. The single commands below do the same without controls.",
         "保存下面的 recipe 并运行即可。其后的单条命令效果相同，但不训练对照组。",
@@ -301,8 +301,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def speaker(language: Language) -> Callable[..., str]:
-    """`t(key, **values)`: the words for `key` in a language."""
+def speaker(language: Language) -> Words:
+    """The words for each key in a language."""
     place = 0 if language == "en" else 1
 
     def t(key: str, **values: Any) -> str:
