@@ -92,6 +92,7 @@ def test_version_and_help():
         "split",
         "extract",
         "align",
+        "prune",
         "check",
         "eval",
         "show",

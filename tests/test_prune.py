@@ -417,5 +417,6 @@ def test_real_tokenizers_down_to_medical_text(name, tmp_path):
     assert check(tmp_path / "out", base=base).ok
     unprune(tmp_path / "out", output=tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(base)
-    scripts = prune(base, scripts=["Latin", "Han"], corpus=specs[:2], output=tmp_path / "s")
+    wanted = ["Latin"] if name == "t5_unigram_sp" else ["Latin", "Han"]
+    scripts = prune(base, scripts=wanted, corpus=specs[:2], output=tmp_path / "s")
     assert scripts.domain.changed == 0 and scripts.tokens_after < tokens

@@ -31,6 +31,7 @@ from lexigraft.files import read_settings
 
 Counts = npt.NDArray[np.int64]
 REASONS = ("unreachable", "untrained", "listed", "script", "rare")
+_TURN = (0, 1, 2, 2, 3)  # of each reason: a list and a script are asked for alike
 _BATCH = 256
 _ROLES = ("system", "user", "assistant", "tool", "model", "developer", "ipython")
 # First words of letters' Unicode names that are no script.
@@ -106,7 +107,7 @@ def choose(
     def offer(token_id: int) -> None:
         free = token_id in asked and not users[token_id]
         if free and (counts is None or frequency[token_id] < min_count):
-            heapq.heappush(heap, (min(asked[token_id], 2), frequency[token_id], -token_id))
+            heapq.heappush(heap, (_TURN[asked[token_id]], frequency[token_id], -token_id))
 
     for token_id in asked:
         offer(token_id)
