@@ -93,6 +93,7 @@ def test_version_and_help():
         "extract",
         "align",
         "prune",
+        "prune",
         "check",
         "eval",
         "show",
