@@ -93,7 +93,6 @@ def test_version_and_help():
         "extract",
         "align",
         "prune",
-        "prune",
         "check",
         "eval",
         "show",
