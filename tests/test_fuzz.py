@@ -133,3 +133,23 @@ def test_an_index_whose_metadata_is_no_object(ground, tmp_path, metadata):
     graft(ground.shards, ground.copy("model"), output=tmp_path / "out", pad_to=8)
     written = json.loads((tmp_path / "out" / path.name).read_text())
     assert written["metadata"]["total_size"] > 0
+
+
+def test_half_a_character_in_a_header_is_refused_as_the_reference_reader_refuses_it(tmp_path):
+    """Found by a merge: such a name could be read, and then not be written."""
+    from safetensors import SafetensorError, safe_open
+
+    from lexigraft.checkpoints.header import read_header
+
+    path = tmp_path / "model.safetensors"
+    for escaped, fits in (("\\ud83d\\ude00", True), ("\\ud800", False)):
+        text = f'{{"{escaped}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}'.encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"x")
+        if fits:
+            assert read_header(path).tensors[0].name == "\U0001f600"
+            assert safe_open(path, "np").keys() == ["\U0001f600"]
+        else:
+            with pytest.raises(LexigraftError, match="not JSON"):
+                read_header(path)
+            with pytest.raises(SafetensorError):
+                safe_open(path, "np")

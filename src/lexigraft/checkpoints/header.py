@@ -192,6 +192,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\ud" in text.lower():  # half a character: it could be read, and not be written
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise _damaged(path, "has a header that is not JSON") from None
     if not isinstance(header, dict):
