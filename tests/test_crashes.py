@@ -21,7 +21,7 @@ import pytest
 
 import parts
 import test_pipeline
-from lexigraft import LexigraftError, run
+from lexigraft import LexigraftError, graft, learn, merge, run
 from lexigraft.steps.check import mend
 from test_check_gallery import Ground, source, vocab_size_raised_by_hand  # noqa: F401
 
@@ -34,8 +34,9 @@ PARTS = ("split", "extract", "align")
 CHILD = """
 import json, os, signal, sys
 verb, arguments, event = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-import torch
-torch.set_num_threads(1)
+if verb in ("merge", "train"):
+    import torch
+    torch.set_num_threads(1)
 from lexigraft.console import set_quiet
 set_quiet(True)
 if verb == "check --fix":
@@ -74,6 +75,9 @@ def place(source, tmp_path_factory) -> Path:  # noqa: F811
     shutil.copytree(source, place)
     (place / "corpus.txt").write_text(parts.corpus_text(documents=6))
     vocab_size_raised_by_hand(Ground(place, place.parent / "odd"))
+    corpus, learned = [place / "corpus.txt"], place / "learned"
+    learn(place / "sp", corpus=corpus, tokens="6", min_count=2, output=learned)
+    graft(place / "sp", learned, output=place / "grafted", pad_to=8)
     return place
 
 
@@ -91,7 +95,7 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
         ),
         "align": ([[str(place / "base"), str(place / "model")]], {"output": str(output)}),
         "check --fix": ([str(place.parent / "odd" / "base")], {"output": str(output)}),
-        "train": ([str(place / "model")], {**corpus, "max_steps": 2, "block_size": 32}),
+        "train": ([str(place / "grafted")], {**corpus, "max_steps": 2, "block_size": 32}),
     }[verb]
 
 
@@ -165,8 +169,6 @@ def test_kills_at_any_moment_leave_whole_outputs_or_none(place, whole, tmp_path,
 
 def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, tmp_path):
     """With force the old output is moved aside, then deleted: one of the two is always there."""
-    from lexigraft import graft
-
     output = tmp_path / "out"
     graft(place / "sp", place / "vocab", output=output)
     old = contents(output)
@@ -237,8 +239,6 @@ def test_an_output_below_a_file_is_one_message(place, tmp_path, verb):
 @pytest.mark.parametrize("verb", ["graft", "merge", "check --fix"])
 def test_weights_that_change_while_they_are_read(place, tmp_path, verb):
     """Cut off under the hands of a verb: one clear message, and no output of half of them."""
-    from lexigraft import graft, merge
-
     ground = Ground(place, tmp_path / "in")
     base, output = ground.sp, tmp_path / "out"
     if verb == "check --fix":
