@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TOR
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install compat demo test test-all check lint fuzz bench clean
+.PHONY: install compat llama demo test test-all check lint fuzz bench clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,19 @@ $(COMPAT)/.installed: Makefile
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install -q --disable-pip-version-check \
 		transformers==4.57.6 tokenizers==0.22.2 sentencepiece==0.2.3 protobuf==7.36.2
+	touch $@
+
+# llama.cpp's converter and library, for the tests that compare ids with it; a C++ build of minutes.
+LLAMA := .venv-llama
+llama: $(LLAMA)/.installed
+
+$(LLAMA)/.installed: Makefile
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip download -q --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python -d $(LLAMA) llama-cpp-python==0.3.36
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF" \
+		$(LLAMA)/bin/python -m pip install -q --disable-pip-version-check $(LLAMA)/llama_cpp_python-0.3.36.tar.gz
+	tar -xzf $(LLAMA)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA) --strip-components 2 llama_cpp_python-0.3.36/vendor/llama.cpp
 	touch $@
 
 demo: install ## the main job, end to end, on a real model
@@ -60,5 +73,5 @@ bench: install ## every benchmark whose figures the docs print
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT) runs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(LLAMA) runs build dist .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

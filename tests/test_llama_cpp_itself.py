@@ -1,0 +1,126 @@
+"""llama.cpp itself: its converter writes GGUF files of extensions, its tokenizer reads them.
+
+Every id has the text that our files give it, and texts are read id for id as transformers reads
+them, wherever llama.cpp reads the base so. `check --for gguf` foretells the rest without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import parts
+from lexigraft import graft, learn
+from lexigraft.checkpoints.gguf_header import read_gguf_header
+from lexigraft.checks.conversion import _convert
+from lexigraft.checks.facts import read_facts
+from lexigraft.checks.gguf_files import TOKENS
+from lexigraft.families.llama_cpp import simulate
+from lexigraft.families.loader import TransformersLoader
+from lexigraft.families.proof import HARD_TEXTS
+from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece
+from lexigraft.steps.check import check
+
+HOME = Path(__file__).resolve().parents[1] / ".venv-llama"
+PYTHON, CONVERT = HOME / "bin" / "python", HOME / "llama.cpp" / "convert_hf_to_gguf.py"
+READ = """
+import json, sys
+from llama_cpp import Llama
+texts = json.load(sys.stdin)
+model = Llama(sys.argv[1], vocab_only=True, verbose=False)
+print(json.dumps([model.tokenize(t.encode(), add_bos=False, special=True) for t in texts]))
+"""
+
+pytestmark = [
+    pytest.mark.matrix,
+    pytest.mark.skipif(
+        not (PYTHON.exists() and CONVERT.exists()),
+        reason="no .venv-llama: `make llama` builds llama.cpp and its converter (long)",
+    ),
+]
+
+
+def converted(folder: Path) -> Path:
+    """What llama.cpp's own converter makes of a folder."""
+    target = folder.parent / f"{folder.name}.gguf"
+    done = subprocess.run(
+        [sys.executable, CONVERT, folder, "--outfile", target, "--outtype", "f32"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target
+
+
+def read_by_llama_cpp(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    done = subprocess.run(
+        [PYTHON, "-c", READ, file], input=json.dumps(texts), capture_output=True, text=True, check=True
+    )  # fmt: skip
+    ids: list[list[int]] = json.loads(done.stdout)
+    return ids
+
+
+def read_by_transformers(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    with TransformersLoader() as loader:
+        ids = loader.encode(folder, texts)
+        assert ids is not None, loader.reason
+    return ids
+
+
+def smollm2(folder: Path) -> Path:
+    """A byte-level tokenizer that llama.cpp knows by name."""
+    source = parts.SHARED / "tokenizers" / "smollm2_hf"
+    if not source.is_dir():
+        pytest.skip(
+            "../shared/data is not here: the converter knows no byte-level tokenizer of ours"
+        )
+    return Path(shutil.copytree(source, folder))
+
+
+@pytest.mark.parametrize(
+    "kind", ["sentencepiece", pytest.param("byte level", marks=pytest.mark.real)]
+)
+def test_extensions_are_converted_loaded_and_read_id_for_id(tmp_path, kind):
+    write = parts.write_sentencepiece if kind == "sentencepiece" else smollm2
+    base = write(tmp_path / "base")
+    parts.write_model(base, tokens=TokenMap.read(base).tokens, tied=False, eos=2)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(parts.corpus_text(documents=40))
+    learned = learn(base, corpus=[corpus], tokens="30", output=tmp_path / "vocab")
+    grown = graft(base, tmp_path / "vocab", output=tmp_path / "model").output
+    foretold = {f.code for f in check(grown, base=base, consumer="gguf").findings}
+    assert learned.added == 30 and not foretold & {"LG911", "LG912", "LG913"}
+    tokens = TokenMap.read(grown)
+    texts = [*filter(None, HARD_TEXTS), *corpus.read_text().split("\n\n")]
+
+    file = converted(grown)
+    read = read_facts(file).tokens
+    assert read is not None
+    assert {i: read.texts[i].replace(" ", "▁") for i in tokens.texts} == {
+        i: text.replace(" ", "▁") for i, text in tokens.texts.items()
+    }
+    there, here = read_by_llama_cpp(file, texts), read_by_transformers(grown, texts)
+    old_there = read_by_llama_cpp(converted(base), texts)
+    old_here = read_by_transformers(base, texts)
+    alike = [one == two for one, two in zip(old_there, old_here, strict=True)]
+    assert sum(alike) >= 40
+    for text, one, two, base_agrees in zip(texts, there, here, alike, strict=True):
+        assert one == two or not base_agrees, text
+    used = {i for ids in there for i in ids if i >= learned.first_id}
+    assert len(used) >= 20  # bridges are parts of others
+    if kind == "sentencepiece":
+        proto = parse_sentencepiece((grown / "tokenizer.model").read_bytes(), grown)
+        simulated = simulate(proto)(texts)
+        special = [tokens.texts[i] for i in tokens.special | tokens.added]
+        for text, one, two in zip(texts, there, simulated, strict=True):
+            assert one == two or any(s in text for s in special), text
+        foreseen = _convert(read_facts(grown))
+        assert foreseen is not None
+        assert foreseen.texts == read_gguf_header(file).texts(TOKENS)
