@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -607,16 +608,22 @@ def test_real_tokenizers_are_healthy():
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared tokenizers are not here")
 def test_what_the_docs_say_of_tokenizers_that_others_made(tmp_path):
-    from lexigraft.steps.check import mend
-
+    """Each command of the case study is run, and prints what stands there."""
     folder = SHARED / "tokenizers"
-    llama, chinese = folder / "llama2_hf", folder / "chinese_llama2_merged_sp"
-    assert not check(chinese, base=llama).findings
-    for other, code in (("internlm_sp", "LG601"), ("mistral_v1_hf", "LG601")):
-        assert code in codes(check(folder / other, base=llama))
+    chinese, llama = folder / "chinese_llama2_merged_sp", folder / "llama2_hf"
+    copies = {"chinese-llama-2": chinese, "mixed": chinese, "llama-2": llama,
+              "internlm": folder / "internlm_sp", "llama-2-from-npm": folder / "mistral_v1_hf"}  # fmt: skip
+    for name, source in copies.items():
+        shutil.copytree(source, tmp_path / name)
+    shutil.copyfile(llama / "tokenizer.json", tmp_path / "mixed" / "tokenizer.json")
+    page = (Path(__file__).parents[1] / "docs" / "check.md").read_text()
+    blocks = re.findall(r"```console\n\$ lexigraft (check .*)\n((?s:.*?))```", page)
+    assert len(blocks) >= 6
+    for command, printed in blocks:
+        done = subprocess.run(
+            [sys.executable, "-m", "lexigraft", *command.split()],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.stdout == printed, done.stderr
     assert codes(check(folder / "deepseek_v3_hf"), "note") == ["LG109"]
     assert codes(check(folder / "gemma3_hf"), "note") == ["LG106"]
-    mixed = Path(shutil.copytree(chinese, tmp_path / "mixed"))
-    shutil.copyfile(llama / "tokenizer.json", mixed / "tokenizer.json")
-    assert only(check(mixed), "LG102").where == "tokenizer.json"
-    assert mend(mixed, tmp_path / "mended").ok

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,3 +125,17 @@ def test_extensions_are_converted_loaded_and_read_id_for_id(tmp_path, kind):
         foreseen = _convert(read_facts(grown))
         assert foreseen is not None
         assert foreseen.texts == read_gguf_header(file).texts(TOKENS)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not parts.SHARED.exists(), reason="the shared tokenizers are not here")
+def test_what_the_case_study_says_that_llama_cpp_reads_is_what_it_reads(tmp_path):
+    """Chinese-LLaMA-2, whose new pieces all have the score 0; docs/check.md has the ids."""
+    folder = tmp_path / "model"
+    shutil.copytree(parts.SHARED / "tokenizers" / "chinese_llama2_merged_sp", folder)
+    parts.write_model(folder, tokens=55_296, tied=False, eos=2)
+    [told] = [f for f in check(folder, consumer="gguf").findings if f.code in ("LG912", "LG916")]
+    [text] = re.findall(r"scores: '(.*)' is ", told.found)
+    there, here = (json.loads(ids) for ids in re.findall(r"(\[.*?\]) (?:there|in)", told.found))
+    assert read_by_llama_cpp(converted(folder), [text]) == [there]
+    assert read_by_transformers(folder, [text]) == [here]
