@@ -115,7 +115,7 @@ def check(
     path: str | Path,
     *,
     base: str | Path | None = None,
-    adapter: str | Path | Sequence[str | Path] = (),
+    adapter: str | Path | Sequence[str | Path] | None = None,
     deep: bool = False,
     consumer: str | None = None,
 ) -> CheckResult:
@@ -137,7 +137,7 @@ def check(
         LexigraftError: a folder does not exist, holds nothing that could be checked, a file
             became shorter while it was read, or there is no such consumer.
     """
-    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     names: dict[str, str] = {}
     with ExitStack() as stack:
 
