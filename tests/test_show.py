@@ -28,6 +28,12 @@ def test_the_base_is_read_from_the_vocabulary_alone(grafted_models, text):
     assert alone.exact and named.exact
 
 
+def test_where_nothing_tells_of_a_base_there_is_one_reading(grafted_models):
+    alone = show(grafted_models / "base_tied", "the patient")
+    assert alone.lines()[0].split()[0] == "tokens" and len(alone.lines()) == 2
+    assert show(grafted_models / "base_tied").lines()[0].startswith("no new tokens")
+
+
 def test_a_token_is_looked_up_by_text_and_by_id(grafted_models):
     rows = [json.loads(line) for line in (grafted_models / "vocab" / "new_tokens.jsonl").open()]
     row = next(row for row in rows if row["text"] and len(row["text"]) > 1)

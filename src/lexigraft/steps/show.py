@@ -134,32 +134,35 @@ class ShowResult:
 
     def styled(self) -> list[Line]:
         """What a person reads, as spans with what they are."""
-        lines: list[Line] = []
-        if self.text is not None:
-            new = sum(piece.new for piece in self.after)
-            share = 1 - len(self.after) / max(1, len(self.before))
-            lines += [
-                [_label("base"), (f"{len(self.before):,} tokens", "plain")],
-                [_label(""), *_chips(self.before)],
-                [
-                    _label("extended"),
-                    (f"{len(self.after):,} tokens, {share:.0%} fewer; {new:,} new", "plain"),
-                ],
-                [_label(""), *_chips(self.after)],
-            ]
-            if not self.exact:
-                note = "base: by the spellings of new tokens; --base BASE asks the base itself"
-                lines.append([_label(""), (note, "label")])
+        lines = [] if self.text is None else list(self._readings())
         for entry in self.entries:
             lines += [*([[]] if lines else []), *entry.styled(self.added)]
-        if self.first:
-            lines.append([(f"{self.added:,} new tokens, the first of them:", "plain")])
+        if not lines:
+            told = f"{self.added:,} new tokens, the first of them:"
+            unknown = "no new tokens are known here; --base BASE tells which the base lacks"
+            lines.append([(told if self.first else unknown, "plain")])
         for entry in self.first:
             count = "" if entry.row is None else f"{entry.row['count']:,}"
             head: tuple[str, Style] = (f"{entry.piece.id:>8}  {count:>9}  ", "label")
             chips = _chips(entry.pieces)
             lines.append([head, (entry.piece.text, "new"), ("  ", "plain"), *chips])
         return lines
+
+    def _readings(self) -> Iterator[Line]:
+        """The text in both tokenizers; in one where nothing tells of another."""
+        if self.after != self.before or self.added:
+            yield [_label("base"), (f"{len(self.before):,} tokens", "plain")]
+            yield [_label(""), *_chips(self.before)]
+            new = sum(piece.new for piece in self.after)
+            share = 1 - len(self.after) / max(1, len(self.before))
+            told = f"{len(self.after):,} tokens, {share:.0%} fewer; {new:,} new"
+            yield [_label("extended"), (told, "plain")]
+        else:
+            yield [_label("tokens"), (f"{len(self.after):,}", "plain")]
+        yield [_label(""), *_chips(self.after)]
+        if not self.exact and self.added:
+            note = "base: by the spellings of new tokens; --base BASE asks the base itself"
+            yield [_label(""), (note, "label")]
 
 
 def show(
