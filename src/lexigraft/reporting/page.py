@@ -121,7 +121,7 @@ def policy(*, live: bool = False) -> str:
 @cache
 def _template() -> Any:
     # StrictUndefined: a key that the facts lack is a fault of ours, not an empty place.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(_file("page.html"))
 
 
