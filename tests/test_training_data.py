@@ -147,6 +147,11 @@ def test_packed_blocks_are_kept_under_all_that_decides_them(place, tmp_path):
     assert np.array_equal(found.blocks.inputs, wanted.blocks.inputs)
 
 
+def test_less_than_a_window_is_measured_where_no_more_is_asked_for(place):
+    texts = read_texts([place / "corpus.txt"], (), (), seed=0, measured_bytes=200)
+    assert 100 < sum(len(window.encode()) for window in texts.held_domain) <= 200
+
+
 def test_a_document_that_is_trained_on_is_not_measured_on(place, tmp_path):
     documents = (place / "corpus.txt").read_text("utf-8").strip().split("\n\n")
     measured = tmp_path / "measured.jsonl"

@@ -220,7 +220,7 @@ def _measured(documents: Documents, *, seed: int, limit: int) -> list[str]:
     found: list[str] = []
     left = limit
     for document in in_order(documents, seed):
-        for window in windows(document, WINDOW_BYTES):
+        for window in windows(document, min(WINDOW_BYTES, limit)):
             left -= len(window.encode())
             if left < 0:
                 return found
