@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapter_parts
 import parts
@@ -193,6 +193,62 @@ def test_conv1d_biases_and_positions(tmp_path):
     peft = adapter_parts.unmerged(base, result.output)
     expected = adapter_parts.logits(adapter_parts.load(tmp_path / "tuned"), TOKENS, old_only=True)
     assert (adapter_parts.logits(peft, TOKENS, old_only=True) - expected).abs().max() < 1e-3
+
+
+def test_names_without_the_body_s_are_told_to_peft_in_full(tmp_path):
+    """GPT-2 on the hub has `h.0...`; in memory the same is `transformer.h.0...`."""
+    base, adapter = gpt2_with_adapter(tmp_path, target_modules=["c_attn"])
+    merge(base, adapter, output=tmp_path / "tuned")
+    for folder in (base, tmp_path / "tuned"):
+        path = folder / "model.safetensors"
+        bare = {n.removeprefix("transformer."): t for n, t in load_file(path).items()}
+        save_file(bare, path, metadata={"format": "pt"})
+    result = extract(tmp_path / "tuned", base=base, rank=4, output=tmp_path / "found")
+    merge(base, result.output, output=tmp_path / "merged")
+    expected = adapter_parts.logits(adapter_parts.load(tmp_path / "tuned"), TOKENS, old_only=True)
+    for model in (
+        adapter_parts.load(tmp_path / "merged"),
+        adapter_parts.unmerged(base, result.output),
+    ):
+        found = adapter_parts.logits(model, TOKENS, old_only=True)
+        assert (found - expected).abs().max() < 1e-4
+
+
+def test_an_image_text_model_with_one_changed_row(tmp_path):
+    """Names on disk are older than those in memory; one of its norms is called `mm_soft_emb_norm`."""
+    from peft import PeftModel
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    text = {"vocab_size": TOKENS, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    image = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    ids = {"image_token_index": 370, "boi_token_index": 368, "eoi_token_index": 369}
+    config = Gemma3Config(
+        text_config=sizes | text, vision_config=sizes | image, mm_tokens_per_image=4, **ids
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    base = parts.write_byte_level(tmp_path / "base", vocab_size=TOKENS)
+    model.save_pretrained(base)
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        model.get_input_embeddings().weight[5].add_(0.3)
+    model.save_pretrained(tuned)
+    result = extract(tuned, base=base, rank=32, output=tmp_path / "adapter")
+    assert [one.ids for one in result.of("rows")] == [(5,)]
+    merge(base, result.output, output=tmp_path / "merged")
+    load = Gemma3ForConditionalGeneration.from_pretrained
+    drawn = torch.randint(0, 360, (2, 12))
+    with torch.no_grad():
+        expected = model(input_ids=drawn).logits
+        for other in (
+            load(tmp_path / "merged"),
+            PeftModel.from_pretrained(load(base), result.output),
+        ):
+            assert (other.eval()(input_ids=drawn).logits - expected).abs().max() < 1e-4
 
 
 def test_fused_experts_sinks_and_routers_are_stored_whole(tmp_path):

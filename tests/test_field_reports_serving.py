@@ -69,13 +69,18 @@ def test_B78_base_tokens_max_id_and_rows_are_printed(ground, tmp_path):
     counts = {(row.part, row.count) for row in result.table}
     assert ("tokenizer.json", 366) in counts and ("model.embed_tokens.weight", 384) in counts
     assert Manifest.read(tmp_path / "model").last("graft").base.tokens == TOKENS
+    assert ("lexigraft.json", TOKENS) in counts
     assert "LG707" not in by_code(result)  # padding rows are safe
 
 
 def test_B80_one_table_and_one_command(ground):
     edit(ground.base / "generation_config.json", pad_token_id=800)
+    (ground.base / "chat_template.jinja").write_text("{{ messages }}")
     result = check(ground.base)
-    assert {row.part for row in result.table} >= {"tokenizer.json", "config.json vocab_size"}
+    parts = {row.part: row for row in result.table}
+    assert {"tokenizer.json", "config.json vocab_size", "model.embed_tokens.weight"} <= parts.keys()
+    assert parts["chat_template.jinja template"].detail == "chat template"
+    assert "pad_token_id 800" in parts["generation_config.json"].detail
     assert [f.code for f in result.findings if f.severity == "error"] == ["LG202"]
     assert all(f.fix for f in result.findings)
 

@@ -98,7 +98,8 @@ def parse(name: str) -> Key:
                 leaf = match.groupdict().get("leaf")
                 module = inner[: match.start()]
                 return Key(name, part, f"{module}.{leaf}" if leaf else module)
-    form = next((called for mark, called in REFUSED_FORMS if mark in inner), None)
+    # Where a part of the name begins: `mm_soft_emb_norm` is no OFT.
+    form = next((called for mark, called in REFUSED_FORMS if f".{mark}" in f".{inner}"), None)
     if form:
         return Key(name, "refused", inner, form)
     return Key(name, "full", inner)

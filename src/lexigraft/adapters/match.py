@@ -323,8 +323,9 @@ def _other_base(tensor: Tensor, name: str, shape: tuple[int, ...]) -> LexigraftE
 def _require_width(change: Change, base: Tensor, name: str) -> None:
     _require_float(base)
     width = by_row(base).shape[1:]
-    for tensor in (change.full, change.values):
-        if tensor is not None and by_row(tensor).shape[1:] != width:
+    whole = None if change.full is None else by_row(change.full)
+    for tensor in (whole, change.values):  # a single row is no bias
+        if tensor is not None and tensor.shape[1:] != width:
             raise _other_base(tensor, name, base.shape)
     if change.added is not None and change.added.low_rank.shape[1:] != width:
         raise _other_base(change.added.low_rank.b, name, base.shape)

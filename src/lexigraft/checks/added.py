@@ -162,7 +162,7 @@ def _unknown_roles(facts: Facts) -> Iterator[Finding]:
 
 
 def _template(facts: Facts) -> Iterator[Finding]:
-    for where, text in _templates(facts):
+    for where, text in templates(facts):
         markers = sorted(set(_MARKER.findall(text)))
         ids = facts.tokens.ids if facts.tokens else {}
         lost = [marker for marker in markers if marker not in ids]
@@ -180,7 +180,8 @@ def _template(facts: Facts) -> Iterator[Finding]:
             return
 
 
-def _templates(facts: Facts) -> Iterator[tuple[str, str]]:
+def templates(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Each chat template of a folder, with the file that holds it."""
     own = facts.config.get(SETTINGS, {}).get("chat_template")
     for part in own if isinstance(own, list) else [own]:
         text = part.get("template") if isinstance(part, dict) else part

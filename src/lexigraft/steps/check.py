@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from lexigraft.checkpoints.nested import put
 from lexigraft.checks.adapters import adapter_findings, adapter_rows, stack_findings
-from lexigraft.checks.added import added_findings
+from lexigraft.checks.added import added_findings, templates
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, read_facts
 from lexigraft.checks.findings import Edit, Finding
 from lexigraft.checks.gguf_files import TOKENS, gguf_findings, gguf_rows
 from lexigraft.checks.lineage import base_findings, manifest_findings
 from lexigraft.checks.sarif import sarif
 from lexigraft.checks.tokenizers import tokenizer_findings
-from lexigraft.checks.weights import stated_rows, weight_findings
+from lexigraft.checks.weights import SPECIAL, special_ids, stated_rows, weight_findings
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import (
@@ -377,9 +377,18 @@ def _rows(facts: Facts) -> Iterator[Row]:
         yield Row(folder, TOKENS, "tokens", len(facts.gguf.texts(TOKENS)))
         for name, rows in gguf_rows(facts.gguf).items():
             yield Row(folder, name, "rows", rows, str(list(facts.gguf.tensors[name].shape)))
+    if "generation_config.json" in facts.config:
+        ids = {key: special_ids(facts, key)["generation_config.json"] for key in SPECIAL}
+        told = ", ".join(f"{key} {', '.join(map(str, own))}" for key, own in ids.items() if own)
+        yield Row(folder, "generation_config.json", "", None, told)
+    for where in dict.fromkeys(where for where, _ in templates(facts)):
+        yield Row(folder, f"{where} template", "", None, "chat template")
     if facts.manifest is not None:
-        stages = ", ".join(record.stage for record in facts.manifest.records)
-        yield Row(folder, MANIFEST, "", None, stages)
+        records = facts.manifest.records
+        base = next((record.base for record in records if hasattr(record, "base")), None)
+        stages = ", ".join(record.stage for record in records)
+        count, unit = (base.tokens, "tokens") if base else (None, "")
+        yield Row(folder, MANIFEST, unit, count, f"of the base; {stages}" if base else stages)
 
 
 def _adapter_table(facts: Facts) -> Iterator[Row]:
