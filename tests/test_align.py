@@ -110,7 +110,7 @@ def folder_weights(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.matrix), "bfloat16"])
 def test_a_tied_model_beside_an_untied_one_is_untied_and_rows_are_as_many(tmp_path, dtype):
     tied = adapter_parts.write_base(tmp_path / "tied", tied=True, rows=448, dtype=dtype)
     adapter_parts.write_base(tmp_path / "untied", tied=False, dtype=dtype)

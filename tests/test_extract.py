@@ -136,7 +136,7 @@ def test_auto_takes_the_least_rank_of_each_layer(tmp_path):
     assert (logits_of(adapter_parts.load(tmp_path / "again"), 379) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_rows_and_norms_alone_are_an_adapter_too(tmp_path, tied):
     base, tuned = fine_tune(tmp_path, tied=tied)
     model, start = adapter_parts.load(tuned), tensors(base)
@@ -154,7 +154,7 @@ def test_rows_and_norms_alone_are_an_adapter_too(tmp_path, tied):
     assert (logits_of(peft, 379) - logits_of(model.eval(), 379)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.matrix), False])
 def test_where_most_rows_changed_all_are_stored(tmp_path, tied):
     """Untied tables whole, with their padding; PEFT would store a tied one twice."""
     base, tuned = fine_tune(tmp_path, tied=tied, rows=448, old=range(TOKENS))

@@ -16,7 +16,7 @@ from lexigraft.manifest import Manifest
 from test_merge import folder_hash, gpt2_with_adapter, other_with_adapter
 
 CARRIED = [form for form in FORMS if not form.startswith("dora") and form != "rows-only"]
-QUICK = [("rows", True), ("saved-both", False), ("lora-both", True)]
+QUICK = [("rows", True), ("saved-both", False)]
 
 
 def tensors(folder):
