@@ -27,7 +27,7 @@ from test_check_gallery import Ground, source, vocab_size_raised_by_hand  # noqa
 
 KILLS = [*range(6), *(pytest.param(n, marks=pytest.mark.matrix) for n in range(6, 200))]
 VERBS = ("learn", "graft", "merge", "check --fix", "train")
-PARTS = ("split", "extract", "align")
+PARTS = ("split", "extract", "align", "prune")
 
 # A verb in a process of its own, and what ends it: at the N-th event of the file system (an open, a
 # rename, a removal), which spreads kills evenly over its work however fast the machine is.
@@ -94,6 +94,7 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
             {"base": str(place / "base"), "rank": 2, "output": str(output)},
         ),
         "align": ([[str(place / "base"), str(place / "model")]], {"output": str(output)}),
+        "prune": ([str(place / "base")], {**corpus, "drop": "2%", "min_count": 1000}),
         "check --fix": ([str(place.parent / "odd" / "base")], {"output": str(output)}),
         "train": ([str(place / "grafted")], {**corpus, "max_steps": 2, "block_size": 32}),
     }[verb]
@@ -145,7 +146,7 @@ def whole(place, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], in
 @pytest.mark.parametrize("number", KILLS)
 def test_kills_at_any_moment_leave_whole_outputs_or_none(place, whole, tmp_path, number):
     """SIGKILL at a random event; then what is there, and what the next run makes of it."""
-    verb = VERBS[number % 4] if number < 12 else (*VERBS, *PARTS)[number % 8]
+    verb = VERBS[number % 4] if number < 12 else (*VERBS, *PARTS)[number % 9]
     expected, events = whole(verb)
     event = random.Random(number).randrange(max(1, events // 3), events + 1)
     before, output = contents(place), tmp_path / "out"

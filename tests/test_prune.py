@@ -353,8 +353,9 @@ def test_encoders_and_their_biases(kind, texts, tmp_path):
         model = transformers.BertForMaskedLM(config)
         torch.nn.init.normal_(model.cls.predictions.bias)
     else:
-        base = parts.write_unigram(tmp_path / "base")
+        base = parts.write_unigram(tmp_path / "base", files="model")
         tokens = families.load(base).map.tokens
+        (base / "tokenizer_config.json").write_text('{"extra_ids": 10}')  # the class: config.json
         config = transformers.T5Config(
             vocab_size=tokens, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2,
             tie_word_embeddings=False,

@@ -86,7 +86,10 @@ def _needs(
 
 def joined_needs(one: Needs, other: Needs) -> Needs:
     """What either of two engines of one tokenizer needs."""
-    return {i: (*one.get(i, ()), *other.get(i, ())) for i in one.keys() | other.keys()}
+    return {
+        i: tuple(dict.fromkeys((*one.get(i, ()), *other.get(i, ()))))
+        for i in one.keys() | other.keys()
+    }
 
 
 def last_joined(symbols: Iterable[str], rank_of: Callable[[Pair], float | None]) -> Pair | None:

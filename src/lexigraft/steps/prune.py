@@ -283,6 +283,8 @@ def prune(
     with TemporaryDirectory(prefix="lexigraft-") as place:
         tokenizer = Path(place)
         family.renumber(job.places, tokenizer)
+        # It may be what tells the tokenizer's class.
+        shutil.copyfile(folder / "config.json", tokenizer / "config.json")
         pruned = families.load(tokenizer, own=True)
         _require_moved(family, pruned, job.places)
         prove(family, pruned, job.places, proof_documents(family))
