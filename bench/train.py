@@ -113,7 +113,7 @@ def _clock() -> Any:
 
 
 def _ours(
-    arm: str, model: Any, ids: range, blocks: Any, steps: int, batch: int, folder: Path
+    arm: str, model: Any, ids: Any, blocks: Any, steps: int, batch: int, folder: Path
 ) -> tuple[list[float], int]:
     from lexigraft.models import training
     from lexigraft.models.adapter_files import lora_config, make_trainable
@@ -140,7 +140,7 @@ def _ours(
 
 
 def _peer(
-    arm: str, model: Any, ids: range, blocks: Any, steps: int, batch: int, folder: Path
+    arm: str, model: Any, ids: Any, blocks: Any, steps: int, batch: int, folder: Path
 ) -> tuple[list[float], int]:
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, Trainer, TrainingArguments

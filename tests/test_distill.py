@@ -12,6 +12,7 @@ import parts
 from lexigraft import LexigraftError, check, families, graft, graft_distilled, learn, merge, train
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
+from lexigraft.manifest import NewIds
 from lexigraft.models import distill
 from lexigraft.models.adapter_files import make_trainable
 from lexigraft.models.distill import Distill
@@ -48,7 +49,7 @@ def model_of(kind, *, tied):
         for parameter in model.parameters():  # logits that caps and scales change
             parameter.mul_(5.0) if parameter.dim() == 2 else None
     model.requires_grad_(False)
-    return make_trainable(model, range(FIRST, TOKENS))
+    return make_trainable(model, NewIds((), FIRST, TOKENS))
 
 
 def documents():

@@ -197,7 +197,7 @@ def test_rows_from_disk_equal_rows_from_memory_in_any_block(dtype, tmp_path):
     family, new = families.load(base), TokenMap.read(vocab)
     first_id = family.map.tokens
     parts.write_model(base, tokens=first_id, dtype=dtype)
-    pieces = spell(family, new, first_id)
+    pieces = spell(family, new, range(first_id, new.tokens))
     assert len(pieces) == 40
     assert all(
         b"".join(map(family.token_bytes, spelt)).decode() == new.texts[first_id + place]
@@ -225,7 +225,7 @@ def test_an_unused_id_starts_at_the_mean(tmp_path):
     family = families.load(base)
     tokens = family.map.tokens
     gap = TokenMap({**family.map.texts, tokens + 2: "garden river"}, frozenset({tokens + 2}))
-    pieces = spell(family, gap, tokens)
+    pieces = spell(family, gap, range(tokens, gap.tokens))
     assert pieces[:2] == [[], []]
     assert pieces[2]
 

@@ -34,7 +34,7 @@ from lexigraft.corpus import held_out
 from lexigraft.families import Family
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TokenMap
-from lexigraft.manifest import Manifest
+from lexigraft.manifest import Manifest, NewIds
 from lexigraft.selection.lists import read_special, read_words
 from lexigraft.steps.check import check
 
@@ -879,7 +879,7 @@ def test_B42_what_is_trained_is_told_and_saved(grown, tmp_path, capsys, tied, mo
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     model = load_model(grown / tied / "model")
     trained, rows = make_trainable(
-        model, range(382, 422), lora_config(4, 8.0) if mode == "lora" else None
+        model, NewIds((), 382, 422), lora_config(4, 8.0) if mode == "lora" else None
     )
     wanted = trainable_tensors(trained, rows)
     assert wanted.keys() <= stored.keys()

@@ -143,7 +143,7 @@ def earlier(request, tmp_path_factory):
 
 def read(root):
     record = Manifest.read(root / "v").last("learn")
-    return measure.read_rows(root / "v" / "new_tokens.jsonl", record.first_id, record.added)
+    return measure.read_rows(root / "v" / "new_tokens.jsonl", record.new_ids)
 
 
 def test_lines_are_read_as_they_were_written(earlier):

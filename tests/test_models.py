@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import parts
 from lexigraft import LexigraftError, families
 from lexigraft.hub import local_folder
+from lexigraft.manifest import NewIds
 from lexigraft.models.adapter_files import (
     lora_config,
     read_trained,
@@ -27,6 +28,7 @@ from lexigraft.models.reading import encoded, reading, shuffled
 
 torch.set_num_threads(1)
 FIRST, TOKENS, ROWS = 90, 100, 112  # ids [90, 100) are new, rows [100, 112) are padding
+NEW = NewIds((), FIRST, TOKENS)
 
 documents = st.lists(
     st.tuples(st.lists(st.integers(3, 99), min_size=1, max_size=30), st.integers(1, 90)),
@@ -182,14 +184,16 @@ def model_with(tied, seed=0):
 IDS = torch.tensor([[1, 95, 7, 90, 99, 20], [3, 4, 89, 98, 98, 88]])
 
 
+@pytest.mark.parametrize("replaced", [(), (3, 20, 88)], ids=["behind", "replaced too"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_grown_rows_give_the_gradient_of_the_whole_matrix(tied):
+def test_grown_rows_give_the_gradient_of_the_whole_matrix(tied, replaced):
     """Only its new rows, and one parameter where embedding and head are tied."""
     plain, grown = model_with(tied).requires_grad_(True), model_with(tied)
-    rows = grow(grown, FIRST, TOKENS)
-    assert rows.ids == list(range(FIRST, TOKENS))
+    rows = grow(grown, NewIds(replaced, FIRST, TOKENS))
+    assert list(rows.ids) == [*replaced, *range(FIRST, TOKENS)]
     assert list(rows.parameters) == ["model.embed_tokens"] + ([] if tied else ["lm_head"])
-    assert sum(p.numel() for p in grown.parameters() if p.requires_grad) == 10 * 32 * (2 - tied)
+    count = (10 + len(replaced)) * 32 * (2 - tied)
+    assert sum(p.numel() for p in grown.parameters() if p.requires_grad) == count
     for model in (plain, grown):
         model(IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(grown(IDS).logits, plain(IDS).logits)
@@ -197,7 +201,7 @@ def test_grown_rows_give_the_gradient_of_the_whole_matrix(tied):
     if not tied:
         whole["lm_head"] = plain.get_output_embeddings().weight.grad
     for path, parameter in rows.parameters.items():
-        torch.testing.assert_close(parameter.grad, whole[path][FIRST:TOKENS])
+        torch.testing.assert_close(parameter.grad, whole[path][list(rows.ids)])
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "rows"])
@@ -209,7 +213,7 @@ def test_plain_peft_loads_what_is_written(tied, lora, tmp_path):
     with quiet_transformers():
         model.save_pretrained(tmp_path / "model")
     trained = get_peft_model(model, lora_config(4, 8.0)) if lora else model
-    rows = grow(model, FIRST, TOKENS)
+    rows = grow(model, NEW)
     with torch.no_grad():
         for parameter in trainable_tensors(trained, rows).values():
             parameter.add_(torch.randn_like(parameter))
@@ -229,7 +233,7 @@ def test_plain_peft_loads_what_is_written(tied, lora, tmp_path):
 
 def test_reading_an_adapter_back_restores_every_value(tmp_path):
     first, second = model_with(True), model_with(True)
-    rows, other = grow(first, FIRST, TOKENS), grow(second, FIRST, TOKENS)
+    rows, other = grow(first, NEW), grow(second, NEW)
     assert rows.tied_head == "lm_head"
     with torch.no_grad():
         rows.parameters["model.embed_tokens"].add_(1.0)
@@ -241,7 +245,7 @@ def test_reading_an_adapter_back_restores_every_value(tmp_path):
     assert other.moved().min() == pytest.approx(math.sqrt(32), rel=1e-5)
     smaller = model_with(True)
     with pytest.raises(LexigraftError, match=r"is \[10, 32\]"):
-        read_trained(tmp_path, smaller, grow(smaller, FIRST, TOKENS - 1))
+        read_trained(tmp_path, smaller, grow(smaller, NewIds((), FIRST, TOKENS - 1)))
     plain = model_with(True)
     with pytest.raises(LexigraftError, match="unexpected"):
         read_trained(tmp_path, plain, None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from lexigraft.manifest import NewIds
 from lexigraft.models import objectives
 from lexigraft.models.adapter_files import lora_config, make_trainable
 from lexigraft.models.bits import nats
@@ -55,10 +56,10 @@ def batch():
 
 
 def prepared(model, what):
-    ids = range(FIRST, TOKENS)
+    ids = NewIds((), FIRST, TOKENS)
     if what in ("rows", "lora"):
         return make_trainable(model, ids, lora_config(4, 8.0) if what == "lora" else None)[0]
-    ids = range(0) if what == "plain" else ids
+    ids = NewIds((), 0, 0) if what == "plain" else ids
     make_all_trainable(model, ids, old_rows=what != "frozen")
     return model
 
@@ -135,10 +136,11 @@ sys.path.insert(0, {tests!r})
 import parts
 from lexigraft.models import objectives
 from lexigraft.models.adapter_files import make_trainable
+from lexigraft.manifest import NewIds
 config = transformers.LlamaConfig(vocab_size=150_000, hidden_size=16, intermediate_size=16,
     num_hidden_layers=1, num_attention_heads=2)
 model = transformers.LlamaForCausalLM(config).requires_grad_(False)
-make_trainable(model, range(149_000, 150_000))
+make_trainable(model, NewIds((), 149_000, 150_000))
 ids = torch.arange(1024)[None]
 inputs = dict(input_ids=ids, labels=ids + 1, position_ids=ids)
 objective = objectives.NextToken()

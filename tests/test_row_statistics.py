@@ -43,7 +43,7 @@ def cosine(a, b):
 def test_norms_and_neighbours_are_those_of_the_whole_tensor(dtype, tmp_path):
     rows = draw(60)
     old = np.arange(50)
-    found = row_statistics(stored(tmp_path, rows, dtype), 50, [[1, 2]] * 10, old, str)
+    found = row_statistics(stored(tmp_path, rows, dtype), range(50, 60), [[1, 2]] * 10, old, str)
     rows = rows.astype(DTYPES[dtype]).astype(np.float64)
     norms = np.linalg.norm(rows, axis=1)
     np.testing.assert_allclose(found.norms, np.quantile(norms[50:], [0.05, 0.5, 0.95]), rtol=1e-4)
@@ -68,7 +68,7 @@ def test_rows_that_equal_others_are_counted(tmp_path):
     rows[55, :2] = rows[9, :2]  # its first 8 bytes only
     rows[57] = rows[8]  # a row that no token uses
     used = np.array([i for i in range(50) if i != 8])
-    found = row_statistics(stored(tmp_path, rows), 50, [[1]] * 8, used, str)
+    found = row_statistics(stored(tmp_path, rows), range(50, 58), [[1]] * 8, used, str)
     assert (found.equal_new, found.equal_old) == (3, 2)
     assert "3 equal another new row, 2 equal an old row" in found.line()
 
@@ -77,7 +77,7 @@ def test_rows_of_no_token_are_no_old_rows(tmp_path):
     rows = draw(60)
     rows[40:50] *= 1e3  # never trained
     rows[55] = rows[45]
-    found = row_statistics(stored(tmp_path, rows), 50, [[1]] * 10, np.arange(40), str)
+    found = row_statistics(stored(tmp_path, rows), range(50, 60), [[1]] * 10, np.arange(40), str)
     assert found.old_norms[2] < 10 and found.old_rows == found.sampled == 40
     assert all(near.id < 40 for example in found.examples for near in example.nearest)
 
@@ -89,7 +89,7 @@ def test_a_large_table_is_sampled_and_pieces_are_neighbours_all_the_same(tmp_pat
     rows[old + 1] = rows[old - 1]
     assert old * width > SAMPLE_VALUES
     tensor = stored(tmp_path, rows)
-    found = row_statistics(tensor, old, [[11, 2222], [2999]], np.arange(old), str)
+    found = row_statistics(tensor, [old, old + 1], [[11, 2222], [2999]], np.arange(old), str)
     assert 0.9 * SAMPLE_VALUES / width < found.sampled <= SAMPLE_VALUES / width
     assert {near.id for near in found.examples[0].nearest[:2]} == {11, 2222}
     assert found.examples[1].nearest[0].id == 2999
@@ -105,18 +105,23 @@ def test_a_row_that_is_not_finite_stops(value, shape, tmp_path):
     rows = draw(60)[:, : (8 if shape == (60, 8) else 1)].reshape(shape)
     rows.reshape(60, -1)[55, -1] = value
     with pytest.raises(LexigraftError, match="row 55 of 'word 55' holds NaN") as fault:
-        row_statistics(stored(tmp_path, rows), 50, [[1]] * 10, np.arange(50), lambda i: f"word {i}")
+        row_statistics(
+            stored(tmp_path, rows), range(50, 60), [[1]] * 10, np.arange(50), lambda i: f"word {i}"
+        )
     assert "--init" in fault.value.fix
 
 
 def test_a_bias_has_no_lengths_and_no_neighbours(tmp_path):
     assert (
-        row_statistics(stored(tmp_path, draw(60)[:, 0]), 50, [[1]] * 10, np.arange(50), str) is None
+        row_statistics(
+            stored(tmp_path, draw(60)[:, 0]), range(50, 60), [[1]] * 10, np.arange(50), str
+        )
+        is None
     )
 
 
 def test_no_new_rows_no_statistics(tmp_path):
-    assert row_statistics(stored(tmp_path, draw(60)), 60, [], np.arange(60), str) is None
+    assert row_statistics(stored(tmp_path, draw(60)), [], [], np.arange(60), str) is None
 
 
 # -- graft prints them

@@ -9,7 +9,7 @@ from lexigraft import LexigraftError, check, families, graft, merge, train
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
-from lexigraft.manifest import Manifest
+from lexigraft.manifest import Manifest, NewIds
 from lexigraft.models.bits import score
 from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import prepare, read_texts
@@ -121,7 +121,7 @@ def test_weight_decay_is_for_the_matrices_of_the_body(place):
     from lexigraft.models.whole_model import make_all_trainable
 
     model = load_model(place / "untied")
-    rows = make_all_trainable(model, range(FIRST, TOKENS), old_rows=True)
+    rows = make_all_trainable(model, NewIds((), FIRST, TOKENS), old_rows=True)
     schedule = Schedule(
         5, 1, 1e-3, 3e-3, 5, frozenset(), 0, old_row_learning_rate=1e-4, weight_decay=0.1
     )

@@ -163,6 +163,15 @@ def learn(
     tokens: Annotated[
         str, typer.Option(help="How many: a number, a percentage, or auto.")
     ] = "auto",
+    replace: Annotated[
+        int | None,
+        typer.Option(
+            help="So many of the new tokens take the ids and rows of old ones: of tokens never "
+            "emitted, never trained, or least used in --general. Without --tokens, that many are "
+            "learned in all, and nothing grows.",
+            min=1,
+        ),
+    ] = None,
     min_count: Annotated[
         int | None,
         typer.Option(
@@ -211,6 +220,7 @@ def learn(
         ban=ban,
         special=special,
         tokens=tokens,
+        replace=replace,
         min_count=min_count,
         allow_more=allow_more,
         train_bytes=train_bytes,

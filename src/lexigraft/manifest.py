@@ -6,7 +6,7 @@ suffices alone. It holds content hashes, and neither time, host nor path. Spec: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +27,34 @@ MANIFEST, NEW_TOKENS = files.MANIFEST, files.NEW_TOKENS
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class NewIds(Sequence[int]):
+    """The ids that an extension gave tokens: some old ones, then all of [first, stop).
+
+    Args:
+        replaced: ids below `first`, ascending.
+        first: the base's tokens (max id + 1).
+        stop: those of the extension.
+
+    >>> list(NewIds((3, 7), 10, 12)), 3 in NewIds((3,), 10, 10), 4 in NewIds((3,), 10, 10)
+    ([3, 7, 10, 11], True, False)
+    """
+
+    def __init__(self, replaced: Iterable[int], first: int, stop: int) -> None:
+        self.replaced = tuple(replaced)
+        self.first = first
+        self._ids = (*self.replaced, *range(first, stop))
+        self._known = frozenset(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._ids[place]
+
+    def __contains__(self, token_id: object) -> bool:
+        return token_id in self._known
 
 
 class _Data(BaseModel):
@@ -69,8 +97,19 @@ class BaseTokenizer(_Data):
     tokens: int
 
 
+class ReplacedToken(_Data):
+    """An id that means another token since: with the base's rows, all that undoing it takes."""
+
+    id: int
+    old: str
+    new: str
+
+
 class LearnRecord(_Data):
-    """`learn`: the extension of a tokenizer."""
+    """`learn`: the extension of a tokenizer.
+
+    Without `replaced`, a record is as it was before it existed, and keeps its hash.
+    """
 
     stage: Literal["learn"] = "learn"
     base: BaseTokenizer
@@ -84,6 +123,19 @@ class LearnRecord(_Data):
     sources: dict[str, list[TextSource]]
     versions: dict[str, str]
     probe: list[Probe]
+    replaced: list[ReplacedToken] = Field(
+        default=[], description="ids below first_id that have a new token, ascending"
+    )
+
+    @property
+    def new_ids(self) -> NewIds:
+        """The ids of the new tokens, special ones included."""
+        return NewIds((one.id for one in self.replaced), self.first_id, self.tokens)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        return {key: value for key, value in data.items() if key != "replaced" or value}
 
 
 class CopiedRow(_Data):
@@ -116,14 +168,17 @@ class StartRecord(_Data):
 class GraftRecord(_Data):
     """`graft`: new rows in a checkpoint.
 
-    Without `start` or `roles`, a record is as it was before they existed, and keeps its hash.
+    Without `start`, `roles` or `replaced`, a record is as it was before they existed, and keeps
+    its hash.
     """
 
     stage: Literal["graft"] = "graft"
     base: BaseTokenizer
     rows_before: int
     tied: bool
-    base_rows: dict[str, str] = Field(description="tensor -> sha256 of its old rows [0, tokens)")
+    base_rows: dict[str, str] = Field(
+        description="tensor -> sha256 of its old rows: [0, first_id) without the replaced ones"
+    )
     token_map: str
     tokens: int
     first_id: int
@@ -131,17 +186,27 @@ class GraftRecord(_Data):
     pad_to: int
     init: str
     seed: int
-    new_rows: dict[str, str] = Field(description="tensor -> sha256 of rows [first_id, tokens)")
+    new_rows: dict[str, str] = Field(
+        description="tensor -> sha256 of the replaced rows and rows [first_id, tokens)"
+    )
     versions: dict[str, str]
     start: StartRecord | None = None
     roles: dict[str, str] | None = Field(
         default=None, description="tensor -> role, where `--tensor` named them"
     )
+    replaced: list[int] | None = Field(
+        default=None, description="ids below first_id that have a new token, ascending"
+    )
+
+    @property
+    def new_ids(self) -> NewIds:
+        """The ids of the new rows."""
+        return NewIds(self.replaced or (), self.first_id, self.tokens)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = plain(self)
-        optional = ("start", "roles")
+        optional = ("start", "roles", "replaced")
         return {
             key: value for key, value in data.items() if key not in optional or value is not None
         }
@@ -293,6 +358,20 @@ class Manifest(_Data):
     def last(self, stage: str) -> Any:
         """The newest record of a stage, or None."""
         return next((r for r in reversed(self.records) if r.stage == stage), None)
+
+    def replaced(self, old: str, new: str) -> tuple[int, ...]:
+        """Ids whose token `learn --replace` changed on the way between two token maps, ascending.
+
+        Args:
+            old: hash of the earlier one.
+            new: hash of the later one.
+        """
+        found: set[int] = set()
+        for record in self.records:
+            if isinstance(record, LearnRecord) and record.base.token_map == old != new:
+                found.update(record.new_ids.replaced)
+                old = record.token_map
+        return tuple(sorted(found)) if old == new else ()
 
     def plus(self, record: Any) -> Manifest:
         """A manifest with one record more."""

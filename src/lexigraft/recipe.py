@@ -31,6 +31,7 @@ class LearnPart(_Part):
     """Options of `learn`."""
 
     tokens: int | str = "auto"
+    replace: int | None = Field(default=None, ge=1)
     min_count: int | None = Field(default=None, ge=1)
     allow_more: bool = False
     train_bytes: int | None = Field(default=None, ge=1)

@@ -70,13 +70,14 @@ def expand(
     head, known = vocabulary.head_name, _rows_of_full(adapter, changes)
     growth = _growth(adapter, vocabulary, tokenizer, known)
     _require_known_ids(adapter, changes, tokenizer)
+    _require_own_rows(adapter, changes, tokenizer)
     # An older tokenizer knows less than the base: its adapter's further rows are padding.
     trained = tokenizer.trained
     full_rows = known if trained is None or trained >= tokenizer.base.tokens else trained
 
     @cache
     def known_rows(stored: str) -> Survey:
-        return survey(checkpoint.tensors[stored], growth.first_id)
+        return survey(checkpoint.tensors[stored], growth.first_id, growth.replaced)
 
     def rows(name: str, change: Change) -> VocabularyRows:
         stored = _stored(name, checkpoint, vocabulary)
@@ -91,7 +92,7 @@ def expand(
             mean=lambda: known_rows(stored).mean,
         )
 
-    new_ids = set(range(growth.first_id, growth.tokens))
+    new_ids = set(growth.new_ids)
     lacking = [
         name
         for name in vocabulary.names
@@ -199,7 +200,11 @@ def _growth(
             fix="name the tokenizer that the adapter was trained with: --tokenizer FOLDER",
         )
     return Growth(
-        before, first, tokens, max(before, tokens, known or _grafted_rows(adapter, tokenizer))
+        before,
+        first,
+        tokens,
+        max(before, tokens, known or _grafted_rows(adapter, tokenizer)),
+        tokenizer.replaced,
     )
 
 
@@ -230,6 +235,24 @@ def _require_known_ids(
             needed="the tokenizer that the adapter was trained with",
             fix="add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
         )
+
+
+def _require_own_rows(
+    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice
+) -> None:
+    """An older adapter must leave the rows alone that belong to other words by now."""
+    foreign = tokenizer.foreign
+    for name, change in changes.items():
+        whole = change.full is not None or change.added is not None
+        lost = foreign if whole else sorted(set(foreign).intersection(change.ids))
+        if lost:
+            raise LexigraftError(
+                f"{adapter.folder} trained rows of {name} whose ids have other tokens in the base "
+                f"since ({len(lost):,} ids, the first {lost[0]}: now "
+                f"{tokenizer.map.texts[lost[0]]!r})",
+                needed="an adapter that trained no row of an id that was replaced",
+                fix="merge it into the model that it was trained on, or train it again on this one",
+            )
 
 
 def _settle_ties(

@@ -169,7 +169,8 @@ def say_if_other_base(checkpoint: Checkpoint, adapter: Adapter, tokenizer: Token
         return
     for name, sha256 in record.base_rows.items():
         tensor = checkpoint.tensors.get(name)
-        if tensor is not None and survey(tensor, record.first_id).sha256 != sha256:
+        left_out = record.new_ids.replaced
+        if tensor is not None and survey(tensor, record.first_id, left_out).sha256 != sha256:
             note(
                 f"{name} of {checkpoint.folder} is not that of the model which was grafted and "
                 f"trained ({record.base.name}): the result is that of another base"
@@ -241,7 +242,7 @@ def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, 
 def _copy_new_tokens(job: Job, folder: Path) -> None:
     # Of several vocabularies none lists the tokens of the result.
     base, *adapters = job.sources
-    named = (*adapters[:1], job.tokenizer.folder, base)
+    named = (job.tokenizer.folder, *adapters[:1], base)
     for source in named if job.weights is None else job.tokenizer.spare:
         if (source / NEW_TOKENS).is_file():
             shutil.copyfile(source / NEW_TOKENS, folder / NEW_TOKENS)

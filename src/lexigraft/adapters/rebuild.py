@@ -16,6 +16,7 @@ from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import NewRows, Survey, rows_hash
 from lexigraft.embeddings import METHODS, Choice, Start, roles_of
+from lexigraft.families.replacing import without_tokens
 from lexigraft.manifest import GraftRecord, Manifest
 
 
@@ -46,17 +47,19 @@ def rebuilt_rows(
 
     @cache
     def start() -> Start:
-        return Start.of(
-            choice,
-            families.load(checkpoint.folder),
-            tokens.map,
-            tied=vocabulary.tied,
-            seed=record.seed,
-            copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
-        )
+        base = families.load(checkpoint.folder)
+        with without_tokens(base, record.new_ids.replaced) as left:
+            return Start.of(
+                choice,
+                left,
+                tokens.map,
+                tied=vocabulary.tied,
+                seed=record.seed,
+                copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
+            )
 
     roles = roles_of(vocabulary)
-    count = record.tokens - record.first_id
+    count = len(record.new_ids)
     found = {}
     for name in names:
         if not _is_repeatable(choice.of(roles[name])):

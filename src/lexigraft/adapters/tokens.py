@@ -19,6 +19,7 @@ from lexigraft.families.tokenmap import (
     joined,
     prefix_hash,
     read_token_maps,
+    without,
 )
 from lexigraft.files import require_folder
 from lexigraft.manifest import Manifest
@@ -44,6 +45,8 @@ class TokenizerChoice:
         trained: tokens (max id + 1) of the tokenizer that the adapter was trained with; None
             where nobody says.
         spare: further folders whose token map is the same, for files that `folder` lacks.
+        replaced: ids of the base that have a new token in `map` (`learn --replace`).
+        foreign: ids that had another token when the adapter was trained: the base replaced it.
     """
 
     folder: Path
@@ -51,6 +54,8 @@ class TokenizerChoice:
     base: TokenMap
     trained: int | None
     spare: tuple[Path, ...]
+    replaced: tuple[int, ...] = ()
+    foreign: tuple[int, ...] = ()
 
     @classmethod
     def among(cls, base: Path, adapter: Path, given: Path | None) -> TokenizerChoice:
@@ -68,14 +73,16 @@ class TokenizerChoice:
             _require_equal(own, given, adapter)
         if own is None:
             return cls(base, base_map, base_map, None, ())
-        if own.tokens < base_map.tokens:  # an older adapter on a model that has grown since
-            _require_prefix(own, trained_in, base_map, base)
-            return cls(base, base_map, base_map, own.tokens, ())
-        _require_prefix(base_map, base, own, trained_in)
+        foreign = _replaced(own, base_map, base)
+        if own.tokens < base_map.tokens or foreign:  # an older adapter: the model has changed since
+            _require_prefix(without(own, foreign), trained_in, base_map, base)
+            return cls(base, base_map, base_map, own.tokens, (), foreign=foreign)
+        replaced = _replaced(base_map, own, adapter, trained_in)
+        _require_prefix(without(base_map, replaced), base, own, trained_in)
         spare = [] if given is None else [adapter]
         if own.hash == base_map.hash:
             spare.append(base)
-        return cls(trained_in, own, base_map, own.tokens, tuple(spare))
+        return cls(trained_in, own, base_map, own.tokens, tuple(spare), replaced)
 
     @property
     def grows(self) -> bool:
@@ -119,6 +126,8 @@ def require_recorded(manifest: Manifest | None, choice: TokenizerChoice, adapter
     record = manifest.last("graft") or manifest.last("learn") if manifest else None
     if record is None or choice.trained is None or choice.trained < record.tokens:
         return
+    if choice.foreign:  # the base's manifest has named this tokenizer by its hash
+        return
     if prefix_hash(choice.map, record.tokens) != record.token_map:
         raise LexigraftError(
             f"the tokenizer of {adapter} is not the one that its manifest names: some of its "
@@ -130,6 +139,14 @@ def require_recorded(manifest: Manifest | None, choice: TokenizerChoice, adapter
 
 def _map_of(folder: Path) -> TokenMap | None:
     return joined(read_token_maps(folder))
+
+
+def _replaced(old: TokenMap, new: TokenMap, *folders: Path) -> tuple[int, ...]:
+    """Ids of `old` that have another token in `new`, where a manifest tells of it."""
+    if old.hash == new.hash:
+        return ()
+    manifests = (Manifest.read(folder) or Manifest() for folder in folders)
+    return next(filter(None, (m.replaced(old.hash, new.hash) for m in manifests)), ())
 
 
 def _require_equal(own: TokenMap, given: Path, adapter: Path) -> None:

@@ -7,6 +7,8 @@ Letters: V base tokens, T tokens of the result, R rows, D width.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 RowReader = Callable[[int, int], Array]
+
+_SHOWN_SPANS = 8
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,20 @@ class VocabularyRows:
 
     def line(self) -> str:
         """Where each row comes from, for a person to read."""
-        spans = ", ".join(f"{_ids(span.start, span.stop)} {span.origin}" for span in self.spans)
+        spans = ", ".join(self._places())
         single = f"; {len(self.change.ids):,} single rows the adapter's" if self.change.ids else ""
         added = f"; LoRA on rows {_ids(0, self.added_rows)}" if self.added_rows else ""
         return f"{self.name}: {self.rows:,} rows: {spans}{single}{added}"
+
+    def _places(self) -> Iterator[str]:
+        """Each span in words, or of many spans how many rows each origin gives."""
+        if len(self.spans) <= _SHOWN_SPANS:
+            yield from (f"{_ids(span.start, span.stop)} {span.origin}" for span in self.spans)
+            return
+        rows: Counter[str] = Counter()
+        for span in self.spans:
+            rows[span.origin] += span.stop - span.start
+        yield from (f"{count:,} {origin}" for origin, count in rows.items())
 
     def _blocks(self, span: Span) -> Iterator[Array]:
         step = block_rows(by_row(self.base))
@@ -261,11 +275,11 @@ def vocabulary_rows(
     if change.full is not None:
         trained = by_row(change.full)
         add(full_rows, "the adapter's", lambda start, stop: read_rows(trained, start, stop))
-    else:
-        add(growth.first_id, "the base's", from_base, view)
-        if growth.tokens > growth.first_id:
-            origin, read = _new_rows(name, change, growth, view, rebuilt or lost)
-            add(growth.tokens, origin, read)
+    elif growth.new_ids:
+        origin, read = _new_rows(name, change, growth, view, rebuilt or lost)
+        for start, stop in runs(growth.new_ids):
+            add(start, "the base's", from_base, view)
+            add(stop, origin, read)
     add(growth.rows_before, "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: repeated(mean(), stop - start))
     added_rows = full_rows if change.added else 0
@@ -325,10 +339,7 @@ def _require_rows_of_norm(name: str, low_rank: LowRank, growth: Growth) -> None:
     """DoRA of an embedding scales by norms over all rows that it was trained on."""
     if not low_rank.is_scaled_by_column:
         return
-    if (
-        not low_rank.shape[0] == growth.rows_before == growth.rows
-        or growth.tokens > growth.first_id
-    ):
+    if not low_rank.shape[0] == growth.rows_before == growth.rows or growth.new_ids:
         raise RefusalError(
             f"DoRA on {name} was trained with the norms of {low_rank.shape[0]:,} rows, which the "
             f"adapter does not hold; the base has {growth.rows_before:,}",
@@ -340,10 +351,16 @@ def _require_rows_of_norm(name: str, low_rank: LowRank, growth: Growth) -> None:
 def _new_rows(
     name: str, change: Change, growth: Growth, view: Tensor, rebuilt: RowReader | str | None
 ) -> tuple[str, RowReader]:
-    first = growth.first_id
+    """Where new rows come from, and what gives those of ids that follow one another."""
+    ids = growth.new_ids
     if callable(rebuilt):
-        return "rebuilt", lambda start, stop: rebuilt(start - first, stop - first)
-    lost = sorted(set(range(first, growth.tokens)) - set(change.ids))
+
+        def made_again(start: int, stop: int) -> Array:
+            place = bisect_left(ids, start)
+            return rebuilt(place, place + stop - start)
+
+        return "rebuilt", made_again
+    lost = sorted(set(ids) - set(change.ids))
     if lost:
         why = f": {rebuilt}" if rebuilt else ""
         raise LexigraftError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import config_rows, refuse_quantised
 from lexigraft.checkpoints.header import FLOATS
 from lexigraft.checkpoints.nested import get, paths_to, text_parts
-from lexigraft.checkpoints.token_ids import ID_KEY
+from lexigraft.checkpoints.token_ids import ID_KEY, stated_ids
 from lexigraft.checkpoints.tying import as_loaded
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.families.tokenmap import TokenMap, first_difference
+from lexigraft.families.tokenmap import TokenMap, first_difference, without
 from lexigraft.files import read_settings
 
 
@@ -71,9 +71,11 @@ def require_consistent(folder: Path, *, rows: int, tokens: int) -> None:
         )
 
 
-def require_extension(base: Path, old: TokenMap, vocab: Path, new: TokenMap) -> None:
-    """Old ids mean the same text in both, and new ones come after all of them."""
-    moved = first_difference(old, new)
+def require_extension(
+    base: Path, old: TokenMap, vocab: Path, new: TokenMap, replaced: Collection[int] = ()
+) -> None:
+    """Old ids mean the same text in both, but for the `replaced` ones; new ones come after all."""
+    moved = first_difference(without(old, replaced), new)
     if moved is not None:
         there = repr(new.texts[moved]) if moved in new.texts else "nothing"
         raise LexigraftError(
@@ -91,7 +93,7 @@ def require_extension(base: Path, old: TokenMap, vocab: Path, new: TokenMap) -> 
             needed=f"new tokens from id {tokens} on",
             fix=f"lexigraft learn {base} --corpus TEXT -o VOCAB",
         )
-    if new.tokens == tokens:
+    if new.tokens == tokens and not replaced:
         raise LexigraftError(
             f"{vocab} adds no token to the {tokens:,} of {base}",
             needed="an extended tokenizer",
@@ -137,13 +139,31 @@ def mention_normalised_head(checkpoint: Checkpoint, vocabulary: VocabularyTensor
         )
 
 
-def require_free_ids(checkpoint: Checkpoint, old: TokenMap, new: TokenMap) -> None:
-    """No config gives a meaning to an id that is a padding row so far and now gets a token.
+_CONFIGS = ("config.json", "generation_config.json")
+
+
+def ids_in_use(folder: Path) -> frozenset[int]:
+    """The token ids to which the configs in a model's folder give a meaning."""
+    return frozenset[int]().union(*(stated_ids(read_settings(folder / name)) for name in _CONFIGS))
+
+
+def require_free_ids(
+    checkpoint: Checkpoint, old: TokenMap, new: TokenMap, replaced: Collection[int] = ()
+) -> None:
+    """No config gives a meaning to an id that now gets a token, be it a padding row so far or not.
 
     Raises:
         RefusalError: one does; the row behind it would change under what uses it.
     """
-    for name in ("config.json", "generation_config.json"):
+    lost = sorted(ids_in_use(checkpoint.folder).intersection(replaced))
+    if lost:
+        raise RefusalError(
+            f"VOCAB replaces {old.texts[lost[0]]!r} (id {lost[0]}), which the configs of "
+            f"{checkpoint.folder} use",
+            needed="other tokens to be replaced: this row would change under what uses it",
+            fix=f"lexigraft learn {checkpoint.folder} --replace N, which leaves such tokens alone",
+        )
+    for name in _CONFIGS:
         path = checkpoint.folder / name
         for key, token_id in _stated_ids(read_settings(path)):
             if token_id >= old.tokens and token_id in new.texts:

@@ -1,7 +1,9 @@
 """What rows a grown vocabulary tensor has: the one rule that graft and merge share.
 
-Rows are addressed by token id. Letters: V old tokens, N new ones, R rows before, R' rows after.
-Rows [0, V) are the base's; [V, V+N) are new; the base's padding rows from V+N to R stay as they
+Rows are addressed by token id. Letters: V tokens before, T after, N new ones, R rows before, R'
+rows after.
+Rows [0, V) are the base's, but for ids whose token was replaced, whose rows are new; [V, T) are
+new as well, N in all; the base's padding rows from T to R stay as they
 were; what is left up to R' is filled with the mean of the trained rows among [0, V), so that k
 padding rows of a head take about k/(V+k) of the probability at most (Hewitt 2021).
 """
@@ -11,14 +13,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.checkpoints.header import Tensor, numpy_dtype, raw
+from lexigraft.checkpoints.architectures import vocabulary_of
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.header import FLOATS, Tensor, numpy_dtype, raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
-from lexigraft.checkpoints.rows import block_rows, by_row, grown_shape, ids_in_blocks, in_blocks
+from lexigraft.checkpoints.rows import (
+    block_rows,
+    by_row,
+    grown_shape,
+    ids_in_blocks,
+    in_blocks,
+    runs,
+)
 from lexigraft.checkpoints.untrained import Ids, RowSizes
 from lexigraft.errors import LexigraftError
 
@@ -34,24 +46,39 @@ class Growth:
 
     Attributes:
         rows_before: R.
-        first_id: V, the base's tokens (max id + 1), and the id of the first new token.
-        tokens: V + N.
+        first_id: V, the base's tokens (max id + 1), and the first id behind them.
+        tokens: T.
         rows: R'.
+        replaced: ids below V that have a new token, ascending.
     """
 
     rows_before: int
     first_id: int
     tokens: int
     rows: int
+    replaced: tuple[int, ...] = ()
 
     @classmethod
-    def to(cls, rows_before: int, first_id: int, tokens: int, pad_to: int) -> Growth:
+    def to(
+        cls,
+        rows_before: int,
+        first_id: int,
+        tokens: int,
+        pad_to: int,
+        replaced: Sequence[int] = (),
+    ) -> Growth:
         """Grow to max(rows_before, tokens rounded up to a multiple of `pad_to`).
 
         >>> Growth.to(128, 100, 105, 64).rows, Growth.to(128, 100, 140, 64).rows
         (128, 192)
         """
-        return cls(rows_before, first_id, tokens, max(rows_before, -(-tokens // pad_to) * pad_to))
+        rows = max(rows_before, -(-tokens // pad_to) * pad_to)
+        return cls(rows_before, first_id, tokens, rows, tuple(replaced))
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The N new ids, ascending."""
+        return [*self.replaced, *range(self.first_id, self.tokens)]
 
     @property
     def new_padding(self) -> int:
@@ -60,8 +87,8 @@ class Growth:
 
     @property
     def grows(self) -> bool:
-        """True if there are more rows or more tokens than before."""
-        return (self.rows, self.tokens) != (self.rows_before, self.first_id)
+        """True if there are more rows or more tokens than before, or new tokens on old ids."""
+        return bool(self.replaced) or (self.rows, self.tokens) != (self.rows_before, self.first_id)
 
 
 @dataclass(frozen=True)
@@ -69,9 +96,10 @@ class Survey:
     """One pass over the used rows of a vocabulary tensor.
 
     Attributes:
-        sha256: hash of the bytes of rows [0, V).
+        sha256: hash of the bytes of rows [0, V), without those that were left out.
         mean: float64 mean of those of them that were trained, shape (D,), or () for a bias.
-        untrained: ids of the rows that training never moved (`untrained.RowSizes`), ascending.
+        untrained: ids of the rows that are not in the mean, ascending: training never moved them
+            (`untrained.RowSizes`), or they were left out.
         broken: ids of rows that hold NaN or infinity, ascending.
     """
 
@@ -81,10 +109,15 @@ class Survey:
     broken: Sequence[int]
 
 
-def survey(tensor: Tensor, tokens: int) -> Survey:
+def survey(tensor: Tensor, tokens: int, leave_out: Sequence[int] = ()) -> Survey:
     """Hash and float64 mean of rows [0, tokens) of a vocabulary tensor, read in blocks.
 
     A bias has one number a row, which tells nothing about training: all its rows count.
+
+    Args:
+        tensor: the tensor.
+        tokens: V.
+        leave_out: ids below V, ascending, whose rows are in neither hash nor mean.
 
     Raises:
         LexigraftError: the tensor has fewer rows, or its file became shorter.
@@ -94,23 +127,43 @@ def survey(tensor: Tensor, tokens: int) -> Survey:
     total = np.zeros(tensor.shape[1:], np.float64)
     sizes = RowSizes(tensor, tokens) if len(tensor.shape) > 1 else None
     broken: list[int] = []
+    apart = np.asarray(leave_out, np.int64)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by name
         for start, block in in_blocks(tensor, 0, tokens):
-            state.update(raw(block))
+            gone = apart[(apart >= start) & (apart < start + len(block))] - start
+            state.update(raw(np.delete(block, gone, axis=0) if gone.size else block))
             for first, rows in _wide_parts(block):
                 total += rows.sum(axis=0, dtype=np.float64)
                 if sizes is None:
                     broken += (start + first + np.flatnonzero(~np.isfinite(rows))).tolist()
                 else:
                     sizes.see(start + first, rows)
-        if sizes is None:
-            return Survey(state.hexdigest(), total / max(1, tokens), np.empty(0, np.int64), broken)
-        broken = sizes.broken()
-        untrained = np.empty(0, np.int64) if broken else sizes.untrained()
+        if sizes is not None:
+            broken = sizes.broken()
+        untrained = np.empty(0, np.int64) if sizes is None or broken else sizes.untrained()
+        untrained = np.union1d(untrained, apart)
         for _, rows in ids_in_blocks(tensor, untrained):
             total -= rows.astype(np.float64).sum(axis=0)
     mean = total / max(1, tokens - len(untrained))
     return Survey(state.hexdigest(), mean, untrained, broken)
+
+
+def never_trained(folder: Path, tokens: int) -> frozenset[int] | None:
+    """Ids whose row training moved in no vocabulary table of a model, or not in one of two.
+
+    None where the folder holds no weights that can be read.
+    """
+    try:
+        checkpoint = Checkpoint.open(folder)
+        vocabulary = vocabulary_of(checkpoint)
+    except LexigraftError:
+        return None
+    found: set[int] = set()
+    for name in (*vocabulary.embeds, *vocabulary.heads):
+        tensor = checkpoint.tensors[name]
+        if tensor.dtype in FLOATS and len(tensor.shape) == 2 and tensor.rows >= tokens:
+            found.update(survey(tensor, tokens).untrained.tolist())
+    return frozenset(found)
 
 
 def _wide_parts(block: Array) -> Iterator[tuple[int, Array]]:
@@ -156,22 +209,30 @@ def grown(
     Args:
         tensor: the base's vocabulary tensor, R rows (or a (1, R) bias).
         growth: from how many rows to how many.
-        new_rows: gives rows [start, stop) of the N new ones, counted from 0, shape (n, D), in
-            any float type; they are cast to the tensor's. Called while writing.
-        mean: gives `survey(tensor, growth.first_id).mean`, from which new padding rows are made.
+        new_rows: gives rows [start, stop) of the N new ones, counted from 0 in the order of
+            `growth.new_ids`, shape (n, D), in any float type; they are cast to the tensor's.
+            Called while writing.
+        mean: gives the mean of `survey`, from which new padding rows are made.
             Called while writing, if there are any.
         observe: is shown the bytes of the new rows, block after block, as they are written.
     """
     view = by_row(tensor)
-    parts: list[CopyRows | Compute] = [
-        CopyRows(view, 0, growth.first_id),
-        _computed(view, growth.tokens - growth.first_id, new_rows, observe),
-    ]
-    if growth.rows_before > growth.tokens:
-        parts.append(CopyRows(view, growth.tokens, growth.rows_before))
+    parts: list[CopyRows | Compute] = []
+    old = made = 0  # rows of the result, and new ones, that have a part
+    for start, stop in runs(growth.new_ids):
+        if start > old:
+            parts.append(CopyRows(view, old, start))
+        parts.append(_computed(view, stop - start, _from(new_rows, made), observe))
+        old, made = stop, made + stop - start
+    if growth.rows_before > old:
+        parts.append(CopyRows(view, old, growth.rows_before))
     if growth.new_padding:
         parts.append(_computed(view, growth.new_padding, lambda a, b: repeated(mean(), b - a)))
     return PlannedTensor(tensor.name, tensor.dtype, grown_shape(tensor, growth.rows), tuple(parts))
+
+
+def _from(rows: NewRows, first: int) -> NewRows:
+    return lambda start, stop: rows(first + start, first + stop)
 
 
 def repeated(row: Array, count: int) -> Array:

@@ -14,7 +14,7 @@ from lexigraft.checkpoints.header import Tensor
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts
 from lexigraft.checks.findings import Finding, finding, from_error
 from lexigraft.errors import LexigraftError
-from lexigraft.families.tokenmap import TokenMap, first_difference
+from lexigraft.families.tokenmap import TokenMap, first_difference, without
 
 # Last part of the names under which models keep input embeddings and heads.
 _VOCABULARY_MODULES = frozenset(
@@ -97,6 +97,8 @@ class _Stage:
     def grown(self, adapter: Facts) -> _Stage:
         """With the tokens and rows of an adapter that was trained on it."""
         tokens = max(self.model.tokens, adapter.tokens, key=_length)
+        if adapter.replaced(self.model):
+            tokens = adapter.tokens
         vocabulary = self.model.vocabulary
         if vocabulary is not None:
             rows = max(vocabulary.rows, adapter_rows(adapter).rows, _length(tokens))
@@ -176,6 +178,7 @@ def _on_model(stage: _Stage, adapter: Facts) -> Iterator[Finding]:
     if moved is not None:
         yield _stranger(stage.model, adapter, moved)
     else:
+        yield from _given_away(stage.model, adapter)
         yield from _against_rows(stage, rows, adapter, needed)
     yield from _shapes(stage.model, adapter)
 
@@ -239,11 +242,31 @@ def _moved(model: Facts, adapter: Facts) -> int | None:
     """The lowest id that means one thing to the model and another to the adapter."""
     if model.tokens is None or adapter.tokens is None:
         return None
-    moved = first_difference(model.tokens, adapter.tokens)
-    if moved is not None and adapter.tokens.tokens < model.tokens.tokens:
+    moved = first_difference(without(model.tokens, adapter.replaced(model)), adapter.tokens)
+    foreign = model.replaced(adapter)
+    if moved is not None and (adapter.tokens.tokens < model.tokens.tokens or foreign):
         # An adapter from before the model was extended is no stranger.
-        moved = first_difference(adapter.tokens, model.tokens)
+        moved = first_difference(without(adapter.tokens, foreign), model.tokens)
     return moved
+
+
+def _given_away(model: Facts, adapter: Facts) -> Iterator[Finding]:
+    """An adapter from before the model's tokens were replaced, with rows of the old ones."""
+    foreign = model.replaced(adapter)
+    rows = adapter_rows(adapter)
+    trained = sorted(set(foreign).intersection(_trained_ids(adapter.config[ADAPTER_CONFIG])))
+    lost = list(foreign) if rows.by_tensor else trained
+    if lost and model.tokens is not None and adapter.tokens is not None:
+        first = lost[0]
+        yield finding(
+            "LG404",
+            str(adapter.folder),
+            f"trained rows of {len(lost):,} ids to which {model.folder} gave other tokens since: "
+            f"id {first} is {model.tokens.texts.get(first)!r} there and "
+            f"{adapter.tokens.texts.get(first)!r} here",
+            needed="an adapter that trained no row of these ids",
+            fix="merge it into the model that it was trained on, or train it again on this one",
+        )
 
 
 def _stranger(model: Facts, adapter: Facts, moved: int) -> Finding:
@@ -296,6 +319,15 @@ def _against_rows(
             f"was trained with {own:,} tokens, the tokenizer of {stage.name} has {before:,}: "
             "with that one the new tokens never occur",
             needed="the adapter's tokenizer beside the weights",
+            fix=merge,
+        )
+    elif replaced := adapter.replaced(stage.model):
+        yield finding(
+            "LG406",
+            str(adapter.folder),
+            f"was trained with new tokens on {len(replaced):,} ids of {stage.name} (from id "
+            f"{replaced[0]} on): with that tokenizer they never occur",
+            needed="the adapter's tokenizer and rows",
             fix=merge,
         )
     if needed.by_tensor and needed.rows < rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,11 +81,11 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
         yield _unconverted(f"cannot be written ({type(fault).__name__}: {fault})")
         return
     yield from _lost(facts, facts.tokens, converted, read_back)
-    first_new = facts.first_new(origin, "learn")
+    new = facts.new_ids(origin, "learn")
     if converted.kind == "llama":
-        yield from _other_ids(facts, facts.tokens, converted, read_back, first_new)
-    elif first_new is not None:  # else what its own converter knows it by is not known here
-        yield from _check_text(facts, facts.tokens, origin, first_new)
+        yield from _other_ids(facts, facts.tokens, converted, read_back, new)
+    elif new is not None:  # else what its own converter knows it by is not known here
+        yield from _check_text(facts, facts.tokens, origin, new)
 
 
 def _convert(facts: Facts) -> Converted | None:
@@ -211,14 +211,14 @@ def _lost(
         yield _unconverted(f"has {double:,} texts with two ids, with which llama.cpp ends")
 
 
-def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[str]:
+def _texts(facts: Facts, tokens: TokenMap, new_ids: Collection[int] | None) -> Iterator[str]:
     """What both are to read: hard texts, the manifest's probe, new tokens in a sentence."""
     literal = [tokens.texts[i] for i in tokens.added | tokens.special]
     record = facts.manifest.last("learn") if facts.manifest else None
     new = [
         tokens.texts[i].replace(SPACE, " ").strip()
-        for i in sorted(tokens.texts)
-        if first_new is not None and i >= first_new and i not in tokens.added
+        for i in new_ids or ()
+        if i in tokens.texts and i not in tokens.added
     ]
     for text in (
         *HARD_TEXTS,
@@ -231,14 +231,14 @@ def _texts(facts: Facts, tokens: TokenMap, first_new: int | None) -> Iterator[st
 
 
 def _check_text(
-    facts: Facts, tokens: TokenMap, origin: Facts | None, first_new: int
+    facts: Facts, tokens: TokenMap, origin: Facts | None, new: Collection[int]
 ) -> Iterator[Finding]:
     """Does the extension read the text by which the converter knows a tokenizer as the base did?"""
     with TransformersLoader() as loader:
         ids = loader.encode(facts.folder, [check_text()])
         if ids is None:
             return  # nothing to compare with; the tokenizer's own findings say why
-        changed = [i for i in ids[0] if i >= first_new]
+        changed = [i for i in ids[0] if i in new]
         if not changed:
             if origin is None or origin.tokens is None or origin.gguf is not None:
                 return
@@ -260,7 +260,7 @@ def _other_ids(
     tokens: TokenMap,
     converted: Converted,
     texts: Sequence[str],
-    first_new: int | None,
+    new: Collection[int] | None,
 ) -> Iterator[Finding]:
     """llama.cpp joins pieces by their scores; do the files of the tokenizer?"""
     spelled = {
@@ -270,7 +270,7 @@ def _other_ids(
     }
     if len(spelled) < 256:
         return  # llama.cpp has no ids for the bytes that it would fall back to
-    given = list(_texts(facts, tokens, first_new))
+    given = list(_texts(facts, tokens, new))
     with TransformersLoader() as loader:
         ids = loader.encode(facts.folder, given)
     if ids is None:
@@ -292,7 +292,7 @@ def _other_ids(
         (text, one, own)
         for text, one, own in differing
         if not text.startswith((" ", SPACE))  # the base is read otherwise there as well
-        and (not scored or (first_new is not None and max([*one, *own]) >= first_new))
+        and (not scored or not set(new or ()).isdisjoint([*one, *own]))
     ]
     if not differing:
         return

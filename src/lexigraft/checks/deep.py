@@ -6,7 +6,7 @@ Letters: V tokens, R rows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lexigraft.checkpoints.header import FLOATS, Tensor
 from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import (
     by_row,
+    ids_in_blocks,
     in_blocks,
     lengths,
     read_rows,
@@ -29,7 +30,7 @@ from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.checks.weights import special_ids
 from lexigraft.console import progress
-from lexigraft.manifest import MANIFEST, GraftRecord
+from lexigraft.manifest import MANIFEST, GraftRecord, NewIds
 
 # How much longer than a usual row the longest padding row may be.
 LONG_PADDING = 2.0
@@ -48,7 +49,7 @@ def deep_findings(facts: Facts, base: Facts | None) -> Iterator[Finding]:
     for name in (*facts.vocabulary.embeds, *facts.vocabulary.heads):
         tensor = facts.checkpoint.tensors[name]
         if len(tensor.shape) == 2 and tensor.dtype in FLOATS and facts.tokens is not None:
-            yield from _rows(facts, tensor, facts.first_new(base, "graft"))
+            yield from _rows(facts, tensor, facts.new_ids(base, "graft"))
     yield from _padding(facts)
     if base is not None:
         yield from _old_rows(facts, base)
@@ -107,12 +108,12 @@ def _tied_at(config: Mapping[str, Any]) -> tuple[str, ...]:
     return next((path for path in paths_to(config, (key,)) if get(config, path)), (key,))
 
 
-def _rows(facts: Facts, tensor: Tensor, first_new: int | None) -> Iterator[Finding]:
+def _rows(facts: Facts, tensor: Tensor, new: NewIds | None) -> Iterator[Finding]:
     """Rows of one table that nothing was learned in, and new rows that are alike."""
     texts = facts.tokens.texts if facts.tokens else {}
     tokens = min(facts.tokens.tokens if facts.tokens else 0, tensor.rows)
     untrained = {int(i) for i in survey(tensor, tokens).untrained if int(i) in texts}
-    copied = _copied(tensor, first_new, tokens) if first_new is not None else {}
+    copied = _copied(tensor, [i for i in new or () if i < tensor.rows])
     alike = sorted(i for ids in copied.values() for i in ids)
     # An old row that new ones were copied from is no untrained one.
     untrained -= {i for i in untrained if read_rows(tensor, i, i + 1).tobytes() in copied}
@@ -145,12 +146,12 @@ def _rows(facts: Facts, tensor: Tensor, first_new: int | None) -> Iterator[Findi
         )
 
 
-def _copied(tensor: Tensor, start: int, stop: int) -> dict[bytes, list[int]]:
-    """Bytes of rows that several ids of [start, stop) have -> these ids."""
+def _copied(tensor: Tensor, ids: Sequence[int]) -> dict[bytes, list[int]]:
+    """Bytes of rows that several of `ids` (ascending) have -> these ids."""
     seen: dict[bytes, list[int]] = defaultdict(list)
-    for first, block in in_blocks(tensor, start, stop):
-        for place, row in enumerate(block):
-            seen[row.tobytes()].append(first + place)
+    for some, block in ids_in_blocks(tensor, np.asarray(ids, np.int64)):
+        for token_id, row in zip(some.tolist(), block, strict=True):
+            seen[row.tobytes()].append(token_id)
     return {row: ids for row, ids in seen.items() if len(ids) > 1}
 
 
@@ -202,7 +203,8 @@ def _old_rows(facts: Facts, base: Facts) -> Iterator[Finding]:
         if (tensor.dtype, tensor.shape[1:]) != (old.dtype, old.shape[1:]):
             continue
         shared = min(tensor.rows, base.tokens.tokens if base.tokens else old.rows, old.rows)
-        changed = list(_changed(tensor, old, shared))
+        replaced = frozenset(facts.replaced(base))
+        changed = [i for i in _changed(tensor, old, shared) if i not in replaced]
         if changed:
             yield finding(
                 "LG706",
@@ -231,11 +233,12 @@ def _recorded_rows(facts: Facts) -> Iterator[Finding]:
         tensor = facts.checkpoint.tensors.get(name)
         if tensor is None or by_row(tensor).rows < record.first_id:
             continue
-        if survey(tensor, record.first_id).sha256 != recorded:
+        left_out = record.new_ids.replaced
+        if survey(tensor, record.first_id, left_out).sha256 != recorded:
             yield finding(
                 "LG706",
                 name,
-                f"rows of ids 0 to {record.first_id - 1:,} are not those that {MANIFEST} records",
+                f"old rows below id {record.first_id:,} are not those that {MANIFEST} records",
                 needed="the rows that graft copied, unless the whole table was trained",
                 fix="lexigraft graft BASE VOCAB -o MODEL",
             )

@@ -17,7 +17,7 @@ from lexigraft.checks.gguf_files import gguf_rows, token_map
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, joined, read_token_maps
 from lexigraft.files import read_object, require_folder
-from lexigraft.manifest import MANIFEST, Manifest
+from lexigraft.manifest import MANIFEST, Manifest, NewIds
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -69,12 +69,20 @@ class Facts:
             return max(gguf_rows(self.gguf).values(), default=None)
         return self.vocabulary.rows if self.vocabulary else None
 
-    def first_new(self, base: Facts | None, stage: str) -> int | None:
-        """The id from which tokens are new, by the base or the stage's record; None if unknown."""
+    def new_ids(self, base: Facts | None, stage: str) -> NewIds | None:
+        """The ids of new tokens, by the base or the stage's record; None if unknown."""
         if base is not None and base.tokens is not None:
-            return base.tokens.tokens
+            first = base.tokens.tokens
+            stop = self.tokens.tokens if self.tokens else first
+            return NewIds(self.replaced(base), first, max(first, stop))
         record = self.manifest.last(stage) if self.manifest else None
-        return record.first_id if record else None
+        return record.new_ids if record else None
+
+    def replaced(self, earlier: Facts) -> tuple[int, ...]:
+        """Ids that had other tokens in `earlier`, where the manifest here tells of it."""
+        if self.manifest is None or self.tokens is None or earlier.tokens is None:
+            return ()
+        return self.manifest.replaced(earlier.tokens.hash, self.tokens.hash)
 
 
 def read_facts(folder: Path) -> Facts:

@@ -8,7 +8,7 @@ from typing import Any
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
 from lexigraft.families.llama_cpp import SPACE
-from lexigraft.families.tokenmap import TokenMap, first_difference, prefix_hash
+from lexigraft.families.tokenmap import TokenMap, first_difference, prefix_hash, without
 from lexigraft.manifest import MANIFEST, Manifest
 
 
@@ -84,7 +84,7 @@ def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
         if base.gguf is not None or facts.gguf is not None:
             moved = first_difference(_underlined(old), _underlined(new))
         else:
-            moved = first_difference(old, new)
+            moved = first_difference(without(old, facts.replaced(base)), new)
         if moved is not None:
             yield finding(
                 "LG601",

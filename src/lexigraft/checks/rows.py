@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
-from lexigraft.checkpoints.rows import by_row, ids_in_blocks, in_blocks, lengths, read_ids
+from lexigraft.checkpoints.rows import by_row, ids_in_blocks, lengths, read_ids
 from lexigraft.errors import LexigraftError
 
 Array = npt.NDArray[Any]
@@ -108,7 +108,7 @@ def _span(norms: tuple[float, float, float]) -> str:
 
 def row_statistics(
     tensor: Tensor,
-    first_id: int,
+    ids: Sequence[int],
     pieces: Sequence[Sequence[int]],
     old: Ids,
     text: Callable[[int], str],
@@ -119,8 +119,8 @@ def row_statistics(
     rows are single numbers: there only the test for finite values is made.
 
     Args:
-        tensor: the grown tensor, rows [0, first_id) old, then N new ones.
-        first_id: id of the first new row.
+        tensor: the grown tensor.
+        ids: the ids of the N new rows, ascending.
         pieces: per new row the ids that spelled it; [] for an id without a token.
         old: the ids of old rows that tokens use, ascending.
         text: what an id stands for.
@@ -129,14 +129,14 @@ def row_statistics(
         LexigraftError: a new row holds NaN or infinity, or the file became shorter.
     """
     view = by_row(tensor)
-    norms, hashes, keys = _new_rows(view, first_id, len(pieces), text)
+    norms, hashes, keys = _new_rows(view, ids, text)
     if len(view.shape) == 1 or not len(pieces):
         return None
     counts = Counter(hashes)
     sample = _spread(old, SAMPLE_VALUES * numpy_dtype(view.dtype).itemsize // view.row_bytes)
     chosen = _chosen(pieces)
     examples, old_norms = _neighbours(
-        view, [first_id + place for place in chosen], [pieces[p] for p in chosen], sample, text
+        view, [ids[place] for place in chosen], [pieces[p] for p in chosen], sample, text
     )
     return RowStatistics(
         tensor.name,
@@ -152,16 +152,16 @@ def row_statistics(
 
 
 def _new_rows(
-    tensor: Tensor, first_id: int, count: int, text: Callable[[int], str]
+    tensor: Tensor, ids: Sequence[int], text: Callable[[int], str]
 ) -> tuple[Array, list[int], Array]:
     """Length, hash and first bytes of each new row."""
     norms, hashes, keys = [], [], []
-    for start, rows in in_blocks(tensor, first_id, first_id + count):
+    for some, rows in ids_in_blocks(tensor, np.asarray(ids, np.int64)):
         flat = rows.reshape(len(rows), -1)
         sizes = lengths(flat.astype(np.float32))
         bad = np.flatnonzero(~np.isfinite(sizes))
         if bad.size:
-            _refuse(tensor, start + int(bad[0]), text)
+            _refuse(tensor, int(some[bad[0]]), text)
         norms.append(sizes)
         hashes += [hash(row.tobytes()) for row in flat]
         keys.append(_keys(flat.view(np.uint8)))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import LexigraftError
-from lexigraft.families import Family, TokenMap
+from lexigraft.families import Family, TokenMap, new_ids
 
 _SHOWN = 5
 
@@ -37,7 +37,7 @@ def read_copies(path: Path, base: Family, extended: TokenMap) -> list[Copied]:
     Args:
         path: .jsonl, or any other text file with a TAB in each line. Blank lines are passed over.
         base: the tokenizer whose rows are copied.
-        extended: the tokenizer whose tokens from `base.map.tokens` on are new.
+        extended: the tokenizer with the new tokens.
 
     Raises:
         LexigraftError: no such file, or lines that name no new token, no source, or one token
@@ -79,7 +79,7 @@ def read_copies(path: Path, base: Family, extended: TokenMap) -> list[Copied]:
 
 def _names(base: Family, extended: TokenMap) -> Mapping[str, list[int]]:
     """What a line may call a new token -> its id: the files' spelling first, then its text."""
-    new = {i: text for i, text in extended.texts.items() if i >= base.map.tokens}
+    new = {i: extended.texts[i] for i in new_ids(base, extended) if i in extended.texts}
     exact = {text: [i] for i, text in new.items()}
     plain: dict[str, list[int]] = defaultdict(list)
     for token_id, text in new.items():

@@ -33,7 +33,7 @@ from lexigraft.checkpoints.rows import block_rows, read_ids, read_rows, widened
 from lexigraft.embeddings.methods import Weights
 from lexigraft.embeddings.pursuit import matching_pursuit
 from lexigraft.errors import LexigraftError
-from lexigraft.families import Family, TokenMap
+from lexigraft.families import Family, TokenMap, new_ids
 from lexigraft.families.sentencepiece_model import BYTE_PIECES
 from lexigraft.files import require_folder
 
@@ -80,7 +80,7 @@ class Donor:
         family = families.load(require_folder(folder, "the donor of --donor"))
         donor_ids, base_ids = _by_text(family), _by_text(base)
         pairs = {i: base_ids[text] for text, i in donor_ids.items() if text in base_ids}
-        new = range(base.map.tokens, extended.map.tokens)
+        new = new_ids(base, extended.map)
         texts = {token_id: text for text, token_id in _by_text(extended).items()}
         wanted = [donor_ids.get(texts[i]) if i in texts else None for i in new]
         tensors = _tables(folder, family.map)

@@ -10,13 +10,13 @@ from lexigraft.families import Family, TokenMap
 from lexigraft.families.spelling import character_width
 
 
-def spell(base: Family, extended: TokenMap, first_id: int) -> list[list[int]]:
-    """Per id from `first_id` on, the base tokens that spell the token; [] for an unused id."""
+def spell(base: Family, extended: TokenMap, ids: Sequence[int]) -> list[list[int]]:
+    """Per id of `ids`, the base tokens that spell the token; [] for an unused id."""
     return [
         base.pieces(extended.texts[token_id], added=token_id in extended.added)
         if token_id in extended.texts
         else []
-        for token_id in range(first_id, extended.tokens)
+        for token_id in ids
     ]
 
 

@@ -22,7 +22,7 @@ from lexigraft.embeddings.methods import Array, Pieces, Spelled, Weights, told_a
 from lexigraft.embeddings.spelling import characters_of, spell
 from lexigraft.embeddings.spread import spread_of
 from lexigraft.errors import LexigraftError
-from lexigraft.families import Family, TokenMap
+from lexigraft.families import Family, TokenMap, new_ids
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Start:
 
     Attributes:
         choice: the method of each role.
-        first_id: id of the first new token.
-        pieces: per new token, base ids.
+        ids: the new ids, ascending.
+        tokens: V, the base's tokens (max id + 1).
+        pieces: per new id, base ids.
         characters: per new token, how many characters each of its pieces holds.
         tied: the head is the input embedding.
         seed: of methods that draw. A tied pair and stored copies get equal rows.
@@ -41,7 +42,8 @@ class Start:
     """
 
     choice: Choice
-    first_id: int
+    ids: Sequence[int]
+    tokens: int
     pieces: Pieces
     characters: Weights
     tied: bool = False
@@ -61,10 +63,12 @@ class Start:
         copies: Mapping[int, Sequence[int]] | None = None,
         donor: Donor | None = None,
     ) -> Start:
-        """The start of the tokens that `extended` has beyond `base`."""
-        first_id = base.map.tokens
-        pieces = spell(base, extended, first_id)
-        return cls(choice, first_id, pieces, characters_of(base, pieces), tied, seed, copies, donor)
+        """The start of the ids that mean nothing in `base`, `vacant` ones and those behind it."""
+        tokens = base.map.tokens
+        ids = new_ids(base, extended)
+        pieces = spell(base, extended, ids)
+        widths = characters_of(base, pieces)
+        return cls(choice, ids, tokens, pieces, widths, tied, seed, copies, donor)
 
     def rows(self, tensor: Tensor, role: Role, known: Callable[[], Survey]) -> NewRows:
         """New rows of `tensor`, for `checkpoints.growth.grown`.
@@ -92,17 +96,18 @@ class Start:
 
         @cache
         def spread() -> Array:
-            return spread_of(tensor, self.first_id, known())
+            return spread_of(tensor, self.tokens, known())
 
         def rows(start: int, stop: int) -> Array:
             require_finite(tensor, known())
+            ids = self.ids[start:stop]
             pieces = [list(spelt) for spelt in self.pieces[start:stop]]
             weights: Weights = [[] for _ in pieces]
             if name == "copy":
                 copies = self.copies or {}
                 pieces = [
-                    list(copies.get(self.first_id + start + row, spelt))
-                    for row, spelt in enumerate(pieces)
+                    list(copies.get(token_id, spelt))
+                    for token_id, spelt in zip(ids, pieces, strict=True)
                 ]
             if name == "donor":
                 weights = sums().weights[start:stop]
@@ -113,7 +118,7 @@ class Start:
                 read_ids(view, used).astype(kind),
                 local,
                 known().mean.astype(kind),
-                range(self.first_id + start, self.first_id + stop),
+                ids,
                 self.seed,
                 role,
                 self.tied,

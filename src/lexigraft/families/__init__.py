@@ -18,7 +18,15 @@ from lexigraft.families.units import Units
 if TYPE_CHECKING:
     from lexigraft.families.replay import Replayed
 
-__all__ = ["Family", "TokenMap", "copy_tokenizer", "first_difference", "load", "open_ahead"]
+__all__ = [
+    "Family",
+    "TokenMap",
+    "copy_tokenizer",
+    "first_difference",
+    "load",
+    "new_ids",
+    "open_ahead",
+]
 
 
 class Family(Protocol):
@@ -29,12 +37,15 @@ class Family(Protocol):
         folder: where it was loaded from.
         map: its token map.
         implicit: the engine joins any pair whose concatenation is a token (SentencePiece).
+        vacant: ids whose tokens were taken out of it, which the first new tokens get
+            (`families.replacing`), ascending; they are not in `map`.
     """
 
     name: str
     folder: Path
     map: TokenMap
     implicit: bool
+    vacant: tuple[int, ...]
 
     @property
     def guaranteed(self) -> bool:
@@ -127,10 +138,9 @@ class Family(Protocol):
         caller's choice. Two uses:
 
         - `prune`: `places` numbers the tokens that stay one by one, in the order of their ids.
-        - `learn --replace`: the tokens that go are removed so, the smaller tokenizer is extended
-          as any other, and a second `renumber` gives the old tokens their old ids back and each
-          new one the id of a removed one. Ids that nothing has are then holes (unused entries in
-          lists).
+        - `learn --replace`: the tokens that stay keep their ids, the tokenizer is extended as any
+          other, and a second `renumber` gives new tokens the ids of removed ones
+          (`families.replacing`). Ids that nothing has are holes (unused entries in lists).
 
         Raises:
             RefusalError: a rank file, whose ids are ranks, would be reordered.
@@ -156,6 +166,11 @@ def load(folder: Path, *, own: bool = False) -> Family:
 
     with own_files() if own else nullcontext():
         return load_family(folder)
+
+
+def new_ids(base: Family, extended: TokenMap) -> list[int]:
+    """The ids of an extension of `base` that mean nothing there, ascending."""
+    return [*base.vacant, *range(base.map.tokens, extended.tokens)]
 
 
 def open_ahead(folders: Iterable[Path]) -> None:

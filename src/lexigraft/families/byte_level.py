@@ -54,6 +54,7 @@ class ByteLevelBPE:
     guaranteed = True
     unknown_id: int | None = None
     prefix = ""
+    vacant: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         self.folder = folder

@@ -13,7 +13,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TokenMap
-from lexigraft.manifest import GraftRecord, LearnRecord, Manifest
+from lexigraft.manifest import GraftRecord, LearnRecord, Manifest, NewIds
 
 if TYPE_CHECKING:  # which compiles loops; those who look at the lines do not need it
     from lexigraft.families.choice import Choice
@@ -75,8 +75,8 @@ def new_tokens(
         yield json.dumps(row, ensure_ascii=False)
 
 
-def new_ids(folder: Path, family: Family) -> range:
-    """The ids that lexigraft added, by the folder's manifest; empty where there is none.
+def new_ids(folder: Path, family: Family) -> NewIds:
+    """The ids that lexigraft gave tokens, by the folder's manifest; none where there is none.
 
     Raises:
         LexigraftError: the tokenizer beside the manifest is another one.
@@ -84,27 +84,27 @@ def new_ids(folder: Path, family: Family) -> range:
     manifest = Manifest.read(folder) or Manifest()
     record = manifest.last("graft") or manifest.last("learn")
     if not record:
-        return range(0)
+        return NewIds((), 0, 0)
     if record.token_map != family.map.hash:
         merged = manifest.last("merge")
         if merged is not None and merged.token_map == family.map.hash:  # a union of vocabularies
             records = [r for r in manifest.records if isinstance(r, LearnRecord | GraftRecord)]
-            return range(min(r.first_id for r in records), family.map.tokens)
+            return NewIds((), min(r.first_id for r in records), family.map.tokens)
         raise LexigraftError(
             f"{folder}: the tokenizer is not the one in its lexigraft.json",
             needed="the tokenizer that these weights were grafted for",
             fix=f"lexigraft check {folder}",
         )
-    return range(record.first_id, record.tokens)
+    ids: NewIds = record.new_ids
+    return ids
 
 
-def read_rows(path: Path, first_id: int, added: int) -> list[dict[str, Any]]:
+def read_rows(path: Path, new_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The lines of the `new_tokens.jsonl` at `path`, held against the tokenizer beside it.
 
     Args:
         path: the file in the folder that `learn` wrote.
-        first_id: the id of the first new token, by the manifest.
-        added: how many ids are new, by the manifest; those behind the lines are special tokens.
+        new_ids: the ids that are new, by the manifest; those behind the lines are special tokens.
 
     Raises:
         LexigraftError: a line is damaged, or the lines are not those of the tokenizer's tokens.
@@ -112,7 +112,7 @@ def read_rows(path: Path, first_id: int, added: int) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()  # at line ends alone, unlike those of a text
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     token_map = TokenMap.read(path.parent)
-    new_ids = range(first_id, first_id + added)
+    later = set(new_ids)  # tokens that have not had their line yet
     learned = [token_id for token_id in new_ids if token_id not in token_map.added]
     for number, (row, token_id) in enumerate(zip(rows, learned, strict=False), 1):
         token = token_map.texts.get(token_id)
@@ -125,9 +125,10 @@ def read_rows(path: Path, first_id: int, added: int) -> list[dict[str, Any]]:
         left, right = row["parts"] or ("", "")  # empty: a kind whose tokens need no parts
         if (left or right) and (
             left + right != token
-            or any(token_map.ids.get(part, token_id) >= token_id for part in (left, right))
+            or any(token_map.ids.get(part, token_id) in later for part in (left, right))
         ):
             raise _unfit(path, f"line {number}: {left!r} and {right!r} do not make {token!r}")
+        later.discard(token_id)
     if len(rows) != len(learned):
         raise _unfit(path, f"{len(rows):,} lines for {len(learned):,} learned tokens")
     return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from lexigraft.errors import LexigraftError
-from lexigraft.families import Family, first_difference
+from lexigraft.families import Family, first_difference, new_ids
 
 Reader = Callable[[Sequence[str]], list[list[int]]]
 _BATCH = 1024
@@ -115,7 +115,7 @@ def expansion(base: Family, extended: Family) -> dict[int, list[int]]:
     return {
         token_id: base.pieces(text, added=token_id in extended.map.added)
         for token_id, text in extended.map.texts.items()
-        if token_id >= base.map.tokens
+        if token_id not in base.map.texts
     }
 
 
@@ -135,7 +135,6 @@ def prove(
         LexigraftError: a law is broken; names the law and the text.
     """
     _prove_ids(base, extended)
-    first_id = base.map.tokens
     pieces = expansion(base, extended) if spelled is None else spelled
     count = drift = differences = unknown = size = length_before = length_after = 0
     emitted: Counter[int] = Counter()
@@ -149,13 +148,13 @@ def prove(
             size += len(text.encode())
             length_before += len(before[0][place])
             length_after += len(after[0][place])
-            emitted.update(token_id for token_id in after[0][place] if token_id >= first_id)
+            emitted.update(token_id for token_id in after[0][place] if token_id in pieces)
             whole = base.unknown_id not in before[0][place]
             unknown += not whole
             if whole:
                 for old, new in zip(before, after, strict=True):
                     _prove_coarser(text, old[place], new[place], pieces)
-                    drift += old[place] != new[place] and max(new[place]) < first_id
+                    drift += old[place] != new[place] and pieces.keys().isdisjoint(new[place])
             if all(old[place] == before[0][place] for old in before):
                 if any(new[place] != after[0][place] for new in after):
                     raise _broken(5, text, "the files of the extended tokenizer differ")
@@ -166,6 +165,60 @@ def prove(
     lengths = Lengths(length_before, length_after, size)
     names = tuple(name for name, _ in readers)
     return Proof(count, drift, names, differences, lengths, emitted, unknown)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What became of texts when tokens were taken out of a tokenizer.
+
+    Attributes:
+        texts: how many texts were compared.
+        changed: how many of them are read otherwise: those in which one of the tokens came out.
+        lengths: their tokens with and without these tokens.
+    """
+
+    texts: int
+    changed: int
+    lengths: Lengths
+
+    def plus(self, other: Removal) -> Removal:
+        """Both as one."""
+        return Removal(
+            self.texts + other.texts,
+            self.changed + other.changed,
+            self.lengths.plus(other.lengths),
+        )
+
+
+def prove_removal(base: Family, left: Family, texts: Iterable[str]) -> Removal:
+    """Laws 2 and 3 for the tokens that stay, in every engine, on `texts`.
+
+    Args:
+        base: the tokenizer.
+        left: the same without its `vacant` tokens, under the same ids.
+
+    Raises:
+        LexigraftError: a text that none of them was in is read otherwise, or one is decoded
+            otherwise; names the law and the text.
+    """
+    gone = frozenset(left.vacant)
+    count = changed = before = after = size = 0
+    readers, new_readers = list(base.engines().items()), left.engines()
+    stream = proof_texts(base, texts)
+    while batch := list(islice(stream, _BATCH)):
+        for engine, (old_lines, new_lines) in enumerate(
+            zip(*_read(readers, new_readers, batch), strict=True)
+        ):
+            for text, old, new in zip(batch, old_lines, new_lines, strict=True):
+                if old != new and gone.isdisjoint(old):
+                    raise _broken(2, text, "it is cut differently without tokens that it lacks")
+                if engine:
+                    continue
+                count, changed = count + 1, changed + (old != new)
+                before, after, size = before + len(old), after + len(new), size + len(text.encode())
+                if old != new and base.unknown_id not in old:
+                    _prove_decoding(base, left, text, old, new)
+    return Removal(count, changed, Lengths(before, after, size))
 
 
 def _read(
@@ -241,8 +294,8 @@ def _prove_ids(base: Family, extended: Family) -> None:
     moved = first_difference(base.map, extended.map)
     if moved is not None:
         raise _broken(1, base.map.texts[moved], f"id {moved} has changed its meaning")
-    new = [token_id for token_id in extended.map.texts if token_id not in base.map.texts]
-    if new and (min(new) != base.map.tokens or extended.map.tokens - min(new) != len(new)):
+    new = sorted(extended.map.texts.keys() - base.map.texts.keys())
+    if new != new_ids(base, extended.map):
         raise _broken(1, "", f"new ids do not follow id {base.map.tokens - 1} one by one")
 
 

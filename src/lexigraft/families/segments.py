@@ -18,7 +18,7 @@ from lexigraft.console import plain_line
 from lexigraft.families.gpt2_files import read_merges
 from lexigraft.families.measure import new_ids, read_rows
 from lexigraft.families.tokenmap import readable, tokenizer_data
-from lexigraft.manifest import NEW_TOKENS
+from lexigraft.manifest import NEW_TOKENS, NewIds
 
 Join = tuple[str, str]
 _ALONE = "\N{DOTTED CIRCLE}"  # what a mark stands on that has no letter before it
@@ -60,7 +60,7 @@ class Extension:
     """
 
     family: families.Family
-    ids: range
+    ids: NewIds
     rows: Mapping[int, Mapping[str, Any]]
     base: families.Family | None = None
 
@@ -76,9 +76,9 @@ class Extension:
         own = families.load(base) if base is not None else None
         ids = new_ids(folder, family)
         listed = folder / NEW_TOKENS
-        rows = read_rows(listed, ids.start, len(ids)) if ids and listed.is_file() else []
+        rows = read_rows(listed, ids) if ids and listed.is_file() else []
         if not ids and own is not None:
-            ids = range(own.map.tokens, family.map.tokens)
+            ids = NewIds((), own.map.tokens, family.map.tokens)
         return cls(family, ids, {row["id"]: row for row in rows}, own)
 
     @property
@@ -145,9 +145,11 @@ class Extension:
     @cached_property
     def _rank(self) -> Callable[[str, str], int | None]:
         """(left, right) -> where their join stands in the order of all joins."""
-        if self.family.implicit:  # any pair that makes a token, in the order of the ids
-            ids = self.family.map.ids
-            return lambda left, right: ids.get(left + right)
+        if self.family.implicit:  # any pair that makes a token, old ones in the order of their ids
+            texts = self.family.map.texts
+            old = [i for i in sorted(texts) if i not in self.ids]
+            places = {texts[i]: rank for rank, i in enumerate([*old, *self.ids]) if i in texts}
+            return lambda left, right: places.get(left + right)
         ranks = {pair: rank for rank, pair in enumerate(_merges(self.family.folder))}
         return lambda left, right: ranks.get((left, right))
 

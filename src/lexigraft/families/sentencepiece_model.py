@@ -120,6 +120,8 @@ def _without_mark(step: dict[str, Any]) -> dict[str, Any]:
 class SentencePieceFiles(ABC):
     """What the families held as `.model`, `tokenizer.json` or both do alike."""
 
+    vacant: tuple[int, ...] = ()
+
     def __init__(
         self, folder: Path, *, model_file: Path | None, data: dict[str, Any] | None
     ) -> None:

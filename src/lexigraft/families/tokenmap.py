@@ -7,7 +7,7 @@ and the `added_tokens_decoder` of `tokenizer_config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from json.encoder import encode_basestring as quoted
@@ -112,6 +112,12 @@ def first_difference(old: TokenMap, new: TokenMap) -> int | None:
     if old.texts.items() <= new.texts.items():  # the usual case, and ten times as fast
         return None
     return next((i for i, t in sorted(old.texts.items()) if new.texts.get(i) != t), None)
+
+
+def without(token_map: TokenMap, ids: Collection[int]) -> TokenMap:
+    """A token map in which `ids` mean nothing."""
+    texts = {i: text for i, text in token_map.texts.items() if i not in ids}
+    return TokenMap(texts, token_map.added.difference(ids), token_map.special.difference(ids))
 
 
 def aligned(one: TokenMap, other: TokenMap) -> dict[int, int]:

@@ -458,7 +458,8 @@ class Unigram(SentencePieceFiles, PlainCounting):
     def _data_scores(self) -> _Scores:
         assert self._data is not None
         every: dict[str, float] = dict(self._data["model"]["vocab"])
-        words = [score for token, score in every.items() if self.map.ids[token] not in self._apart]
+        ids = self.map.ids  # without vacant ones
+        words = [score for token, score in every.items() if ids.get(token) not in self._apart]
         return _Scores(every, min(every.values()), max(words))
 
     @cached_property

@@ -75,6 +75,7 @@ class WordPiece(PlainCounting):
     implicit = False
     guaranteed = False
     prefix = ""
+    vacant: tuple[int, ...] = ()
 
     def __init__(self, folder: Path, data: dict[str, Any] | None) -> None:
         self.folder = folder

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lexigraft.errors import LexigraftError
+from lexigraft.manifest import NewIds
 from lexigraft.models.new_rows import NewRows, grow, whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,7 +36,7 @@ def lora_config(rank: int, alpha: float) -> Any:
 
 
 def make_trainable(
-    model: Any, ids: range, lora: Any = None, *, seed: int = 0
+    model: Any, ids: NewIds, lora: Any = None, *, seed: int = 0
 ) -> tuple[Any, NewRows | None]:
     """A frozen model with new rows, and LoRA if a config is given, as its only parameters.
 
@@ -53,7 +54,7 @@ def make_trainable(
             warnings.simplefilter("ignore", FutureWarning)
             trained = get_peft_model(model, lora)
     # After LoRA, which would otherwise take the wrapped head for one more linear layer.
-    return trained, grow(model, ids.start, ids.stop) if len(ids) else None
+    return trained, grow(model, ids) if len(ids) else None
 
 
 def trainable_tensors(model: Any, rows: NewRows | None) -> dict[str, nn.Parameter]:
@@ -124,10 +125,12 @@ def _config(model: Any, rows: NewRows | None) -> Any:
     if not hasattr(model, "peft_config"):
         assert rows is not None
         return TrainableTokensConfig(
-            token_indices=rows.ids, target_modules=list(rows.parameters), task_type="CAUSAL_LM"
+            token_indices=list(rows.ids),
+            target_modules=list(rows.parameters),
+            task_type="CAUSAL_LM",
         )
     used = model.peft_config["default"]
-    indices = dict.fromkeys(rows.parameters, rows.ids) if rows else None
+    indices = {path: list(rows.ids) for path in rows.parameters} if rows else None
     return LoraConfig(
         r=used.r,
         lora_alpha=used.lora_alpha,

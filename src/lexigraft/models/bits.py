@@ -9,7 +9,7 @@ Pile, section 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def score(
     encoded: Sequence[Sequence[int]],
     *,
     start: Sequence[int],
-    new_ids: range = range(0),
+    new_ids: Container[int] = (),
     rows: int | None = None,
     advance: Callable[[int], None] | None = None,
     observe: Callable[[int, Tensor], None] | None = None,

@@ -131,8 +131,8 @@ class Distill:
 
     def _head_nats(self, inner: Any, head: Any, teacher: list[Reading], targets: Tensor) -> Tensor:
         """-log p of the targets under the new rows, on the teacher's last states, summed."""
-        rows, first = head.rows, head.first_id
-        bias = None if head.inner.bias is None else head.inner.bias[first : head.end]
+        rows = head.rows
+        bias = None if head.inner.bias is None else head.inner.bias[head.ids]
         behind = behind_head(inner.config)
         place = rows.device
         last, log_old, own = (
@@ -140,9 +140,8 @@ class Distill:
             for name in ("last", "log_old", "own")
         )
         new = behind(F.linear(last.to(rows.dtype), rows, bias))
-        is_new = (targets >= first) & (targets < head.end)
-        at = (targets - first).clamp(0, len(rows) - 1)
-        mine = torch.where(is_new, new.gather(1, at[:, None])[:, 0], own)
+        at = head.places[targets]
+        mine = torch.where(at >= 0, new.gather(1, at.clamp(min=0)[:, None])[:, 0], own)
         return (torch.logaddexp(log_old, new.logsumexp(-1)) - mine).sum()
 
     def _readings(self, inner: Any, inputs: dict[str, Tensor]) -> list[Reading]:
@@ -254,10 +253,10 @@ def _old_part(
     sums, own = [], []
     for part, wanted in zip(last.split(size), targets.split(size), strict=True):
         logits = behind(logits_of(part)).float()
-        is_new = (wanted >= head.first_id) & (wanted < head.end)
+        is_new = head.places[wanted] >= 0
         mine = logits.gather(1, wanted[:, None])[:, 0]
         own.append(mine.masked_fill(is_new, 0.0))
-        logits[:, head.first_id : head.end] = -torch.inf
+        logits[:, head.ids] = -torch.inf
         sums.append(logits.logsumexp(-1))
     return torch.cat(sums), torch.cat(own)
 

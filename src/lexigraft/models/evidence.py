@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lexigraft.families import Family
 from lexigraft.families.measure import read_rows
 from lexigraft.families.tokenmap import readable
-from lexigraft.manifest import NEW_TOKENS
+from lexigraft.manifest import NEW_TOKENS, NewIds
 from lexigraft.models.bits import POSITIONS, Score, predictions
 from lexigraft.models.packing import Blocks
 
@@ -46,7 +47,7 @@ class NewTokens(NamedTuple):
     """
 
     family: Family
-    ids: range
+    ids: NewIds
     pieces: dict[int, list[int]]
 
     def text(self, token: int) -> bytes | None:
@@ -66,14 +67,14 @@ class NewTokens(NamedTuple):
         return found
 
 
-def new_tokens(folder: Path, family: Family, ids: range) -> NewTokens:
+def new_tokens(folder: Path, family: Family, ids: NewIds) -> NewTokens:
     """The new tokens of the model in `folder`, spelled as its `new_tokens.jsonl` says.
 
     Raises:
         LexigraftError: that file is damaged, or belongs to another tokenizer.
     """
     listed = folder / NEW_TOKENS
-    rows = read_rows(listed, ids.start, len(ids)) if len(ids) and listed.is_file() else []
+    rows = read_rows(listed, ids) if len(ids) and listed.is_file() else []
     return NewTokens(family, ids, {int(row["id"]): list(row["pieces"]) for row in rows})
 
 
@@ -260,19 +261,27 @@ def _row(
     )
 
 
-def _training_lines(blocks: Blocks, ids: range, at_hand: set[int]) -> list[list[int]]:
+def places_of(found: npt.NDArray[Any], ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The place of each of `found` among `ids`, which ascend; -1 of what is not there."""
+    known = np.asarray(ids, np.int64)
+    if not known.size:
+        return np.full(found.shape, -1)
+    places = np.searchsorted(known, found).clip(max=known.size - 1)
+    return np.where(known[places] == found, places, -1)
+
+
+def _training_lines(blocks: Blocks, ids: NewIds, at_hand: set[int]) -> list[list[int]]:
     """Parts of documents that end in new tokens which are not `at_hand`, one for each."""
     lines: list[list[int]] = []
     missing = np.array([token not in at_hand for token in ids])
     room = TRAINING_POSITIONS
     for begin in range(0, len(blocks), _BLOCKS):
-        found = blocks.targets[begin : begin + _BLOCKS]
-        place, _ = np.nonzero((found >= ids.start) & (found < ids.stop))
+        found = places_of(blocks.targets[begin : begin + _BLOCKS], ids)
+        place, _ = np.nonzero(found >= 0)
         for number in np.unique(place).tolist():
-            targets = found[number]
-            new = np.unique(targets[(targets >= ids.start) & (targets < ids.stop)]) - ids.start
-            for token in (new[missing[new]] + ids.start).tolist():
-                lines.append(_up_to(blocks, begin + number, token))
+            new = np.unique(found[number][found[number] >= 0])
+            for row in new[missing[new]].tolist():
+                lines.append(_up_to(blocks, begin + number, ids[row]))
                 room -= len(lines[-1])
             missing[new] = False
             if room <= 0 or not missing.any():

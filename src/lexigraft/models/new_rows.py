@@ -16,20 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexigraft.errors import RefusalError
+from lexigraft.manifest import NewIds
 
 
 class _Grown(nn.Module):  # type: ignore[misc]
-    """A vocabulary matrix whose rows [first_id, first_id + N) are `rows`.
+    """A vocabulary matrix in which the rows of the new ids are `rows`.
 
-    Of the stored matrix the rows before them get a gradient if its weight asks for one (old rows
-    that train slowly); those behind them, which are padding, and those in their place never do.
+    Of the stored matrix the rows of old ids get a gradient if its weight asks for one (old rows
+    that train slowly); those behind all ids, which are padding, and those of new ids never do.
     """
 
-    def __init__(self, inner: nn.Module, rows: nn.Parameter, first_id: int) -> None:
+    ids: Tensor
+    places: Tensor
+
+    def __init__(self, inner: nn.Module, rows: nn.Parameter, ids: NewIds) -> None:
         super().__init__()
         self.inner = inner
         self.rows = rows
-        self.first_id = first_id
+        self.replaced = len(ids.replaced)
+        self.first_id = ids.first
+        place = inner.weight.device
+        numbers = torch.tensor(list(ids), device=place)
+        # (rows,): the place of an id among the new ones; -1 of any other.
+        places = torch.full((len(inner.weight),), -1, device=place)
+        places[numbers] = torch.arange(len(ids), device=place)
+        self.register_buffer("ids", numbers, persistent=False)
+        self.register_buffer("places", places, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -38,8 +50,8 @@ class _Grown(nn.Module):  # type: ignore[misc]
 
     @property
     def end(self) -> int:
-        """One past the highest new id."""
-        return self.first_id + len(self.rows)
+        """One past the highest id."""
+        return self.first_id + len(self.rows) - self.replaced
 
 
 class GrownEmbedding(_Grown):
@@ -47,10 +59,10 @@ class GrownEmbedding(_Grown):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> vectors (B, T, D), in the dtype of the stored matrix."""
-        place = ids - self.first_id
-        is_new = (place >= 0) & (place < len(self.rows))
+        place = self.places[ids]
+        is_new = place >= 0
         old = self.inner(ids.masked_fill(is_new, 0))
-        new = F.embedding(place.clamp(0, len(self.rows) - 1), self.rows)
+        new = F.embedding(place.clamp(min=0), self.rows)
         scale = getattr(self.inner, "embed_scale", None)  # Gemma: vectors times sqrt(D)
         if scale is not None:
             new = new * scale
@@ -62,17 +74,19 @@ class GrownHead(_Grown):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> logits (B, T, rows)."""
-        matrix = self.inner.weight
-        parts = [matrix[: self.first_id], self.rows.to(hidden.dtype), matrix[self.end :].detach()]
-        bounds = [0, self.first_id, self.end, len(matrix)]
-        bias = self.inner.bias
-        return torch.cat(
-            [
-                F.linear(hidden, part, None if bias is None else bias[begin:end])
-                for part, begin, end in zip(parts, bounds, bounds[1:], strict=False)
-            ],
-            dim=-1,
+        matrix, bias = self.inner.weight, self.inner.bias
+        parts = (
+            (matrix[: self.first_id], slice(0, self.first_id)),
+            (self.rows.to(hidden.dtype), self.ids),
+            (matrix[self.end :].detach(), slice(self.end, None)),
         )
+        old, new, padding = (
+            F.linear(hidden, rows, None if bias is None else bias[where]) for rows, where in parts
+        )
+        if self.replaced:
+            # In place, for `old` is the largest tensor of a step; its old values have no gradient.
+            old.index_copy_(-1, self.ids[: self.replaced], new[..., : self.replaced].to(old.dtype))
+        return torch.cat([old, new[..., self.replaced :], padding], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -80,14 +94,14 @@ class NewRows:
     """What `grow` made of a model.
 
     Attributes:
-        first_id: the lowest new id.
+        ids: the new ids, in the order of the rows.
         modules: module path of each vocabulary matrix -> the module that holds its new rows.
             Tied matrices have one entry, the embedding's.
         before: path -> its new rows (N, D) as they were, float32.
         tied_head: module path of a head that shares the embedding's rows, else None.
     """
 
-    first_id: int
+    ids: NewIds
     modules: dict[str, _Grown]
     before: dict[str, Tensor]
     tied_head: str | None = None
@@ -96,12 +110,6 @@ class NewRows:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Path -> its new rows (N, D), float32; read anew, for sharding puts others in place."""
         return {path: module.rows for path, module in self.modules.items()}
-
-    @property
-    def ids(self) -> list[int]:
-        """The new ids, in the order of the rows."""
-        count = len(next(iter(self.before.values())))
-        return list(range(self.first_id, self.first_id + count))
 
     def moved(self) -> Tensor:
         """(N,) float32: how far each row is from where it was, over all matrices.
@@ -121,16 +129,15 @@ def whole(parameter: Tensor) -> Tensor:
     return values.detach()
 
 
-def grow(model: Any, first_id: int, tokens: int, *, old_rows: bool = False) -> NewRows:
-    """Make rows [first_id, tokens) of a frozen model trainable, in place.
+def grow(model: Any, ids: NewIds, *, old_rows: bool = False) -> NewRows:
+    """Make the rows of new ids of a frozen model trainable, in place.
 
-    Tied embedding and head get one shared parameter; rows above `tokens` are padding and stay.
+    Tied embedding and head get one shared parameter; rows behind all ids are padding and stay.
 
     Args:
         model: a causal language model without gradients.
-        first_id: the lowest new id.
-        tokens: one past the highest.
-        old_rows: let rows [0, first_id) train too, as part of the stored matrices.
+        ids: the new ids.
+        old_rows: let the rows of old ids train too, as part of the stored matrices.
 
     Raises:
         RefusalError: the vocabulary matrices are not a plain embedding and linear layer.
@@ -148,16 +155,16 @@ def grow(model: Any, first_id: int, tokens: int, *, old_rows: bool = False) -> N
     for module in (embedding, head):
         module.weight.requires_grad_(old_rows)
     grown: dict[str, _Grown] = {
-        embedding_path: GrownEmbedding(embedding, _rows_of(embedding, first_id, tokens), first_id)
+        embedding_path: GrownEmbedding(embedding, _rows_of(embedding, ids), ids)
     }
-    rows = grown[embedding_path].rows if tied else _rows_of(head, first_id, tokens)
-    grown[head_path] = GrownHead(head, rows, first_id)
+    rows = grown[embedding_path].rows if tied else _rows_of(head, ids)
+    grown[head_path] = GrownHead(head, rows, ids)
     for path, module in grown.items():
         _replace(model, path, module)
     if tied:
         del grown[head_path]
     before = {path: module.rows.detach().clone() for path, module in grown.items()}
-    return NewRows(first_id, grown, before, head_path if tied else None)
+    return NewRows(ids, grown, before, head_path if tied else None)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -166,13 +173,13 @@ def fold(model: Any, rows: NewRows) -> None:
     paths = [*rows.modules, *([rows.tied_head] if rows.tied_head else [])]
     for path in paths:
         module = model.get_submodule(path)
-        module.weight[module.first_id : module.end].copy_(module.rows)
+        module.weight[module.ids] = module.rows.to(module.weight.dtype)
         _replace(model, path, module.inner)
 
 
-def _rows_of(module: nn.Module, first_id: int, tokens: int) -> nn.Parameter:
+def _rows_of(module: nn.Module, ids: NewIds) -> nn.Parameter:
     weight: Tensor = module.weight
-    return nn.Parameter(weight.detach()[first_id:tokens].to(torch.float32, copy=True))
+    return nn.Parameter(weight.detach()[list(ids)].to(torch.float32))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.families.tokenmap import readable
 from lexigraft.files import read_json, require_free_space, sha256_json, write_json
-from lexigraft.manifest import Manifest, TextSource
+from lexigraft.manifest import Manifest, NewIds, TextSource
 from lexigraft.models.bits import score, windows
 from lexigraft.models.evidence import (
     NewTokens,
@@ -29,6 +29,7 @@ from lexigraft.models.evidence import (
     Watcher,
     gather,
     new_tokens,
+    places_of,
     shares,
 )
 from lexigraft.models.load import (
@@ -128,7 +129,7 @@ class Job:
     settings: Settings
 
     @property
-    def ids(self) -> range:
+    def ids(self) -> NewIds:
         """The new ids."""
         return self.new.ids
 
@@ -372,8 +373,8 @@ def _chunks(*arrays: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
             yield found[begin : begin + _CHUNK]
 
 
-def _require_new_tokens(blocks: Blocks, ids: range) -> None:
-    if len(ids) and not any(_is_new(found, ids).any() for found in _chunks(blocks.targets)):
+def _require_new_tokens(blocks: Blocks, ids: NewIds) -> None:
+    if len(ids) and not any((places_of(t, ids) >= 0).any() for t in _chunks(blocks.targets)):
         raise LexigraftError(
             f"none of the {len(ids):,} new tokens occurs in the text to train on",
             needed="text of the field that the tokens were learned from",
@@ -381,13 +382,9 @@ def _require_new_tokens(blocks: Blocks, ids: range) -> None:
         )
 
 
-def _is_new(found: Any, ids: range) -> Any:
-    return (found >= ids.start) & (found < ids.stop)
-
-
 def new_target_share(job: Job) -> float:
     """Share of new tokens among all targets."""
-    new = sum(int(_is_new(found, job.ids).sum()) for found in _chunks(job.blocks.targets))
+    new = sum(int((places_of(t, job.ids) >= 0).sum()) for t in _chunks(job.blocks.targets))
     return new / max(1, int(job.blocks.tokens[-1]))
 
 
@@ -398,8 +395,8 @@ def occurrences(job: Job, steps: int | None = None) -> tuple[list[int], list[int
     for column in (job.blocks.targets[:used], job.blocks.inputs[:used]):
         count = np.zeros(len(job.ids), dtype=np.int64)
         for found in _chunks(column):
-            new = found[_is_new(found, job.ids)] - job.ids.start
-            count += np.bincount(new, minlength=len(job.ids))
+            places = places_of(found, job.ids)
+            count += np.bincount(places[places >= 0], minlength=len(job.ids))
         counts.append(count.tolist())
     return counts[0], counts[1]
 
@@ -445,8 +442,8 @@ def base_measure(
     """`domain_bpb` and `general_bpb` of the base on the same windows; None where it is unknown.
 
     A model that was grafted and not trained since still is its base: the same text in base ids,
-    under its old rows alone (so without the base's padding rows). A model that nothing was added
-    to is its own base.
+    under its old rows alone (so without the base's padding rows); unless it gave up old tokens,
+    which its base would read. A model that nothing was added to is its own base.
 
     Args:
         model: `job`'s, untrained.
@@ -456,8 +453,8 @@ def base_measure(
     family, rows = job.family, None
     if base is not None:
         family, model = families.load(base), load_model(base, trust_remote_code=trust_remote_code)
-    elif history and history[-1].stage == "graft":
-        rows = job.ids.start
+    elif history and history[-1].stage == "graft" and not job.ids.replaced:
+        rows = job.ids.first
     elif history:
         return {"domain_bpb": None, "general_bpb": None}
     start, _ = start_and_end(family)

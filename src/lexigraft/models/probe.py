@@ -209,14 +209,23 @@ def probe(
     kept: dict[int, Tensor] = {}
     for folder, ids in zip((base, grafted), text.encoded, strict=True):
         last = growth.tokens if found else growth.first_id
-        watch = _Watch(ids, text.shared, chosen, growth.first_id, last, kept, first=not found)
+        watch = _Watch(
+            ids,
+            text.shared,
+            chosen,
+            growth.first_id,
+            last,
+            kept,
+            first=not found,
+            replaced=list(growth.replaced),
+        )
         model = load_model(folder, trust_remote_code=trust_remote_code)
         scored = score(
             model,
             text.windows,
             ids,
             start=text.start,
-            new_ids=range(growth.first_id, growth.tokens),
+            new_ids=frozenset(growth.new_ids if found else ()),
             advance=advance,
             observe=watch,
         )
@@ -234,7 +243,8 @@ def probe(
         new=new.new,
         padding=new.padding,
         padding_before=old.padding,
-        padding_limit=old.padding.mean
+        # Padding grows with the rest where replaced tokens take less than they did.
+        padding_limit=old.padding.mean / max(_ROUNDING, 1 - old.new.most)
         + PADDING_FACTOR * growth.new_padding / growth.rows
         + _ROUNDING,
         guess=math.log2(growth.rows),
@@ -283,6 +293,7 @@ class _Watch:
         kept: log p over old ids at the chosen positions of each window, which the first of two
             watches writes and the other reads.
         first: whether it is the first.
+        replaced: ids below V that have other tokens under the second model.
     """
 
     encoded: Sequence[Sequence[int]]
@@ -292,6 +303,7 @@ class _Watch:
     tokens: int
     kept: dict[int, Tensor]
     first: bool
+    replaced: list[int] = field(default_factory=list)
     nats: float = 0.0
     kl: list[float] = field(default_factory=list)
     _new: list[float] = field(default_factory=list)
@@ -299,7 +311,7 @@ class _Watch:
 
     @property
     def new(self) -> Share:
-        """What new ids take."""
+        """What new ids take; under the first model what it loses with their old tokens."""
         return Share(sum(self._new) / len(self._new), max(self._new))
 
     @property
@@ -316,11 +328,14 @@ class _Watch:
             logs = part.float().log_softmax(-1)
             picked = logs.gather(1, wanted.to(logs.device)[:, None])
             self.nats -= float(picked.double().sum())
-            self._new += logs[:, self.old : self.tokens].exp().sum(-1).tolist()
+            new = logs[:, self.old : self.tokens].exp().sum(-1)
+            self._new += (new + logs[:, self.replaced].exp().sum(-1)).tolist()
             self._padding += logs[:, self.tokens :].exp().sum(-1).tolist()
         if not self.chosen[place]:
             return
-        old = logits[self.chosen[place], : self.old].float().log_softmax(-1)
+        old = logits[self.chosen[place], : self.old].float()
+        old[:, self.replaced] = -math.inf
+        old = old.log_softmax(-1)
         if self.first:
             self.kept[place] = old
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def compare_merged(
     adapter_rows: int,
     dtype: str,
     labels: int | None = None,
+    replaced: Sequence[int] = (),
 ) -> LogitProof:
     """Compare `merged` with PEFT's unmerged model on sequences of old and new tokens.
 
@@ -59,14 +61,17 @@ def compare_merged(
         adapter_rows: rows of the model that the adapter was trained on.
         dtype: safetensors' name of the type that the result is stored in.
         labels: of a classifier, how many labels it has.
+        replaced: ids of the base that have another token in the result.
 
     Raises:
         LexigraftError: transformers cannot load a model.
     """
-    ids = torch.from_numpy(_sequences(base_tokens, min(tokens, adapter_rows)))
+    new = [*replaced, *range(base_tokens, min(tokens, adapter_rows))]
+    lacking = [*replaced, *range(base_tokens, adapter_rows)]
+    ids = torch.from_numpy(_sequences(base_tokens, new))
     result, start = (load_model(folder, labels=labels) for folder in (merged, base))
     ours = _logits(result, ids)
-    theirs = _logits(_unmerged(start, adapter, result, base_tokens, adapter_rows), ids)
+    theirs = _logits(_unmerged(start, adapter, result, adapter_rows, lacking), ids)
     width = min(ours.shape[-1], theirs.shape[-1])
     difference = float((ours[..., :width] - theirs[..., :width]).abs().max())
     step = float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
@@ -74,16 +79,16 @@ def compare_merged(
     return LogitProof(difference, limit)
 
 
-def _sequences(old: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _sequences(old: int, new: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Half of the sequences hold old ids only, the others old and new ones by turns."""
     draw = np.random.default_rng(0)
     ids = draw.integers(0, old, (SEQUENCES, LENGTH))
-    if tokens > old:
-        ids[SEQUENCES // 2 :, ::2] = draw.integers(old, tokens, (SEQUENCES // 2, LENGTH // 2))
+    if new:
+        ids[SEQUENCES // 2 :, ::2] = draw.choice(new, (SEQUENCES // 2, LENGTH // 2))
     return ids
 
 
-def _unmerged(model: Any, adapter: Path, result: Any, base_tokens: int, rows: int) -> Any:
+def _unmerged(model: Any, adapter: Path, result: Any, rows: int, lacking: Sequence[int]) -> Any:
     from peft import PeftModel
 
     with quiet_transformers(), torch.no_grad(), warnings.catch_warnings():
@@ -96,7 +101,7 @@ def _unmerged(model: Any, adapter: Path, result: Any, base_tokens: int, rows: in
         ):
             if old is None:  # a classifier
                 continue
-            old.weight[base_tokens:] = new.weight[base_tokens:rows].to(old.weight)
+            old.weight[lacking] = new.weight[lacking].to(old.weight)
         return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 

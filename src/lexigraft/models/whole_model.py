@@ -16,15 +16,16 @@ from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
-from lexigraft.checkpoints.rows import by_row, in_blocks, read_rows
+from lexigraft.checkpoints.rows import by_row, in_blocks, read_rows, runs
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.errors import LexigraftError
+from lexigraft.manifest import NewIds
 from lexigraft.models.load import quiet_transformers
 from lexigraft.models.new_rows import NewRows, fold, grow
 
 
-def make_all_trainable(model: Any, ids: range, *, old_rows: bool) -> NewRows | None:
+def make_all_trainable(model: Any, ids: NewIds, *, old_rows: bool) -> NewRows | None:
     """Let the body of a frozen model train, and its new rows; its old rows if they are asked for.
 
     Tables of tokens beside the embedding (per layer, as in Gemma 3n) stay as they are: their old
@@ -36,7 +37,7 @@ def make_all_trainable(model: Any, ids: range, *, old_rows: bool) -> NewRows | N
         old_rows: train the old rows of embedding and head too. The head's bias stays.
     """
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    least = ids.start or len(tables[0].weight)
+    least = ids.first or len(tables[0].weight)
     tables += [
         module
         for module in model.modules()
@@ -46,7 +47,7 @@ def make_all_trainable(model: Any, ids: range, *, old_rows: bool) -> NewRows | N
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) not in held)
     if len(ids):
-        return grow(model, ids.start, ids.stop, old_rows=old_rows)
+        return grow(model, ids, old_rows=old_rows)
     for table in tables[:2]:
         table.weight.requires_grad_(old_rows)
     return None
@@ -126,12 +127,11 @@ def _require_old_rows(
     base: Checkpoint, written: Checkpoint, vocabulary: VocabularyTensors, rows: NewRows | None
 ) -> None:
     """Law 12, on the files: every row that is not new has the source's bytes."""
-    new = set(rows.ids) if rows is not None else set()
+    new = list(rows.ids) if rows is not None else []
     for name in vocabulary.names:
         one, other = by_row(base.tensors[name]), by_row(written.tensors[name])
-        first = rows.first_id if rows is not None else one.rows
-        ranges = ((0, first), (first + len(new), one.rows))
-        for begin, end in ranges:
+        ends = [0, *(end for run in runs(new) for end in run), one.rows]
+        for begin, end in zip(ends[::2], ends[1::2], strict=True):
             for start, block in in_blocks(one, begin, end):
                 if block.tobytes() != read_rows(other, start, start + len(block)).tobytes():
                     raise LexigraftError(

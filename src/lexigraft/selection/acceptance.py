@@ -13,6 +13,7 @@ from lexigraft.families import Family
 from lexigraft.families.choice import Choice, with_parts
 from lexigraft.families.llama_cpp import simulate
 from lexigraft.families.proof import HARD_TEXTS, contexts, long_text, offenders
+from lexigraft.families.replacing import fill
 from lexigraft.families.special import add_special
 from lexigraft.selection.gathering import between
 from lexigraft.selection.learning import Picked
@@ -29,7 +30,9 @@ def write_lawful(
     choice = picked.choice
     while True:
         base.extend(choice.merges, partial)
-        add_special(partial, special, base.map.tokens + len(choice.merges))
+        fill(base, partial)
+        behind = max(0, len(choice.merges) - len(base.vacant))
+        add_special(partial, special, base.map.tokens + behind)
         extended = families.load(partial, own=True)
         if base.guaranteed:
             return extended, choice

@@ -229,7 +229,7 @@ class Learning:
 def cut_earlier(family: Family, vocab: Path, size: int | None) -> Picked:
     """The first tokens of an earlier result."""
     record = _earlier_record(family, vocab)
-    rows = measure.read_rows(vocab / NEW_TOKENS, record.first_id, record.added)
+    rows = measure.read_rows(vocab / NEW_TOKENS, record.new_ids)
     if size is not None and size > len(rows):
         raise LexigraftError(
             f"{vocab} has {len(rows):,} new tokens, --tokens asks for {size:,}",
@@ -257,6 +257,12 @@ def _earlier_record(family: Family, vocab: Path) -> LearnRecord:
             f"{vocab} is no result of learn",
             needed=f"a folder with lexigraft.json and {NEW_TOKENS}",
             fix="--from VOCAB, the folder that learn wrote",
+        )
+    if record.replaced:
+        raise LexigraftError(
+            f"{vocab} has the ids of old tokens (--replace)",
+            needed="a result in which all new tokens come behind the old ones",
+            fix="learn again, with a smaller --replace",
         )
     if record.base.token_map != family.map.hash:
         raise LexigraftError(

@@ -47,7 +47,8 @@ from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.embeddings.donor import ATOMS, Donor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.families.tokenmap import readable
+from lexigraft.families.replacing import without_tokens
+from lexigraft.families.tokenmap import TokenMap, readable
 from lexigraft.files import (
     publish,
     read_object,
@@ -74,7 +75,8 @@ class GraftResult:
         rows_before: rows of the base's vocabulary tensors.
         rows_after: rows of the new ones.
         tokens: max id + 1 of the extended tokenizer.
-        added: number of new ids.
+        added: number of new tokens.
+        replaced: how many of them have the id of an old one.
         init: the method that the new rows start with; `EMBEDDING,HEAD` where they are two.
         tied: the head is the input embedding.
         bytes_copied: bytes of tensors taken from the base as they are.
@@ -90,6 +92,7 @@ class GraftResult:
     rows_after: int
     tokens: int
     added: int
+    replaced: int
     init: str
     tied: bool
     bytes_copied: int
@@ -107,6 +110,7 @@ class GraftResult:
             "rows_after": self.rows_after,
             "tokens": self.tokens,
             "added": self.added,
+            "replaced": self.replaced,
             "init": self.init,
             "tied": self.tied,
             "bytes_copied": self.bytes_copied,
@@ -121,9 +125,10 @@ class GraftResult:
     def lines(self) -> list[str]:
         """What a person reads."""
         padding = self.rows_after - self.tokens
+        there = f", {self.replaced:,} under old ids" if self.replaced else ""
         rows = (
             f"{self.rows_before:,} -> {self.rows_after:,} rows for {self.tokens:,} tokens "
-            f"({self.added:,} new, init {self.init}; {padding:,} padding rows; "
+            f"({self.added:,} new{there}, init {self.init}; {padding:,} padding rows; "
             f"{'tied' if self.tied else 'untied'})"
         )
         sizes = (
@@ -172,8 +177,9 @@ def graft(
 ) -> GraftResult:
     """Write `base` with rows for the new tokens of `vocab` to the folder `output`.
 
-    Rows of old ids are bit-identical in every vocabulary tensor, every other tensor is
-    byte-identical. There are max(rows before, tokens rounded up to `pad_to`) rows afterwards.
+    Rows of old ids are bit-identical in every vocabulary tensor, but for those whose token `learn
+    --replace` gave away; every other tensor is byte-identical. There are max(rows before, tokens
+    rounded up to `pad_to`) rows afterwards, and as many as before if no id is new.
 
     Args:
         base: a model folder with safetensors and its tokenizer, or a GGUF file (or a folder with
@@ -279,7 +285,7 @@ class _Table:
     @cached_property
     def survey(self) -> Survey:
         """Hash and mean of the old rows."""
-        found = survey(self._tensor, self._growth.first_id)
+        found = survey(self._tensor, self._growth.first_id, self._growth.replaced)
         require_finite(self._tensor, found)
         return found
 
@@ -327,7 +333,8 @@ class _Job:
             self.growth.rows_before,
             self.growth.rows,
             self.growth.tokens,
-            sum(token_id >= self.growth.first_id for token_id in self.extended.map.texts),
+            sum(token_id in self.extended.map.texts for token_id in self.growth.new_ids),
+            len(self.growth.replaced),
             str(self.start.choice),
             self.vocabulary.tied,
             *sizes,
@@ -351,13 +358,13 @@ class _Job:
 
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
-        first_id = self.growth.first_id
         used = np.sort(np.fromiter(self.base.map.texts, np.int64))
         tensors = Checkpoint.open(model).tensors
 
         def of(name: str) -> RowStatistics | None:
             old = np.setdiff1d(used, self.tables[name].survey.untrained, assume_unique=True)
-            return row_statistics(tensors[name], first_id, self.start.pieces, old, self.text)
+            ids, pieces = self.start.ids, self.start.pieces
+            return row_statistics(tensors[name], ids, pieces, old, self.text)
 
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(of, self.tables))
@@ -439,6 +446,7 @@ class _Job:
                 versions=versions(["lexigraft", "numpy"]),
                 start=self._start(),
                 roles=dict(self.told) if self.told else None,
+                replaced=list(growth.replaced) or None,
             )
         )
 
@@ -485,11 +493,14 @@ def _prepare(
     extended = families.load(require_folder(vocab, "the extended tokenizer"))
     new_map = extended.map
     require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
-    require_extension(base, family.map, vocab, new_map)
-    require_free_ids(checkpoint, family.map, new_map)
+    replaced = _replaced(vocab, family.map, new_map)
+    require_extension(base, family.map, vocab, new_map, replaced)
+    require_free_ids(checkpoint, family.map, new_map, replaced)
     mention_normalised_head(checkpoint, vocabulary)
-    growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, pad_to)
-    start, copied = _start_of(asked, family, extended, tied=vocabulary.tied)
+    step = pad_to if new_map.tokens > family.map.tokens else 1  # nothing grows: nothing to round
+    growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, step, replaced)
+    with without_tokens(family, replaced) as left:
+        start, copied = _start_of(asked, left, extended, tied=vocabulary.tied)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
     roles = roles_of(vocabulary)
     planned = [table.planned(start, roles[name]) for name, table in tables.items()]
@@ -507,6 +518,13 @@ def _prepare(
         tables=tables,
         told=tensor_roles or recorded_roles(checkpoint),
     )
+
+
+def _replaced(vocab: Path, old: TokenMap, new: TokenMap) -> tuple[int, ...]:
+    """Old ids to which `learn` gave other tokens, by the manifest of VOCAB."""
+    from lexigraft.manifest import Manifest
+
+    return (Manifest.read(vocab) or Manifest()).replaced(old.hash, new.hash)
 
 
 def _start_of(

@@ -7,22 +7,29 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
 from lexigraft import families
 from lexigraft.checkpoints.architectures import is_tied_by_config
-from lexigraft.corpus import beginning, sources, text_files
+from lexigraft.checkpoints.fit import ids_in_use
+from lexigraft.checkpoints.growth import never_trained
+from lexigraft.console import note
+from lexigraft.corpus import beginning, held_out, sources, text_files
 from lexigraft.errors import LexigraftError
-from lexigraft.families import Family, measure
+from lexigraft.families import Family, llama_cpp, measure
 from lexigraft.families.loader import LoaderProof, TransformersLoader, prove_loader
 from lexigraft.families.proof import (
     HARD_TEXTS,
     Lengths,
     Proof,
+    Removal,
     expansion,
     prove,
+    prove_removal,
 )
+from lexigraft.families.replacing import without_tokens
 from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.manifest import (
@@ -31,6 +38,7 @@ from lexigraft.manifest import (
     LearnRecord,
     Manifest,
     Probe,
+    ReplacedToken,
     TextSource,
     versions,
 )
@@ -56,6 +64,7 @@ from lexigraft.selection.learning import (
     read_lists,
     read_special_tokens,
 )
+from lexigraft.selection.replacing import Leaving, Replacement, choose_leaving
 from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, model_size
 from lexigraft.selection.terms import TermTable
 
@@ -90,6 +99,7 @@ class LearnResult:
         in_parts: letters and symbols of the corpus that are still no token, with occurrences.
         special: new special tokens, behind the others.
         dry_run: nothing was written.
+        replaced: the old tokens whose ids new ones have; None where none was to be replaced.
     """
 
     output: Path
@@ -115,6 +125,7 @@ class LearnResult:
     in_parts: list[tuple[str, int]]
     special: int
     dry_run: bool
+    replaced: Replacement | None = None
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -157,16 +168,21 @@ class LearnResult:
             "addresses": self.addresses,
             "special": self.special,
             "in_parts": [list(row) for row in self.in_parts[:100]],
+            **({"replaced": self.replaced.to_json()} if self.replaced else {}),
         }
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        last = self.first_id + self.added - 1
-        ids = f", ids {self.first_id:,} to {last:,}" if self.added else ""
+        last = self.tokens_after - self.special - 1
+        ids = f", ids {self.first_id:,} to {last:,}" if last >= self.first_id else ""
+        if self.replaced:
+            ids = f", {self.replaced.count:,} under old ids{ids and ', the others' + ids[1:]}"
         lines = [
             f"{self.added:,} new tokens{ids}; {self.tokens_before:,} -> {self.tokens_after:,} "
             f"({self.family})"
         ]
+        if self.replaced:
+            lines += self.replaced.lines()
         if self.special:
             lines.append(f"{self.special:,} new special tokens behind them")
         if self.size:
@@ -244,6 +260,7 @@ def learn(
     ban: Sequence[str | Path] = (),
     special: Sequence[str | Path] = (),
     tokens: int | str = "auto",
+    replace: int | None = None,
     min_count: int | None = None,
     allow_more: bool = False,
     train_bytes: int | None = None,
@@ -273,6 +290,10 @@ def learn(
         special: lists of new special tokens, which get the ids behind all others.
         tokens: how many, `"10%"` of the base's, or `"auto"`: all that the text supports, up to
             10% of the base's tokens, and no more than make the model fastest.
+        replace: so many of the new tokens take the ids and rows of old ones: of tokens that no
+            text has, then of those whose rows training never moved, then of the least used of
+            `general` (`selection.replacing`). Without `tokens`, it is also how many there are in
+            all, and nothing grows.
         min_count: the least number of occurrences of a new token on the learning text.
             Default: `SUPPORT` occurrences in `train_bytes` of text for "auto", `FLOOR` for a
             number of tokens asked for.
@@ -288,10 +309,15 @@ def learn(
         dry_run: choose and prove, write nothing.
 
     Raises:
-        LexigraftError: unusable input, or a law that the result would break.
+        LexigraftError: unusable input, too few tokens to replace, or a law that the result would
+            break.
+        RefusalError: a kind of tokenizer that cannot be extended so.
     """
     output = Path(output)
-    _refuse_odd_numbers({"--min-count": min_count, "--train-bytes": train_bytes})
+    _refuse_odd_numbers(
+        {"--min-count": min_count, "--train-bytes": train_bytes, "--replace": replace}
+    )
+    tokens = _with_replaced(tokens, replace, from_vocab)
     folder = local_folder(base)
     refuse_existing(output, force=force or dry_run)
     lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
@@ -317,32 +343,96 @@ def learn(
             special=read_special_tokens(family, special),
         )  # fmt: skip
         words.refuse_contradictions()
-        if from_vocab is not None:
-            picked = cut_earlier(family, Path(from_vocab), None if tokens == "auto" else limit)
-        else:
+        measured = beginning(general, MEASURED_BYTES) if general else []
+        gone: list[Leaving] = []
+        if replace is not None:
+            if limit < replace:
+                raise LexigraftError(
+                    f"--tokens {tokens} with --replace {replace}",
+                    needed="no more tokens to replace than there are new ones",
+                    fix=f"--replace {limit}",
+                )
+            seen, measured = _apart(measured)
+            gone = choose_leaving(
+                family, replace,
+                untrained=_untrained(folder, family),
+                kept=_kept(family, check_text=not change_check_text),
+                texts=[*seen, *_apart(beginning(corpus, MEASURED_BYTES))[0]],
+                least_used=bool(general),
+            )  # fmt: skip
+
+        def pick(base: Family) -> Picked:
+            if from_vocab is not None:
+                return cut_earlier(base, Path(from_vocab), None if tokens == "auto" else limit)
             learning = Learning(
-                family, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
+                base, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
                 train_bytes=train_bytes, model=_model_size(folder),
                 check_text=not change_check_text, engine=engine, workers=workers,
             )  # fmt: skip
             loader.start()  # its imports take the core that choosing leaves free
-            picked = learning.choose()
-        words.refuse_clashes(picked.choice)
+            return learning.choose()
+
         settings = {
             "tokens": tokens, "min_count": min_count, "allow_more": allow_more,
             "train_bytes": train_bytes, "change_check_text": change_check_text, "seed": seed,
+            **({} if replace is None else {"replace": replace}),
         }  # fmt: skip
         named = {
             "corpus": corpus, "general": general, "contrast": contrast, "terms": terms,
             "pin": pin, "ban": ban, "special": special,
         }  # fmt: skip
         with _work_folder(output, force=force, dry_run=dry_run) as partial:
-            return _publish(
-                family, picked, partial, output, loader,
-                general=beginning(general, MEASURED_BYTES) if general else [],
-                domain=picked.held_out or beginning(corpus, MEASURED_BYTES) if corpus else [],
-                special=words.special, dry_run=dry_run, settings=settings, sources_of=named,
-            )  # fmt: skip
+            while True:
+                with without_tokens(family, sorted(one.id for one in gone)) as left:
+                    picked = pick(left)
+                    words.refuse_clashes(picked.choice)
+                    found = _publish(
+                        left, picked, partial, output, loader,
+                        whole=family, gone=gone, general=measured,
+                        domain=picked.held_out or beginning(corpus, MEASURED_BYTES)
+                        if corpus else [],
+                        special=words.special, dry_run=dry_run, settings=settings,
+                        sources_of=named,
+                    )  # fmt: skip
+                if isinstance(found, LearnResult):
+                    return found
+                # Fewer words than ids that were to be free: the tokens that go last stay.
+                gone = gone[:found]
+
+
+def _with_replaced(
+    tokens: int | str, replace: int | None, from_vocab: str | Path | None
+) -> int | str:
+    """How many tokens are asked for, where so many are to be replaced."""
+    if replace is None:
+        return tokens
+    if from_vocab is not None:
+        raise LexigraftError(
+            "--from with --replace",
+            needed="either: pieces of earlier words may be among the tokens that go",
+            fix="leave --from out and learn again",
+        )
+    return replace if tokens == "auto" else tokens
+
+
+def _apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts to choose by, and others to measure on; where no text is held out, all are both."""
+    kept = [text for text in texts if held_out(text)]
+    seen = [text for text in texts if not held_out(text)]
+    return seen or kept, kept or seen
+
+
+def _untrained(folder: Path, family: Family) -> frozenset[int]:
+    found = never_trained(folder, family.map.tokens)
+    if found is None:
+        note(f"{folder} holds no weights: which rows training never moved is not known")
+    return found or frozenset()
+
+
+def _kept(family: Family, *, check_text: bool) -> set[int]:
+    """Ids that must not be given away: the configs use them, or llama.cpp's check text."""
+    kept = set(ids_in_use(family.folder))
+    return kept.union(family.encode(llama_cpp.check_text())) if check_text else kept
 
 
 def _refuse_odd_numbers(options: Mapping[str, int | None]) -> None:
@@ -370,17 +460,29 @@ def _publish(
     output: Path,
     loader: TransformersLoader,
     *,
+    whole: Family,
+    gone: Sequence[Leaving],
     domain: list[str],
     general: list[str],
     special: list[str],
     dry_run: bool,
     settings: dict[str, Any],
     sources_of: Mapping[str, Sequence[str | Path]],
-) -> LearnResult:
-    """Write the extension, prove it, and measure it."""
+) -> LearnResult | int:
+    """Write the extension, prove it, and measure it.
+
+    Args:
+        base: the base, without the tokens that are `gone`.
+        whole: the base as it is.
+
+    Returns:
+        The result; or, where new words are fewer than tokens are gone, how many there are.
+    """
     # A special token cuts the text that it stands in: the laws hold for what is between.
     domain, general = (between(texts, special) for texts in (domain, general))
     extended, choice = write_lawful(base, picked, partial, special, [*domain, *general])
+    if len(choice.merges) < len(gone):
+        return len(choice.merges)
     first = base.map.tokens
     few = [*between(HARD_TEXTS, special), *beginnings(domain), *beginnings(general)]
     spelled = expansion(base, extended)
@@ -393,8 +495,8 @@ def _publish(
         by_loader = asked_loader.result()
     proof = hard.plus(domain_proof).plus(general_proof)
     require_reachable(extended, choice, proof.emitted, picked.chunks)
-    record = _record(base, extended, {**settings, "least": picked.least}, sources_of)
-    (Manifest.read(base.folder) or Manifest()).plus(record).write(partial)
+    record = _record(whole, base, extended, {**settings, "least": picked.least}, sources_of)
+    (Manifest.read(whole.folder) or Manifest()).plus(record).write(partial)
     specificity = None
     contrast = picked.contrast
     if contrast is None and general and picked.stretches is not None:
@@ -407,6 +509,7 @@ def _publish(
     ids = {merge.token: extended.map.ids[merge.token] for merge in choice.merges}
     joined = choice.saved if base.guaranteed else [choice.counts[m.token] for m in choice.merges]
     formed = {m.token: int(n) for m, n in zip(choice.merges, joined, strict=True)}
+    replaced = _replacement(whole, base, gone, domain, general) if gone else None
     return LearnResult(
         output=output,
         family=base.name,
@@ -415,9 +518,9 @@ def _publish(
         tokens_after=extended.map.tokens,
         first_id=first,
         min_count=picked.least,
-        domain=domain_proof.lengths if domain else None,
+        domain=_lengths(domain_proof, replaced.domain if replaced else None),
         domain_is_held_out=bool(picked.held_out),
-        general=general_proof.lengths if general else None,
+        general=_lengths(general_proof, replaced.general if replaced else None),
         drift=proof.drift,
         dead=sum(not choice.counts[merge.token] for merge in choice.merges),
         bridges=len(choice.bridges),
@@ -431,7 +534,31 @@ def _publish(
         in_parts=characters_in_parts(extended, picked.chunks),
         special=len(special),
         dry_run=dry_run,
+        replaced=replaced,
     )
+
+
+def _replacement(
+    whole: Family,
+    left: Family,
+    gone: Sequence[Leaving],
+    domain: Sequence[str],
+    general: Sequence[str],
+) -> Replacement:
+    """What the texts lose with the tokens that are gone, proved to be no more than these."""
+    on_domain, on_general, on_hard = (
+        prove_removal(whole, left, texts) for texts in (domain, general, HARD_TEXTS)
+    )
+    return Replacement.of(gone, domain=on_domain, general=on_general, hard=on_hard)
+
+
+def _lengths(proof: Proof, removal: Removal | None) -> Lengths | None:
+    """A text under base and extension; None where there is no text."""
+    if not proof.texts:
+        return None
+    if removal is None:
+        return proof.lengths
+    return replace_fields(proof.lengths, tokens_before=removal.lengths.tokens_before)
 
 
 @contextlib.contextmanager
@@ -483,6 +610,7 @@ def _list_source(path: str) -> TextSource:
 
 
 def _record(
+    whole: Family,
     base: Family,
     extended: Family,
     settings: dict[str, Any],
@@ -496,15 +624,21 @@ def _record(
         if specs
     }
     return LearnRecord(
-        base=BaseTokenizer(name=base.folder.name, token_map=base.map.hash, tokens=base.map.tokens),
+        base=BaseTokenizer(
+            name=whole.folder.name, token_map=whole.map.hash, tokens=whole.map.tokens
+        ),
         family=base.name,
         token_map=extended.map.hash,
         content=extended.content_hash,
         tokens=extended.map.tokens,
         first_id=base.map.tokens,
-        added=extended.map.tokens - base.map.tokens,
+        added=len(families.new_ids(base, extended.map)),
         settings=settings,
         sources=texts,
         versions=versions(["lexigraft", "numpy", "sentencepiece", "tokenizers"]),
         probe=[Probe(text=text, ids=extended.encode(text)) for text in _PROBES],
+        replaced=[
+            ReplacedToken(id=i, old=whole.map.texts[i], new=extended.map.texts[i])
+            for i in base.vacant
+        ],
     )

@@ -436,6 +436,7 @@ def _prove(job: Job, folder: Path) -> dict[str, float]:
         adapter_rows=job.adapter_rows,
         dtype=job.checkpoint.tensors[job.vocabulary.embeds[0]].dtype,
         labels=_labels(job),
+        replaced=job.tokenizer.replaced,
     )
     if not found.difference <= found.limit:
         raise LexigraftError(

@@ -232,7 +232,7 @@ def _entry(extension: Extension, token: int) -> Entry:
         bytes=family.token_bytes(token),
         pieces=[extension.piece(i) for i in extension.spelled(token)],
         row=extension.rows.get(token),
-        rank=token - extension.ids.start + 1 if piece.new else None,
+        rank=extension.ids.index(token) + 1 if piece.new else None,
         tree=_tree(extension, token),
     )
 

@@ -1,0 +1,309 @@
+"""`learn --replace`: new words under the ids and rows of old tokens, from the choice to the merge."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import parts
+from lexigraft import LexigraftError, check, evaluate, families, graft, learn, merge, train
+from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.growth import never_trained
+from lexigraft.errors import RefusalError
+from lexigraft.families.proof import HARD_TEXTS, prove, prove_removal
+from lexigraft.families.replacing import fill, vacate
+from lexigraft.files import read_json
+from lexigraft.manifest import Manifest
+from lexigraft.selection.replacing import LEAST_USED, UNREACHABLE, UNTRAINED, leaving
+
+KINDS = {
+    "byte": parts.write_byte_level,
+    "byte-ignore": lambda folder: parts.write_byte_level(folder, ignore_merges=True),
+    "gpt2-files": parts.write_byte_level_files,
+    "sp-both": parts.write_sentencepiece,
+    "unigram": parts.write_unigram,
+    "unigram-model": lambda folder: parts.write_unigram(folder, files="model"),
+    "wordpiece": parts.write_wordpiece,
+    "wordpiece-lines": lambda folder: parts.write_wordpiece(folder, fast=False),
+}
+EMBED = "model.embed_tokens.weight"
+COUNT = 20
+
+
+def english() -> list[str]:
+    return parts.ENGLISH.read_text("utf-8").splitlines()
+
+
+def gone(family, count=COUNT, **options):
+    given = {"untrained": (), "kept": (), "texts": english(), "least_used": True}
+    return leaving(family, count, **{**given, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_given_away_and_other_texts_stay(kind, tmp_path):
+    """Laws 1 (with its exception), 2, 3 and 5, more words than ids included."""
+    base = families.load(KINDS[kind](tmp_path / "base"))
+    ids = sorted(one.id for one in gone(base))
+    (tmp_path / "left").mkdir()
+    left = vacate(base, ids, tmp_path / "left")
+    assert left.map.texts == {i: t for i, t in base.map.texts.items() if i not in ids}
+    texts = [*english(), *HARD_TEXTS, parts.corpus_text(3, 3)]
+    found = prove_removal(base, left, texts)
+    assert found.texts >= len(texts) and found.changed < found.texts
+    corpus = parts.corpus_text(1, 30).split("\n\n")
+    merges = parts.lengthen(tmp_path / "left", tmp_path / "new", corpus, tokens=COUNT + 5)
+    fill(left, tmp_path / "new")
+    extended = families.load(tmp_path / "new", own=True)
+    assert extended.map.tokens == base.map.tokens + 5
+    assert {i for i, t in base.map.texts.items() if extended.map.texts[i] != t} == set(ids)
+    new = [*ids, *range(base.map.tokens, extended.map.tokens)]
+    assert [extended.map.texts[i] for i in new] == [merge.token for merge in merges]
+    emitted = {i for line in extended.encode_batch(corpus) for i in line}
+    assert emitted & set(ids)
+    if base.guaranteed:  # elsewhere `learn` drops what breaks law 2
+        assert prove(left, extended, [*english()[:40], corpus[0]]).emitted.keys() <= set(new)
+
+
+def test_what_goes_first_and_what_never_goes(tmp_path):
+    base = families.load(parts.write_byte_level(tmp_path / "base"))
+    used = {i for ids in base.encode_batch(english()) for i in ids}
+    idle = sorted(set(base.map.texts) - used - base.fixed)
+    first = gone(base, 400, untrained=idle[:5])
+    kinds = [one.why for one in first]
+    order = (UNREACHABLE, UNTRAINED, LEAST_USED)
+    assert kinds == sorted(kinds, key=order.index) and LEAST_USED in kinds
+    assert [one.count for one in first if one.why != LEAST_USED] == [0] * (
+        len(first) - kinds.count(LEAST_USED)
+    )
+    ids = {one.id for one in first}
+    assert not ids & base.fixed and base.map.tokens - 1 not in ids
+    assert all(len(base.token_bytes(i).decode()) > 1 for i in ids)
+    needs = base.needs()
+    for place in range(len(first)):  # every beginning of the list can go without the rest
+        out = {one.id for one in first[: place + 1]}
+        assert not any(out & set(needs.get(i, ())) for i in base.map.texts if i not in out)
+    assert not {one.id for one in gone(base, 400, kept=ids)} & ids
+    assert all(one.why != LEAST_USED for one in gone(base, 400, least_used=False))
+
+
+def test_tokens_that_no_text_has_go_first(tmp_path):
+    """Digits are split before any merge, so that a token of two digits never comes out."""
+    folder = parts.write_byte_level(tmp_path / "base")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, data["pre_tokenizer"]],
+    }
+    model = data["model"]
+    model["vocab"]["12"] = len(model["vocab"])
+    model["merges"].append(["1", "2"])
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] < len(model["vocab"]) - 1]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    base = families.load(folder)
+    base.map.texts[base.map.tokens] = "last"  # the highest id stays
+    del base.map.__dict__["tokens"]
+    (found,) = gone(base, 1)
+    assert (base.map.texts[found.id], found.why) == ("12", UNREACHABLE)
+
+
+@pytest.mark.parametrize("kind", ["ranks", "lone model"])
+def test_ids_that_are_ranks_are_refused(kind, tmp_path):
+    folder = tmp_path / "base"
+    if kind == "ranks":
+        parts.write_ranks(folder)
+    else:
+        parts.write_sentencepiece(folder, fast=False)
+    (tmp_path / "c.txt").write_text(parts.corpus_text(documents=5), "utf-8")
+    with pytest.raises(RefusalError, match="--replace"):
+        learn(folder, corpus=[tmp_path / "c.txt"], replace=5, output=tmp_path / "v")
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.fixture(scope="module", name="place")
+def make_place(tmp_path_factory):
+    """A tied base whose last rows were never trained, and everything that is made of it."""
+    folder = tmp_path_factory.mktemp("replace")
+    (folder / "corpus.txt").write_text(parts.corpus_text(documents=60), "utf-8")
+    (folder / "general.txt").write_text("\n\n".join(english()), "utf-8")
+    base = parts.write_byte_level(folder / "base")
+    family = families.load(base)
+    parts.write_model(
+        base, tokens=family.map.tokens, rows=family.map.tokens + 6, tied=True, eos=380
+    )
+    weights = load_file(base / "model.safetensors")
+    used = {i for ids in family.encode_batch(english()) for i in ids}
+    leaves = (
+        set(family.map.texts) - family.fixed - {i for of in family.needs().values() for i in of}
+    )
+    untrained = {"idle": max(leaves - used), "used": max(leaves & used)}
+    for token_id in untrained.values():
+        weights[EMBED][token_id] *= 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    learn(
+        base, corpus=[folder / "corpus.txt"], general=[folder / "general.txt"], replace=COUNT,
+        allow_more=True, min_count=5, output=folder / "vocab",
+    )  # fmt: skip
+    graft(base, folder / "vocab", init="mean", output=folder / "model")
+    train(
+        folder / "model", corpus=[folder / "corpus.txt"], mode="lora", lora_rank=4,
+        output=folder / "adapter", block_size=64, max_bytes=4000, measurements=1,
+        measured_bytes=1000,
+    )  # fmt: skip
+    return folder, untrained
+
+
+def replaced(folder) -> dict[int, tuple[str, str]]:
+    record = Manifest.read(folder).last("learn")
+    return {one.id: (one.old, one.new) for one in record.replaced}
+
+
+def test_learn_moves_no_other_id_and_keeps_the_way_back(place):
+    folder, untrained = place
+    base, extended = (families.load(folder / name) for name in ("base", "vocab"))
+    found = replaced(folder / "vocab")
+    assert len(found) == COUNT and extended.map.tokens == base.map.tokens
+    assert untrained["idle"] in found and untrained["used"] not in found
+    assert {i: t for i, t in extended.map.texts.items() if i not in found}.items() <= (
+        base.map.texts.items()
+    )
+    assert {**extended.map.texts, **{i: old for i, (old, _) in found.items()}} == base.map.texts
+    assert all(extended.map.texts[i] == new for i, (_, new) in found.items())
+    rows = [json.loads(line) for line in (folder / "vocab" / "new_tokens.jsonl").open()]
+    assert [row["id"] for row in rows] == sorted(found)
+    assert not {piece for row in rows for piece in row["pieces"]} & found.keys()
+    assert check(folder / "vocab", base=folder / "base").ok
+
+
+def test_graft_writes_these_rows_alone(place):
+    """Laws 7, 8 and 11: all else is as it was, and nothing grows."""
+    folder, _ = place
+    before, after = (Checkpoint.open(folder / name) for name in ("base", "model"))
+    assert before.config == after.config
+    old, new = before.read(EMBED), after.read(EMBED)
+    ids = sorted(replaced(folder / "vocab"))
+    assert np.flatnonzero((old != new).any(axis=1)).tolist() == ids
+    for line in (folder / "vocab" / "new_tokens.jsonl").open():
+        row = json.loads(line)
+        np.testing.assert_allclose(
+            new[row["id"]], old[row["pieces"]].mean(axis=0), rtol=1e-5, atol=1e-7
+        )
+    for name in before.tensors.keys() - {EMBED}:
+        assert before.read(name).tobytes() == after.read(name).tobytes()
+    assert not any(f.severity == "error" for f in check(folder / "model", deep=True).findings)
+    deep = check(folder / "model", base=folder / "base", deep=True)
+    assert deep.ok and not {f.code for f in deep.findings} & {"LG601", "LG706"}
+
+
+def test_only_these_rows_train_and_either_base_takes_them(place, tmp_path):
+    """Laws 12, 14 and 16: the base's rows at these ids belong to other words."""
+    folder, _ = place
+    ids = sorted(replaced(folder / "vocab"))
+    indices = read_json(folder / "adapter" / "adapter_config.json")["trainable_token_indices"]
+    assert list(indices.values()) == [ids]
+    report = read_json(folder / "adapter" / "training.json")
+    assert [row["id"] for row in report["rows"]] == ids and report["base"]["domain_bpb"] is None
+    for name in ("base", "model"):
+        merge(folder / name, folder / "adapter", output=tmp_path / name, prove=True)
+    one, other = (Checkpoint.open(tmp_path / name) for name in ("base", "model"))
+    for name in one.tensors:
+        assert one.read(name).tobytes() == other.read(name).tobytes()
+    pristine = Checkpoint.open(folder / "base").read(EMBED)
+    assert np.flatnonzero((one.read(EMBED) != pristine).any(axis=1)).tolist() == ids
+    scored = evaluate(
+        [tmp_path / "base"], corpus=[folder / "corpus.txt"], max_bytes=2000, speed_characters=0
+    )
+    assert scored.models[0].adoption > 0.05
+    codes = {f.code for f in check(folder / "base", adapter=folder / "adapter").findings}
+    assert "LG406" in codes and "LG404" not in codes
+    assert not {"LG404", "LG406"} & {
+        f.code for f in check(folder / "model", adapter=folder / "adapter").findings
+    }
+
+
+def without_rows(adapter, output):
+    """The adapter as a trainer writes it that knows nothing of rows."""
+    shutil.copytree(adapter, output)
+    config = read_json(output / "adapter_config.json")
+    config["trainable_token_indices"] = None
+    (output / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(output / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+    assert len(kept) < len(weights)
+    save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
+    records = Manifest.read(output).records
+    Manifest(records=[r for r in records if r.stage != "train"]).write(output)
+    return output
+
+
+def test_rows_that_no_adapter_holds_are_made_again(place, tmp_path):
+    folder, _ = place
+    adapter = without_rows(folder / "adapter", tmp_path / "adapter")
+    merge(folder / "base", adapter, output=tmp_path / "merged")
+    assert (
+        Checkpoint.open(tmp_path / "merged").read(EMBED).tobytes()
+        == Checkpoint.open(folder / "model").read(EMBED).tobytes()
+    )
+
+
+def test_an_old_adapter_stays_valid_unless_it_trained_these_rows(place, tmp_path):
+    folder, _ = place
+    old = without_rows(folder / "adapter", tmp_path / "old")
+    families.copy_tokenizer(folder / "base", old)
+    (old / "lexigraft.json").unlink()
+    ids = sorted(replaced(folder / "vocab"))
+    assert check(folder / "model", adapter=old).ok
+    merge(folder / "model", old, output=tmp_path / "merged")
+    assert families.load(tmp_path / "merged").map == families.load(folder / "model").map
+    config = read_json(old / "adapter_config.json")
+    weights = load_file(old / "adapter_model.safetensors")
+    trained = load_file(folder / "adapter" / "adapter_model.safetensors")
+    (key,) = trained.keys() - weights.keys()
+    config["trainable_token_indices"] = {"model.embed_tokens": ids}
+    (old / "adapter_config.json").write_text(json.dumps(config))
+    save_file({**weights, key: trained[key]}, old / "adapter_model.safetensors", {"format": "pt"})
+    assert "LG404" in {f.code for f in check(folder / "model", adapter=old).findings}
+    with pytest.raises(LexigraftError, match="have other tokens in the base"):
+        merge(folder / "model", old, output=tmp_path / "again")
+
+
+def test_what_cannot_be_is_said(place, tmp_path):
+    folder, _ = place
+    given = {"corpus": [folder / "corpus.txt"], "output": tmp_path / "v", "allow_more": True}
+    with pytest.raises(LexigraftError, match="tokens can go") as fault:
+        learn(folder / "base", replace=300, **given)
+    assert "--general" in str(fault.value)
+    with pytest.raises(LexigraftError, match="--tokens 5 with --replace 9"):
+        learn(folder / "base", tokens=5, replace=9, **given)
+    with pytest.raises(LexigraftError, match="--from with --replace"):
+        learn(folder / "base", from_vocab=folder / "vocab", replace=9, output=tmp_path / "v")
+    with pytest.raises(LexigraftError, match="has the ids of old tokens"):
+        learn(folder / "base", from_vocab=folder / "vocab", output=tmp_path / "v")
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = read_json(folder / "base" / "config.json")
+    config["eos_token_id"] = min(replaced(folder / "vocab"))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RefusalError, match="which the configs of"):
+        graft(tmp_path / "base", folder / "vocab", output=tmp_path / "m")
+
+
+def test_never_trained_rows_are_read_from_the_weights(place):
+    folder, untrained = place
+    assert never_trained(folder / "base", 382) == set(untrained.values())
+    assert never_trained(folder / "vocab", 382) is None
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["gpt2-files", "sp-both", "unigram", "wordpiece"])
+def test_learn_replaces_and_then_expands(kind, tmp_path):
+    base = KINDS[kind](tmp_path / "base")
+    (tmp_path / "corpus.txt").write_text(parts.corpus_text(documents=40), "utf-8")
+    (tmp_path / "general.txt").write_text("\n\n".join(english()), "utf-8")
+    result = learn(
+        base, corpus=[tmp_path / "corpus.txt"], general=[tmp_path / "general.txt"], tokens=20,
+        replace=12, min_count=5, allow_more=True, output=tmp_path / "v",
+    )  # fmt: skip
+    old, new = families.load(base).map, families.load(tmp_path / "v").map
+    assert (result.added, result.replaced.count) == (20, 12) and new.tokens == old.tokens + 8
+    assert sum(new.texts[i] != text for i, text in old.texts.items()) == 12
