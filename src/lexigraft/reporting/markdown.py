@@ -37,15 +37,24 @@ def _summary(facts: dict[str, Any]) -> list[str]:
     if not learned:
         return []
     domain = learned["domain"]
-    special = learned["tokens_after"] - learned["first_id"] - learned["added"]
+    special, replaced = learned.get("special", 0), learned.get("replaced")
+    where = f"from id {learned['first_id']:,} on"
+    if replaced:
+        where = f"{replaced['count']:,} of them under the ids of old ones"
     lines = [
-        f"- {learned['added']:,} new tokens from id {learned['first_id']:,} on"
+        f"- {learned['added']:,} new tokens{',' if replaced else ''} {where}"
         f"{f' and {special:,} special behind them' if special else ''}; "
         f"domain text takes {domain['tokens_after'] / max(1, domain['tokens_before']):.3f} of the "
         f"base's tokens ({domain['bytes']:,} bytes measured)",
         f"- general text that is split otherwise: {learned['drift']}; new tokens that never "
         f"occur: {learned['dead']}; kept only as parts of others: {learned['bridges']}",
     ]
+    if replaced and replaced["general"]:
+        general = replaced["general"]
+        lines.append(
+            f"- general texts that are split otherwise without the replaced tokens: "
+            f"{general['changed']:,} of {general['texts']:,}"
+        )
     if learned.get("addresses"):
         lines.append(f"- URLs and e-mail addresses not learned from: {learned['addresses']:,}")
     if grafted:
