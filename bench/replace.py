@@ -134,10 +134,9 @@ def report(found: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
             run["replaced"] for run in found if run["language"] == language and run.get("replaced")
         ]
         if gone:
-            kinds = ("unreachable", "untrained", "least_used")
+            kinds = ("unreachable", "untrained", "rare")
             named = ", ".join(
-                f"{kind.replace('_', ' ')} {statistics.fmean(one[kind] for one in gone):,.0f}"
-                for kind in kinds
+                f"{kind} {statistics.fmean(one[kind] for one in gone):,.0f}" for kind in kinds
             )
             lines += ["", f"Replaced, mean over seeds: {named}."]
     return "\n".join(lines) + "\n"

@@ -12,11 +12,12 @@ from lexigraft import LexigraftError, check, evaluate, families, graft, learn, m
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import never_trained
 from lexigraft.errors import RefusalError
-from lexigraft.families.proof import HARD_TEXTS, prove, prove_removal
+from lexigraft.families.proof import HARD_TEXTS, prove
 from lexigraft.families.replacing import fill, vacate
 from lexigraft.files import read_json
 from lexigraft.manifest import Manifest
-from lexigraft.selection.replacing import LEAST_USED, UNREACHABLE, UNTRAINED, leaving
+from lexigraft.selection import pruning
+from lexigraft.selection.replacing import choose_leaving
 
 KINDS = {
     "byte": parts.write_byte_level,
@@ -37,20 +38,20 @@ def english() -> list[str]:
 
 
 def gone(family, count=COUNT, **options):
-    given = {"untrained": (), "kept": (), "texts": english(), "least_used": True}
-    return leaving(family, count, **{**given, **options})
+    given = {"untrained": (), "kept": (), "texts": english(), "by_use": True}
+    return choose_leaving(family, count, **{**given, **options})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_given_away_and_other_texts_stay(kind, tmp_path):
     """Laws 1 (with its exception), 2, 3 and 5, more words than ids included."""
     base = families.load(KINDS[kind](tmp_path / "base"))
-    ids = sorted(one.id for one in gone(base))
+    ids = sorted(gone(base))
     (tmp_path / "left").mkdir()
     left = vacate(base, ids, tmp_path / "left")
     assert left.map.texts == {i: t for i, t in base.map.texts.items() if i not in ids}
     texts = [*english(), *HARD_TEXTS, parts.corpus_text(3, 3)]
-    found = prove_removal(base, left, texts)
+    found = pruning.prove(base, left, {i: i for i in left.map.texts}, texts)
     assert found.texts >= len(texts) and found.changed < found.texts
     corpus = parts.corpus_text(1, 30).split("\n\n")
     merges = parts.lengthen(tmp_path / "left", tmp_path / "new", corpus, tokens=COUNT + 5)
@@ -70,42 +71,21 @@ def test_what_goes_first_and_what_never_goes(tmp_path):
     base = families.load(parts.write_byte_level(tmp_path / "base"))
     used = {i for ids in base.encode_batch(english()) for i in ids}
     idle = sorted(set(base.map.texts) - used - base.fixed)
-    first = gone(base, 400, untrained=idle[:5])
-    kinds = [one.why for one in first]
-    order = (UNREACHABLE, UNTRAINED, LEAST_USED)
-    assert kinds == sorted(kinds, key=order.index) and LEAST_USED in kinds
-    assert [one.count for one in first if one.why != LEAST_USED] == [0] * (
-        len(first) - kinds.count(LEAST_USED)
-    )
-    ids = {one.id for one in first}
-    assert not ids & base.fixed and base.map.tokens - 1 not in ids
-    assert all(len(base.token_bytes(i).decode()) > 1 for i in ids)
+    leaf = min(set(idle) - {part for of in base.needs().values() for part in of})
+    first = gone(base, 60, untrained=[leaf, max(used - base.fixed)])
+    order = ("unreachable", "untrained", "rare")
+    assert list(first.values()) == sorted(first.values(), key=order.index)
+    assert [i for i, why in first.items() if why == "untrained"] == [leaf]
+    rare = [i for i, why in first.items() if why == "rare"]
+    assert set(rare[:5]) <= set(idle) and not set(rare) <= set(idle)
+    assert not first.keys() & base.fixed and base.map.tokens - 1 not in first
     needs = base.needs()
     for place in range(len(first)):  # every beginning of the list can go without the rest
-        out = {one.id for one in first[: place + 1]}
+        out = set(list(first)[: place + 1])
         assert not any(out & set(needs.get(i, ())) for i in base.map.texts if i not in out)
-    assert not {one.id for one in gone(base, 400, kept=ids)} & ids
-    assert all(one.why != LEAST_USED for one in gone(base, 400, least_used=False))
-
-
-def test_tokens_that_no_text_has_go_first(tmp_path):
-    """Digits are split before any merge, so that a token of two digits never comes out."""
-    folder = parts.write_byte_level(tmp_path / "base")
-    data = json.loads((folder / "tokenizer.json").read_text())
-    data["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, data["pre_tokenizer"]],
-    }
-    model = data["model"]
-    model["vocab"]["12"] = len(model["vocab"])
-    model["merges"].append(["1", "2"])
-    data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] < len(model["vocab"]) - 1]
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    base = families.load(folder)
-    base.map.texts[base.map.tokens] = "last"  # the highest id stays
-    del base.map.__dict__["tokens"]
-    (found,) = gone(base, 1)
-    assert (base.map.texts[found.id], found.why) == ("12", UNREACHABLE)
+    assert rare[0] not in gone(base, 5, kept=rare[:1])
+    with pytest.raises(LexigraftError, match="--general"):
+        gone(base, 60, by_use=False)
 
 
 @pytest.mark.parametrize("kind", ["ranks", "lone model"])

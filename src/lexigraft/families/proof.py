@@ -167,60 +167,6 @@ def prove(
     return Proof(count, drift, names, differences, lengths, emitted, unknown)
 
 
-@dataclass(frozen=True)
-class Removal:
-    """What became of texts when tokens were taken out of a tokenizer.
-
-    Attributes:
-        texts: how many texts were compared.
-        changed: how many of them are read otherwise: those in which one of the tokens came out.
-        lengths: their tokens with and without these tokens.
-    """
-
-    texts: int
-    changed: int
-    lengths: Lengths
-
-    def plus(self, other: Removal) -> Removal:
-        """Both as one."""
-        return Removal(
-            self.texts + other.texts,
-            self.changed + other.changed,
-            self.lengths.plus(other.lengths),
-        )
-
-
-def prove_removal(base: Family, left: Family, texts: Iterable[str]) -> Removal:
-    """Laws 2 and 3 for the tokens that stay, in every engine, on `texts`.
-
-    Args:
-        base: the tokenizer.
-        left: the same without its `vacant` tokens, under the same ids.
-
-    Raises:
-        LexigraftError: a text that none of them was in is read otherwise, or one is decoded
-            otherwise; names the law and the text.
-    """
-    gone = frozenset(left.vacant)
-    count = changed = before = after = size = 0
-    readers, new_readers = list(base.engines().items()), left.engines()
-    stream = proof_texts(base, texts)
-    while batch := list(islice(stream, _BATCH)):
-        for engine, (old_lines, new_lines) in enumerate(
-            zip(*_read(readers, new_readers, batch), strict=True)
-        ):
-            for text, old, new in zip(batch, old_lines, new_lines, strict=True):
-                if old != new and gone.isdisjoint(old):
-                    raise _broken(2, text, "it is cut differently without tokens that it lacks")
-                if engine:
-                    continue
-                count, changed = count + 1, changed + (old != new)
-                before, after, size = before + len(old), after + len(new), size + len(text.encode())
-                if old != new and base.unknown_id not in old:
-                    _prove_decoding(base, left, text, old, new)
-    return Removal(count, changed, Lengths(before, after, size))
-
-
 def _read(
     readers: Sequence[tuple[str, Reader]], new_readers: Mapping[str, Reader], batch: list[str]
 ) -> tuple[list[list[list[int]]], list[list[list[int]]]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,8 @@ from lexigraft.families.proof import (
     HARD_TEXTS,
     Lengths,
     Proof,
-    Removal,
     expansion,
     prove,
-    prove_removal,
 )
 from lexigraft.families.replacing import without_tokens
 from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
@@ -64,7 +63,8 @@ from lexigraft.selection.learning import (
     read_lists,
     read_special_tokens,
 )
-from lexigraft.selection.replacing import Leaving, Replacement, choose_leaving
+from lexigraft.selection.pruning import Reading
+from lexigraft.selection.replacing import Replacement, choose_leaving
 from lexigraft.selection.sizing import MAX_SHARE, ModelSize, Size, model_size
 from lexigraft.selection.terms import TermTable
 
@@ -344,7 +344,7 @@ def learn(
         )  # fmt: skip
         words.refuse_contradictions()
         measured = beginning(general, MEASURED_BYTES) if general else []
-        gone: list[Leaving] = []
+        gone: dict[int, str] = {}
         if replace is not None:
             if limit < replace:
                 raise LexigraftError(
@@ -358,7 +358,7 @@ def learn(
                 untrained=_untrained(folder, family),
                 kept=_kept(family, check_text=not change_check_text),
                 texts=[*seen, *_apart(beginning(corpus, MEASURED_BYTES))[0]],
-                least_used=bool(general),
+                by_use=bool(general),
             )  # fmt: skip
 
         def pick(base: Family) -> Picked:
@@ -383,7 +383,7 @@ def learn(
         }  # fmt: skip
         with _work_folder(output, force=force, dry_run=dry_run) as partial:
             while True:
-                with without_tokens(family, sorted(one.id for one in gone)) as left:
+                with without_tokens(family, sorted(gone)) as left:
                     picked = pick(left)
                     words.refuse_clashes(picked.choice)
                     found = _publish(
@@ -397,7 +397,7 @@ def learn(
                 if isinstance(found, LearnResult):
                     return found
                 # Fewer words than ids that were to be free: the tokens that go last stay.
-                gone = gone[:found]
+                gone = dict(islice(gone.items(), found))
 
 
 def _with_replaced(
@@ -461,7 +461,7 @@ def _publish(
     loader: TransformersLoader,
     *,
     whole: Family,
-    gone: Sequence[Leaving],
+    gone: Mapping[int, str],
     domain: list[str],
     general: list[str],
     special: list[str],
@@ -509,7 +509,10 @@ def _publish(
     ids = {merge.token: extended.map.ids[merge.token] for merge in choice.merges}
     joined = choice.saved if base.guaranteed else [choice.counts[m.token] for m in choice.merges]
     formed = {m.token: int(n) for m, n in zip(choice.merges, joined, strict=True)}
-    replaced = _replacement(whole, base, gone, domain, general) if gone else None
+    replaced = None
+    if gone:
+        reasons = list(gone.values())
+        replaced = Replacement.of(whole, base, reasons, domain=domain, general=general)
     return LearnResult(
         output=output,
         family=base.name,
@@ -538,27 +541,13 @@ def _publish(
     )
 
 
-def _replacement(
-    whole: Family,
-    left: Family,
-    gone: Sequence[Leaving],
-    domain: Sequence[str],
-    general: Sequence[str],
-) -> Replacement:
-    """What the texts lose with the tokens that are gone, proved to be no more than these."""
-    on_domain, on_general, on_hard = (
-        prove_removal(whole, left, texts) for texts in (domain, general, HARD_TEXTS)
-    )
-    return Replacement.of(gone, domain=on_domain, general=on_general, hard=on_hard)
-
-
-def _lengths(proof: Proof, removal: Removal | None) -> Lengths | None:
+def _lengths(proof: Proof, without: Reading | None) -> Lengths | None:
     """A text under base and extension; None where there is no text."""
     if not proof.texts:
         return None
-    if removal is None:
+    if without is None:
         return proof.lengths
-    return replace_fields(proof.lengths, tokens_before=removal.lengths.tokens_before)
+    return replace_fields(proof.lengths, tokens_before=without.tokens_before)
 
 
 @contextlib.contextmanager
