@@ -209,7 +209,7 @@ def _saved(facts: Mapping[str, Any]) -> float:
 
 def _special(facts: Mapping[str, Any]) -> int:
     learned = facts["learn"]
-    return (learned["tokens_after"] - learned["first_id"] - learned["added"]) if learned else 0
+    return int(learned.get("special", 0)) if learned else 0
 
 
 def _cards(facts: Mapping[str, Any], t: Words) -> Iterator[dict[str, str]]:

@@ -42,7 +42,7 @@ def row_space(folder: Path, extension: Extension, *, seed: int) -> dict[str, Any
     tensors = [by_row(checkpoint.tensor(name)) for name in names]
     random = np.random.default_rng(seed)
     known = extension.family.map
-    old = _some([i for i in known.texts if i < extension.ids.start], SAMPLE, random)
+    old = _some([i for i in known.texts if i not in extension.ids], SAMPLE, random)
     new = _some([i for i in extension.ids if i in known.texts], SAMPLE, random)
     return {
         "lengths": [_lengths(tensor, old, new) for tensor in tensors],

@@ -110,7 +110,7 @@ class GraftResult:
             "rows_after": self.rows_after,
             "tokens": self.tokens,
             "added": self.added,
-            "replaced": self.replaced,
+            **({"replaced": self.replaced} if self.replaced else {}),
             "init": self.init,
             "tied": self.tied,
             "bytes_copied": self.bytes_copied,
