@@ -295,7 +295,7 @@ def test_the_origin_case_is_explained_in_one_line(untied, tmp_path, form):
     assert "has 366 rows" in fault.found and "has 360" in fault.found
     assert "6 tokens were added" in fault.found
     assert fault.fix == f"lexigraft merge {untied} {adapter} -o MERGED"
-    lines = [line for line in result.lines() if "LG401" in line]
+    lines = [line for line in result.lines() if line.startswith("error LG401")]
     assert len(lines) == 1 and "\n" not in lines[0] and fault.fix in lines[0]
     assert check(adapter, base=untied).to_json()["findings"] == result.to_json()["findings"]
 
@@ -552,7 +552,7 @@ def test_origin_case_with_the_real_tokenizer(tmp_path):
     command = [sys.executable, "-m", "lexigraft", "check", str(base), "--adapter", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    line = next(line for line in done.stdout.splitlines() if "LG401" in line)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("error LG401"))
     assert "33,296 rows" in line and "32,000" in line and "1,296 tokens" in line
     assert f"lexigraft merge {base} {adapter} -o MERGED" in line
 

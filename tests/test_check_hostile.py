@@ -29,7 +29,7 @@ def test_nothing_in_a_file_reaches_the_terminal_as_a_command(source, tmp_path): 
     (ground.sp / "tokenizer_config.json").write_text(json.dumps({"pad_token": escape + "2"}))
     (ground.sp / "generation_config.json").write_text("[" + escape)
     lines = check(ground.sp).lines()
-    assert sum("LG" in line for line in lines) == 3
+    assert sum(line.startswith(("error LG", "warning LG")) for line in lines) == 3
     assert not set("".join(lines)) & set("\x1b\x07\x9b\u202e\n")
 
 

@@ -81,6 +81,8 @@ def test_B80_one_table_and_one_command(ground):
     assert {"tokenizer.json", "config.json vocab_size", "model.embed_tokens.weight"} <= parts.keys()
     assert parts["chat_template.jinja template"].detail == "chat template"
     assert "pad_token_id 800" in parts["generation_config.json"].detail
+    assert parts["generation_config.json"].verdict == "error LG202"
+    assert parts["tokenizer.json"].verdict == "ok"
     assert [f.code for f in result.findings if f.severity == "error"] == ["LG202"]
     assert all(f.fix for f in result.findings)
 
@@ -104,6 +106,9 @@ def test_B84_which_rows_count(ground):
     """rows >= tokens is fine, fewer is an error, and tables have to agree."""
     grow_rows(ground.sp, 384)
     assert check(ground.sp).ok
+    verdicts = {row.part: row.verdict for row in check(ground.sp, adapter=ground.adapter).table}
+    assert verdicts["model.embed_tokens.weight"] == "padding"
+    assert verdicts["adapter_model.safetensors"].startswith("warning LG40")
     adapter = write_adapter(ground.sp.parent / "a", None, 384)
     assert check(ground.sp, adapter=adapter).ok
     small = write_adapter(ground.sp.parent / "b", None, TOKENS)

@@ -111,8 +111,10 @@ def _length(tokens: TokenMap | None) -> int:
     return tokens.tokens if tokens is not None else 0
 
 
-def stack_findings(model: Facts, adapters: Sequence[Facts]) -> Iterator[Finding]:
-    """Faults of adapters that are to be used on a model, one on the result of those before it.
+def stack_findings(
+    model: Facts, adapters: Sequence[Facts]
+) -> Iterator[tuple[Facts, list[Finding]]]:
+    """Faults of each adapter that is to be used on a model, on the result of those before it.
 
     An adapter that cannot have been trained so is held against the model alone.
     """
@@ -121,10 +123,8 @@ def stack_findings(model: Facts, adapters: Sequence[Facts]) -> Iterator[Finding]
         if ADAPTER_CONFIG not in adapter.config:
             continue
         apart = list(_apart(stages, adapter))
-        yield from apart
         stage = stages[0] if apart or _moved(stages[-1].model, adapter) is not None else stages[-1]
-        yield from adapter_findings(adapter)
-        yield from _on_model(stage, adapter)
+        yield adapter, [*apart, *adapter_findings(adapter), *_on_model(stage, adapter)]
         stages.append(stage.grown(adapter))
 
 

@@ -6,7 +6,7 @@ Each rule names the function of that program that it was read from, in the table
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lexigraft.checks.adapters import adapter_rows
@@ -43,9 +43,9 @@ THETA = {
 
 
 def consumer_findings(
-    consumer: str, subject: Facts, origin: Facts | None, patches: Sequence[Facts]
+    consumer: str, subject: Facts, origin: Facts | None, part: Facts
 ) -> Iterator[Finding]:
-    """What `consumer` will not do with the folder, or with the adapters on it.
+    """What `consumer` will not do with `part`: the folder itself, or an adapter to be used on it.
 
     Raises:
         LexigraftError: no such consumer, or the gguf package is not installed.
@@ -57,11 +57,10 @@ def consumer_findings(
             fix=f"--for {CONSUMERS[0]}",
         )
     model = None if subject.is_adapter else subject
-    adapters = [subject] if subject.is_adapter else patches
-    if model is not None:
-        yield from _of_model(consumer, model, origin)
-    for adapter in adapters:
-        yield from _of_adapter(consumer, model, adapter)
+    if part is model:
+        yield from _of_model(consumer, part, origin)
+    else:
+        yield from _of_adapter(consumer, model, part)
 
 
 def _of_model(consumer: str, model: Facts, origin: Facts | None) -> Iterator[Finding]:

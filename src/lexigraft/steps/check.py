@@ -6,7 +6,7 @@ Headers and small files are read, weights only when asked for, and torch is not 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ class Row:
         unit: what is counted: `tokens`, `rows` or `vocab_size`; empty if nothing is.
         count: how many; None if nothing is counted.
         detail: shape, type or state.
+        verdict: `ok`, `padding`, or the severity and code of the gravest finding about it.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class Row:
     unit: str
     count: int | None
     detail: str = ""
+    verdict: str = "ok"
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -66,6 +68,7 @@ class Row:
             "unit": self.unit,
             "count": self.count,
             "detail": self.detail,
+            "verdict": self.verdict,
         }
 
 
@@ -151,15 +154,46 @@ def check(
             subject = opened(path)
             origin = opened(base) if base is not None else None
             found, parts = _held(subject, origin, [*map(opened, adapters)], deep, consumer)
-            table = [row for part in parts for row in _rows(part)]
+            rows = [row for part in parts for row in _rows(part)]
         except LexigraftError as fault:
             raise _renamed_fault(fault, names) from None
-    findings = sorted(found, key=lambda f: _ORDER[f.severity])
+    found.sort(key=lambda one: _ORDER[one.about.severity])
     return CheckResult(
         Path(path),
-        [_renamed(one, names) for one in findings],
-        [_renamed(row, names) for row in table],
+        [_renamed(one.about, names) for one in found],
+        [_renamed(replace(row, verdict=_verdict(row, found)), names) for row in rows],
     )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A finding, and the folder in which it was found."""
+
+    folder: str
+    about: Finding
+
+
+def _placed(folder: Path, findings: Iterable[Finding]) -> Iterator[_Placed]:
+    return (_Placed(str(folder), one) for one in findings)
+
+
+def _verdict(row: Row, found: Sequence[_Placed]) -> str:
+    """What the gravest finding says of a row; the findings come in the order of their gravity."""
+    for one in found:
+        if one.folder == row.folder and _is_about(one.about.where, row):
+            padding = one.about.code == "LG303"
+            return "padding" if padding else f"{one.about.severity} {one.about.code}"
+    return "ok"
+
+
+def _is_about(where: str, row: Row) -> bool:
+    """A finding is of a file or tensor, of all files of a kind, or of the folder."""
+    kinds = {
+        "tokenizer": row.unit == "tokens" and row.part != MANIFEST,
+        "weights": row.unit == "rows",
+    }
+    named = where in (row.part, row.folder) or row.part.startswith(f"{where} ")
+    return named or kinds.get(where, False)
 
 
 @contextmanager
@@ -203,7 +237,7 @@ def _held(
     patches: list[Facts],
     deep: bool,
     consumer: str | None,
-) -> tuple[list[Finding], list[Facts]]:
+) -> tuple[list[_Placed], list[Facts]]:
     """All findings, and the folders that they are about, the subject first."""
     for patch in patches:
         if not patch.is_adapter:
@@ -229,13 +263,15 @@ def _held(
     found = list(_findings(subject, origin, patches))
     if deep:
         for part in (subject, *patches):
-            found += _deep(part, origin if part is subject else None)
-        if any(one.code == "LG705" for one in found):  # which says more
-            found = [one for one in found if one.code != "LG306"]
+            found += _placed(part.folder, _deep(part, origin if part is subject else None))
+        if any(one.about.code == "LG705" for one in found):  # which says more
+            found = [one for one in found if one.about.code != "LG306"]
     if consumer is not None:
         from lexigraft.checks.consumers import consumer_findings
 
-        found += consumer_findings(consumer, subject, origin, patches)
+        for part in (subject, *patches):
+            told = consumer_findings(consumer, subject, origin, part)
+            found += _placed(part.folder, told)
     return found, [subject, *([origin] if origin is not None else []), *patches]
 
 
@@ -332,22 +368,27 @@ def _something(facts: Facts) -> bool:
     return bool(facts.maps or facts.config or facts.unreadable or facts.manifest or facts.gguf)
 
 
-def _findings(subject: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[Finding]:
+def _findings(subject: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[_Placed]:
     for part in (subject, *patches):
-        yield from part.unreadable
-        if part.gguf is not None:
-            yield from gguf_findings(part.gguf)
-        else:
-            yield from tokenizer_findings(part)
-            yield from added_findings(part)
-            yield from weight_findings(part)
-            yield from manifest_findings(part)
+        yield from _placed(part.folder, _own_findings(part))
     if subject.is_adapter:
-        yield from adapter_findings(subject)
-    yield from stack_findings(subject, patches)
+        yield from _placed(subject.folder, adapter_findings(subject))
+    for patch, told in stack_findings(subject, patches):
+        yield from _placed(patch.folder, told)
     if origin is not None:
-        yield from origin.unreadable
-        yield from base_findings(subject, origin)
+        yield from _placed(origin.folder, origin.unreadable)
+        yield from _placed(subject.folder, base_findings(subject, origin))
+
+
+def _own_findings(part: Facts) -> Iterator[Finding]:
+    yield from part.unreadable
+    if part.gguf is not None:
+        yield from gguf_findings(part.gguf)
+    else:
+        yield from tokenizer_findings(part)
+        yield from added_findings(part)
+        yield from weight_findings(part)
+        yield from manifest_findings(part)
 
 
 def _deep(part: Facts, origin: Facts | None) -> Iterator[Finding]:
@@ -404,6 +445,7 @@ def _adapter_table(facts: Facts) -> Iterator[Row]:
 def _table_lines(table: list[Row]) -> list[str]:
     """The rows in columns, one block per folder."""
     width = max((len(row.part) for row in table), default=0)
+    judged = max((len(row.verdict) for row in table), default=0)
     lines: list[str] = []
     folder = None
     for row in table:
@@ -411,6 +453,7 @@ def _table_lines(table: list[Row]) -> list[str]:
             folder = row.folder
             lines.append(plain_line(folder))
         count = "" if row.count is None else f"{row.count:,}"
-        line = f"  {row.part:<{width}}  {count:>9} {row.unit:<10}  {row.detail}".rstrip()
+        told = f"  {row.part:<{width}}  {count:>9} {row.unit:<10}  {row.verdict:<{judged}}"
+        line = f"{told}  {row.detail}".rstrip()
         lines.append(plain_line(line))
     return lines
