@@ -30,24 +30,60 @@ def real_base(kind, folder):
     return shutil.copytree(source, folder)
 
 
+class Real:
+    """What the cells of one tokenizer share: every folder and every unmerged model is made once."""
+
+    def __init__(self, kind, root):
+        self.root, self.source = root, real_base(kind, root / "source")
+        self.vocab, self.more = root / "vocab", root / "more"
+        self.first = TokenMap.read(self.source).tokens
+        (root / "corpus.txt").write_text(parts.corpus_text(), "utf-8")
+        (root / "more.txt").write_text(parts.corpus_text(1).replace("itis", "ysis"), "utf-8")
+        options = {"corpus": [root / "corpus.txt"], "tokens": ADDED, "min_count": 4}
+        learn(self.source, output=self.vocab, **options)
+        options = {"corpus": [root / "more.txt"], "tokens": 8, "min_count": 2}
+        learn(self.vocab, output=self.more, **options)
+        self.tokens = TokenMap.read(self.vocab).tokens
+        self._models, self._adapters = {}, {}
+
+    def models(self, tied, padded):
+        """The folder that holds one model as it was, grafted, and grafted once more."""
+        if (tied, padded) not in self._models:
+            folder = self.root / f"{tied}-{padded}"
+            base = shutil.copytree(self.source, folder / "un-grafted")
+            rows = self.first + 192 if padded else self.first
+            parts.write_model(base, tokens=self.first, rows=rows, tied=tied)
+            graft(base, self.vocab, output=folder / "grafted", pad_to=1)
+            graft(folder / "grafted", self.more, output=folder / "larger", pad_to=1)
+            self._models[tied, padded] = folder
+        return self._models[tied, padded]
+
+    def adapter(self, form, tied, padded):
+        """An adapter of one form, and the logits of the model that it was trained on."""
+        if (form, tied, padded) not in self._adapters:
+            models = self.models(tied, padded)
+            new = [5, *range(self.first, self.tokens)]
+            options = {"trainable_token_indices": new} if form == "rows" else {}
+            folder = adapter_parts.write_adapter(
+                models / "un-grafted", models / "grafted", models / form, form, **options
+            )
+            unmerged = adapter_parts.unmerged(models / "grafted", folder)
+            self._adapters[form, tied, padded] = folder, self.logits(unmerged)
+        return self._adapters[form, tied, padded]
+
+    def logits(self, model):
+        """Logits of old and new tokens; the sequences hold both."""
+        draw = torch.Generator().manual_seed(1)
+        old = torch.randint(3, self.first, (2, 24), generator=draw)
+        new = torch.randint(self.first, self.tokens, (2, 24), generator=draw)
+        mixed = torch.where(torch.rand((2, 24), generator=draw) < 0.5, old, new)
+        with torch.no_grad():
+            return model(input_ids=torch.cat([old, mixed])).logits[..., : self.tokens].float()
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def learned(request, tmp_path_factory):
-    """A base's tokenizer, its extension by medical text, and how many tokens it had."""
-    root = tmp_path_factory.mktemp("real")
-    base = real_base(request.param, root / "base")
-    (root / "corpus.txt").write_text(parts.corpus_text(), "utf-8")
-    learn(base, corpus=[root / "corpus.txt"], tokens=ADDED, min_count=4, output=root / "vocab")
-    return root, TokenMap.read(base).tokens
-
-
-def logits(model, first, tokens):
-    """Logits of old and new tokens; the sequences hold both."""
-    draw = torch.Generator().manual_seed(1)
-    old = torch.randint(3, first, (2, 24), generator=draw)
-    new = torch.randint(first, tokens, (2, 24), generator=draw)
-    mixed = torch.where(torch.rand((2, 24), generator=draw) < 0.5, old, new)
-    with torch.no_grad():
-        return model(input_ids=torch.cat([old, mixed])).logits[..., :tokens].float()
+def real(request, tmp_path_factory):
+    return Real(request.param, tmp_path_factory.mktemp("real"))
 
 
 @pytest.mark.matrix
@@ -55,44 +91,21 @@ def logits(model, first, tokens):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_real_tokenizers_merge_as_peft_computes_unmerged(
-    learned, tmp_path, form, tied, padded, start
-):
-    root, first = learned
+def test_real_tokenizers_merge_as_peft_computes_unmerged(real, tmp_path, form, tied, padded, start):
     if form == "saved-shared" and not tied:
         pytest.skip("a form of tied models")
-    base = shutil.copytree(root / "base", tmp_path / "base")
-    parts.write_model(base, tokens=first, rows=first + 192 if padded else first, tied=tied)
-    graft(base, root / "vocab", output=tmp_path / "grafted", pad_to=1)
-    tokens = TokenMap.read(tmp_path / "grafted").tokens
-    new = {"trainable_token_indices": [5, *range(first, tokens)]} if form == "rows" else {}
-    adapter = adapter_parts.write_adapter(
-        base, tmp_path / "grafted", tmp_path / "adapter", form, **new
-    )
-    onto = {"un-grafted": base, "grafted": tmp_path / "grafted", "larger": tmp_path / "larger"}
-    if start == "larger":
-        (tmp_path / "more.txt").write_text(parts.corpus_text(1).replace("itis", "ysis"), "utf-8")
-        vocab = tmp_path / "more"
-        learn(
-            tmp_path / "grafted",
-            corpus=[tmp_path / "more.txt"],
-            tokens=8,
-            output=vocab,
-            min_count=2,
-        )
-        graft(tmp_path / "grafted", vocab, output=tmp_path / "larger", pad_to=1)
+    adapter, expected = real.adapter(form, tied, padded)
+    onto = real.models(tied, padded) / start
     try:
-        merge(onto[start], adapter, output=tmp_path / "merged")
+        merge(onto, adapter, output=tmp_path / "merged")
     except LexigraftError as fault:
         # Padding rows took the new tokens, so PEFT saved no table; DoRA wants the rows it knew.
         lost = start == "un-grafted" and padded and form in ("lora", "rows")
         assert lost or (start == "larger" and form == "dora-both"), fault
         assert "no row of" in fault.found or "norms of" in fault.found
         return
-    unmerged = adapter_parts.unmerged(tmp_path / "grafted", adapter)
-    merged = adapter_parts.load(tmp_path / "merged")
-    expected, got = (logits(model, first, tokens) for model in (unmerged, merged))
+    got = real.logits(adapter_parts.load(tmp_path / "merged"))
     assert float((got - expected).abs().max()) < 1e-4
     grown = TokenMap.read(tmp_path / "merged")
-    assert grown.tokens == TokenMap.read(onto[start]).tokens if start == "larger" else tokens
+    assert grown.hash == TokenMap.read(onto if start == "larger" else adapter).hash
     assert check(tmp_path / "merged").ok
