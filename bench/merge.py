@@ -1,38 +1,37 @@
-"""Time `lexigraft merge` against PEFT and Axolotl's per-shard algorithm, and tell who is right.
+"""Time `lexigraft merge` against PEFT, mergekit and Axolotl, and tell who is right.
 
+    pip install --no-deps mergekit immutables axolotl colorama   # peers that are absent are named
     python bench/merge.py                                  # 1.7 GB and the origin case: an hour
-    python bench/merge.py --sizes smoke --forms lora rows --repeat 1 --results /tmp/merge.md
+    python bench/merge.py --sizes smoke --repeat 1 --results /tmp/merge.md
 
 Timing: a random bf16 Llama, untied, of 32,000 rows in 4 shards, and an adapter that was trained on
 33,296: LoRA r=16 on the 7 linear layers of each block, embedding and head saved whole. Each job is
 a child process of its own, in a temporary folder that is deleted afterwards; the peak is that of
-its largest process. PEFT is given the right resize, without which it stops.
+its largest process. PEFT is given the right resize and mergekit the base with the new rows already
+in it, without which they stop.
 
-Correctness: every form of adapter on tiny models, {tied, untied} x {padded, not} x {grafted,
-un-grafted base}. A result is right if its logits are those of base and adapter, unmerged, on the
-model that was trained. The forms come from tests/adapter_parts.py.
+Correctness: 12 cases on tiny models, in `merge_cases.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib.util
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from graft import BASE_TOKENS, MAKE, NEW_TOKENS, TOKENIZER, Timing, run_once, write_index
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "merge.md"
-TESTS = Path(__file__).parents[1] / "tests"
+CASES = Path(__file__).parent / "merge_cases.py"
 PACKAGES = ("numpy", "torch", "transformers", "peft", "safetensors")
+PEERS = ("mergekit", "axolotl")
 # hidden, ffn, layers; the last is Llama 2's width at few layers
 SIZES = {"smoke": (256, 512, 4), "1.7": (2048, 5632, 16), "origin": (4096, 11008, 4)}
 TOKENS = BASE_TOKENS + NEW_TOKENS
@@ -88,40 +87,30 @@ model.resize_token_embeddings(int(sys.argv[4]), mean_resizing=False)
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """
 
-# What axolotl/cli/utils/lora_merge.py does (its pull request 3095): each shard is loaded whole,
-# LoRA is added to what it holds, plain weights of the adapter replace it, and it is saved. Names
-# that the base lacks and forms other than these two are not looked at.
-PER_SHARD = """
-import json, shutil, sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
+# A recipe that names BASE+ADAPTER: mergekit loads the base as it is, so that it needs the grafted.
+MERGEKIT = """
+import shutil, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+base, adapter, out = sys.argv[1:4]
+recipe = {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}
+shutil.rmtree(out + "-cache", ignore_errors=True)
+options = MergeOptions(lora_merge_cache=out + "-cache", quiet=True)
+run_merge(MergeConfiguration.model_validate({**recipe, "dtype": "bfloat16"}), out, options)
+"""
 
-base, folder, out = map(Path, sys.argv[1:4])
-config = json.loads((folder / "adapter_config.json").read_text())
-adapter = load_file(folder / "adapter_model.safetensors")
-scale = config.get("lora_alpha", 0) / (config.get("r") or 1)
-out.mkdir()
-rows = None
-for path in sorted(base.glob("*.safetensors")):
-    shard = load_file(path)
-    for name, weight in shard.items():
-        key = "base_model.model." + name.removesuffix(".weight")
-        a, b = adapter.get(key + ".lora_A.weight"), adapter.get(key + ".lora_B.weight")
-        if key + ".weight" in adapter:
-            weight = adapter[key + ".weight"].to(weight.dtype)
-            rows = len(weight) if "embed" in name else rows
-        elif a is not None and b is not None:
-            change = scale * (b.float() @ a.float())
-            weight = (weight.float() + change).to(weight.dtype)
-        shard[name] = weight.contiguous()
-    save_file(shard, out / path.name, metadata={"format": "pt"})
-for path in base.iterdir():
-    if path.suffix != ".safetensors" and path.is_file():
-        shutil.copyfile(path, out / path.name)
-if rows:
-    content = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**content, "vocab_size": rows}))
+# What `axolotl merge-lora` calls by default.
+AXOLOTL = """
+import sys
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+merge_lora_sharded_efficient(*sys.argv[1:4])
+"""
+
+GRAFT_BEFORE = """
+import sys
+from lexigraft.steps.graft import graft
+graft(sys.argv[1], sys.argv[2], output=sys.argv[3], init="mean", pad_to=1)
 """
 
 OURS = """
@@ -172,19 +161,24 @@ def timings(size: str, repeat: int, folder: Path) -> tuple[list[str], list[str]]
     write_index(base)
     gigabytes = sum(path.stat().st_size for path in base.iterdir()) / 1e9
     places = [str(base), str(adapter), str(out)]
-    jobs = {
-        "PEFT, given the resize": [*python, PEFT, *places, str(TOKENS)],
-        "per shard, as Axolotl": [*python, PER_SHARD, *places],
-        "lexigraft merge (fsync)": [*python, OURS, *places],
-    }
-    found, equal = {}, {}
+    jobs = {"PEFT, given the resize": [*python, PEFT, *places, str(TOKENS)]}
+    if installed("mergekit"):
+        grafted = str(folder / "grafted")
+        subprocess.run([*python, GRAFT_BEFORE, *places[:2], grafted], check=True)
+        jobs["mergekit, given the grafted base"] = [*python, MERGEKIT, grafted, *places[1:]]
+    if installed("axolotl"):
+        jobs["Axolotl, per shard"] = [*python, AXOLOTL, *places]
+    jobs["lexigraft merge (fsync)"] = [*python, OURS, *places]
+    found, equal, peft_s = {}, {}, folder / "peft"
     for name, command in jobs.items():
-        kept = folder / name.split(maxsplit=1)[0]
+        kept = folder / "kept" if equal else peft_s
         found[name] = run(command, out, repeat, kept)
         print(f"{gigabytes:.2f} GB  {name}: {found[name].wall:.2f} s", file=sys.stderr)
-        compare = [*python, COMPARE, str(folder / "PEFT,"), str(kept)]
+        compare = [*python, COMPARE, str(peft_s), str(kept)]
         done = subprocess.run(compare, check=True, capture_output=True, text=True)
         equal[name] = " of ".join(done.stdout.split())
+        if kept != peft_s:
+            shutil.rmtree(kept)
     label = f"{gigabytes:.2f} GB" + (", origin" if size == "origin" else "")
     rows = [
         f"| {label} | {name} | {t.wall:.2f} | {t.cpu:.2f} | {t.rss:,.0f} | {equal[name]} |"
@@ -199,109 +193,37 @@ def timings(size: str, repeat: int, folder: Path) -> tuple[list[str], list[str]]
     return rows, targets
 
 
-def cells(forms: list[str]) -> list[dict[str, Any]]:
-    """The cells of the table of correctness, each with what every tool made of it."""
-    import torch
-
-    sys.path.insert(0, str(TESTS))
-    import adapter_parts
-
-    torch.set_num_threads(1)
-    found = []
-    for form, tied, padded in itertools.product(forms, (True, False), (False, True)):
-        with tempfile.TemporaryDirectory() as place:
-            scene = adapter_parts.scene(Path(place), form, tied=tied, padded=padded)
-            unmerged = adapter_parts.unmerged(scene.grafted, scene.adapter)
-            rows = adapter_parts.TOKENS + adapter_parts.ADDED
-            expected = adapter_parts.logits(unmerged, rows)
-            for ungrafted in (False, True):
-                start = scene.start(ungrafted=ungrafted)
-                cell = {"form": form, "tied": tied, "padded": padded, "ungrafted": ungrafted}
-                for tool in ("PEFT", "per shard", "lexigraft"):
-                    cell[tool] = _verdict(tool, start, scene.adapter, Path(place), expected)
-                found.append(cell)
-    return found
+def installed(peer: str) -> bool:
+    """True where a peer can be imported."""
+    return importlib.util.find_spec(peer) is not None
 
 
-def _verdict(tool: str, base: Path, adapter: Path, place: Path, expected: Any) -> str:
-    """right, wrong, stops (an error), or refused: the rows that nobody holds are named."""
-    import adapter_parts
-    from lexigraft import LexigraftError, merge
-
-    out = place / "result"
-    shutil.rmtree(out, ignore_errors=True)
-    try:
-        if tool == "PEFT":
-            _merge_with_peft(base, adapter, out, expected.shape[-1])
-        elif tool == "lexigraft":
-            merge(base, adapter, output=out)
-        else:
-            command = [sys.executable, "-c", PER_SHARD, str(base), str(adapter), str(out)]
-            subprocess.run(command, check=True, capture_output=True)
-        got = adapter_parts.logits(adapter_parts.load(out), expected.shape[-1])
-    except LexigraftError as fault:
-        return "refused" if "no row of" in fault.found else "stops"
-    except Exception:  # whatever a tool says instead of a result
-        return "stops"
-    return "right" if (got - expected).abs().max() < 1e-4 else "wrong"
-
-
-def _merge_with_peft(base: Path, adapter: Path, out: Path, rows: int) -> None:
-    """As users do it who know the sizes; new rows are what the resize makes them."""
-    import torch
-    from peft import PeftModel
-
-    import adapter_parts
-
-    model = adapter_parts.load(base)
-    torch.manual_seed(0)
-    if model.get_input_embeddings().weight.shape[0] < rows:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-
-
-def correctness(forms: list[str]) -> list[str]:
+def correctness() -> list[str]:
     """The table of who is right, made in a child process: this one stays small."""
-    command = [sys.executable, __file__, "--cells", *forms]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    table = json.loads(done.stdout.splitlines()[-1])
-    tools = ("PEFT", "per shard", "lexigraft")
-    lines = [
-        "| form | " + " | ".join(tools) + " |",
+    done = subprocess.run([sys.executable, CASES], check=True, stdout=subprocess.PIPE, text=True)
+    table = json.loads(done.stdout)
+    tools = [name for name in table[0] if name not in ("case", "said")]
+    counts = [str(sum(row[tool] == "right" for row in table)) for tool in tools]
+    return [
+        "| case | " + " | ".join(tools) + " |",
         "|---|" + "---|" * len(tools),
+        *(f"| {row['case']} | " + " | ".join(row[tool] for tool in tools) + " |" for row in table),
+        f"| right, of {len(table)} | " + " | ".join(counts) + " |",
+        "",
+        *(f"- {row['case']}: {tool}: {t}" for row in table for tool, t in row["said"].items()),
     ]
-    for form in forms:
-        rows = [cell for cell in table if cell["form"] == form]
-        lines.append(f"| {form} | " + " | ".join(_counts(rows, tool) for tool in tools) + " |")
-    return [*lines, "| all | " + " | ".join(_counts(table, tool) for tool in tools) + " |"]
-
-
-def _counts(rows: list[dict[str, Any]], tool: str) -> str:
-    counts = Counter(row[tool] for row in rows)
-    words = ("right", "refused", "wrong", "stops")
-    return ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Benchmark of lexigraft merge")
     parser.add_argument("--sizes", nargs="*", default=["1.7", "origin"], choices=SIZES)
-    parser.add_argument("--forms", nargs="*", help="of adapters; by default all, none for no table")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", help="where to work; by default the system's temporary folder")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--cells", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cells is not None:
-        print(json.dumps(cells(options.cells)))
-        return
-    forms = options.forms
-    if forms is None:
-        sys.path.insert(0, str(TESTS))
-        from adapter_parts import FORMS
-
-        forms = [form for form in FORMS if not form.endswith("-shared")]
-    head = machine(PACKAGES, " (CPU seconds are the robust column of a shared machine)")
+    packages = (*PACKAGES, *filter(installed, PEERS))
+    head = machine(packages, " (CPU seconds are the robust column of a shared machine)")
     rows: list[str] = []
     targets: list[str] = []
     for size in options.sizes:
@@ -310,12 +232,13 @@ def main() -> None:
         rows, targets = rows + more, targets + met
     text = "\n".join(
         [
-            "# Merge against PEFT and a merge per shard",
+            "# Merge against PEFT, mergekit and Axolotl",
             "",
             f"`python bench/merge.py --sizes {' '.join(options.sizes)} --repeat {options.repeat}`: "
             f"an adapter of {TOKENS:,} rows (LoRA r=16 on 7 linear layers, embedding and head "
             f"whole) into the un-grafted base of {BASE_TOKENS:,}; random bf16 Llama, untied, 4 "
-            "shards. Page cache warm; medians; PEFT and the merge per shard without fsync.",
+            "shards. Page cache warm; medians; the others without fsync.",
+            *(f"{peer} is not installed, and left out." for peer in PEERS if not installed(peer)),
             "",
             *head,
             "",
@@ -327,10 +250,12 @@ def main() -> None:
             "|---|---|---|---|",
             *targets,
             "",
-            "Who is right: each form on {tied, untied} x {padded, not} x {grafted, un-grafted}; "
-            "refused: rows that no file holds are named, and nothing is written.",
+            "Who is right: logits of the result beside those of base + adapter, unmerged, on a "
+            "text with new words in the ids of the adapter's tokenizer. Stale tokenizer: the "
+            "result's own gives other ids. Refused: the reason is named and nothing is written; in "
+            "the last case lexigraft's names --remap, with which it is right.",
             "",
-            *(correctness(forms) if forms else []),
+            *correctness(),
             "",
         ]
     )

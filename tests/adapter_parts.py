@@ -190,6 +190,20 @@ def scene(
     return Scene(base, grafted, adapter)
 
 
+def write_larger(scene: Scene, folder: Path, *, shards: bool = False) -> Path:
+    """The grafted model, grown by five more tokens after the adapter was trained."""
+    import torch
+
+    model, tokens = load(scene.grafted), TOKENS + ADDED + 5
+    model.resize_token_embeddings(max(tokens, model.config.vocab_size), mean_resizing=False)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[TOKENS + ADDED : tokens].normal_(std=0.3)
+    model.save_pretrained(folder, max_shard_size="60KB" if shards else "5GB")
+    return extended_tokenizer(scene.base, folder, added=ADDED + 5)
+
+
 def unmerged(grafted: Path, adapter: Path, dtype: str = "auto"):
     """The model of PEFT: base and adapter side by side."""
     from peft import PeftModel

@@ -116,6 +116,39 @@ def test_merged_is_what_peft_computes_unmerged_everywhere(tmp_path, case):
     check_case(tmp_path, case)
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_has_grown_since_keeps_its_later_rows(
+    tmp_path, form, tied, padded, shards, dtype
+):
+    if not applies({"form": form, "tied": tied}):
+        pytest.skip("a form of tied models")
+    scene = adapter_parts.scene(tmp_path, form, tied=tied, padded=padded, dtype=dtype)
+    old = TOKENS + ADDED
+    larger = adapter_parts.write_larger(scene, tmp_path / "larger", shards=shards)
+    merge(larger, scene.adapter, output=tmp_path / "merged")
+    merged, later = adapter_parts.load(tmp_path / "merged"), adapter_parts.load(larger).state_dict()
+    if dtype == "float32":
+        expected, got = (
+            adapter_parts.logits(model, old)
+            for model in (adapter_parts.unmerged(scene.grafted, scene.adapter), merged)
+        )
+        assert (got - expected).abs().max() < 1e-4
+    ours = merged.state_dict()
+    peft = adapter_parts.merged_by_peft(scene.grafted, scene.adapter, form, tied=tied)
+    for name, tensor in peft.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert torch.equal(ours[name][:old], tensor[:old]), name
+            assert torch.equal(ours[name][old:], later[name][old:]), name
+        else:
+            assert torch.equal(ours[name], tensor), name
+    assert TokenMap.read(tmp_path / "merged").hash == TokenMap.read(larger).hash
+
+
 @pytest.mark.parametrize(
     "lora",
     [
