@@ -89,7 +89,7 @@ CASES = (
     Case("single token rows, base of fewer rows", "rows-both", tied=False, grafted=False),
     Case("DoRA on linear layers, embedding and head", "dora-both", tied=False, grafted=True),
     Case("padded base, rows shrunk in training", "saved-both", False, False, kind="padded"),
-    Case("sibling tokenizer: equal size, other ids", "lora-both", False, True, kind="sibling"),
+    Case("sibling tokenizer: equal size, other ids", "lora", False, True, kind="sibling"),
 )
 
 
