@@ -606,6 +606,7 @@ def test_real_tokenizers_are_healthy():
 
 
 @pytest.mark.real
+@pytest.mark.matrix
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared tokenizers are not here")
 def test_what_the_docs_say_of_tokenizers_that_others_made(tmp_path):
     """Each command of the case study is run, and prints what stands there."""

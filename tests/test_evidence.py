@@ -101,7 +101,7 @@ def test_every_row_has_its_evidence(job, trained, told):
     rows = {row["id"]: row for row in told["rows"]}
     assert list(rows) == list(job.ids)
     targets, inputs = (
-        np.bincount(found[found >= 0].ravel(), minlength=job.ids.stop)
+        np.bincount(found[found >= 0].ravel(), minlength=job.ids[-1] + 1)
         for found in (job.blocks.targets, job.blocks.inputs)
     )
     for token, row in rows.items():
@@ -207,11 +207,11 @@ def test_without_spellings_only_the_leak_is_unknown(place, tmp_path):
     (model / "new_tokens.jsonl").unlink()
     family = families.load(model)
     new = new_tokens(model, family, new_ids(model, family))
-    assert new.pieces == {} and new.spelled([0, new.ids.start]) is None
+    assert new.pieces == {} and new.spelled([0, new.ids.first]) is None
     assert new.spelled([0, 1]) == [0, 1]
     line = family.encode("hepatitis hepatitis hepatitis neuralgia")
     watcher = Watcher(new, [line])
-    watcher(0, torch.randn(len(line), new.ids.stop))
+    watcher(0, torch.randn(len(line), new.ids[-1] + 1))
     assert watcher.targets and all(math.isnan(target.leak) for target in watcher.targets)
     whole = evaluate([model], corpus=[place / "corpus.txt"], max_bytes=500, speed_characters=0)
     found = shares(watcher.targets, new, whole.models[0].domain)

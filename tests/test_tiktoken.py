@@ -116,7 +116,9 @@ def test_every_file_beside_the_ranks_is_extended(made, name):
     assert whole.hash == families.load(out).map.hash
 
 
-@pytest.mark.parametrize("name", ["every-split", "qwen-alone"])
+@pytest.mark.parametrize(
+    "name", ["every-split", pytest.param("qwen-alone", marks=pytest.mark.matrix)]
+)
 def test_law_6_rank_files_are_equal_byte_for_byte(tmp_path, name):
     base = build(name, tmp_path / "base")
     script = (
@@ -265,7 +267,9 @@ def test_tokens_that_the_ranks_form_otherwise_are_left_out(tmp_path):
     assert [merge.token for merge in family.admits(overlapping)] == ["qq"]
 
 
-@pytest.mark.parametrize("name", ["qwen-alone", pytest.param("llama3", marks=pytest.mark.real)])
+@pytest.mark.parametrize(
+    "name", ["qwen-alone", pytest.param("llama3", marks=[pytest.mark.real, pytest.mark.matrix])]
+)
 def test_a_million_spaces_are_read(made, name, tmp_path):
     """tiktoken's own regex engine gives up on them (openai/tiktoken#195)."""
     folder = made(name)[0] if name == "qwen-alone" else real_folder(name, tmp_path / "base")
@@ -369,7 +373,14 @@ def test_published_files_are_known_by_their_ranks(name, tmp_path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base", "p50k_base", "r50k_base"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "o200k_base",
+        "r50k_base",
+        *(pytest.param(n, marks=pytest.mark.matrix) for n in ("cl100k_base", "p50k_base")),
+    ],
+)
 def test_patterns_and_specials_are_those_of_tiktoken(name, tmp_path, monkeypatch):
     """tiktoken's own constructors, which find the rank file in their cache."""
     import inspect

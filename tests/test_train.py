@@ -132,7 +132,7 @@ def test_only_what_should_move_moves(place, tmp_path, tied, mode):
     seen = sorted({int(i) for i in used if i in job.ids})
     assert len(seen) > 10
     moved = rows.moved()
-    assert all(moved[token - job.ids.start] > 0 for token in seen)
+    assert all(moved[token - job.ids.first] > 0 for token in seen)
     if mode == "lora":
         lora = [p for n, p in trained.named_parameters() if "lora_B" in n]
         assert lora and all(p.abs().max() > 0 for p in lora)

@@ -58,7 +58,8 @@ class NewIds(Sequence[int]):
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when first used: most programs that import this read no manifest.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Probe(_Data):

@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lexigraft.families.continued_bpe import Merge
 from lexigraft.families.tokenmap import TOKENIZER_FILES, TokenMap, first_difference
-from lexigraft.families.units import Units
 
 if TYPE_CHECKING:
+    from lexigraft.families.continued_bpe import Merge
     from lexigraft.families.replay import Replayed
+    from lexigraft.families.units import Units
 
 __all__ = [
     "Family",
