@@ -134,8 +134,7 @@ def serve(run: str | Path, *, port: int = 8000, lang: Language = "en") -> Servin
     tokens = {token["id"]: token for token in facts["tokens"]}
     playground = None
     if extension is not None:
-        tell = lambda token: tip(tokens.get(token), token, t)  # noqa: E731
-        playground = Playground(extension, models, tell)
+        playground = Playground(extension, models, lambda token: tip(tokens.get(token), token, t))
     handler = _handler(page(facts, lang, live).encode(), playground)
     try:
         return Serving(ThreadingHTTPServer((ADDRESS, port), handler))

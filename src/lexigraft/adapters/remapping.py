@@ -130,9 +130,8 @@ def _axis(
     key: Key, tensor: Tensor, name: str, vocabulary: VocabularyTensors, adapter: Adapter
 ) -> int | None:
     """The dimension of a tensor that counts tokens; None where none does."""
-    of_embedding = f"{key.target}" in {
-        module for module, low_rank in adapter.low_rank.items() if low_rank.of_embedding
-    }
+    low_rank = adapter.low_rank.get(key.target)
+    of_embedding = low_rank is not None and low_rank.of_embedding
     if key.part in ("full", "saved", "original", "base"):
         return 0
     if key.part == "embedding_A":

@@ -31,6 +31,24 @@ def require_floats(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Non
             )
 
 
+def require_computable(checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> None:
+    """Raise unless vocabulary tensors can be averaged and have as many rows as the config says.
+
+    Raises:
+        RefusalError: see `require_floats`.
+        LexigraftError: config.json states another number of rows than the weights have.
+    """
+    require_floats(checkpoint, vocabulary)
+    stated = config_rows(checkpoint, vocabulary)
+    if stated not in (None, vocabulary.rows):
+        raise LexigraftError(
+            f"{checkpoint.folder / 'config.json'} says vocab_size {stated:,}, the weights have "
+            f"{vocabulary.rows:,} rows",
+            needed="the same number in both",
+            fix=f"lexigraft check {checkpoint.folder}",
+        )
+
+
 def open_whole(folder: Path) -> tuple[Checkpoint, VocabularyTensors]:
     """A checkpoint that is to be computed with, and its vocabulary tensors as loaders see them.
 
@@ -41,15 +59,7 @@ def open_whole(folder: Path) -> tuple[Checkpoint, VocabularyTensors]:
     checkpoint = Checkpoint.open(folder)
     refuse_quantised(checkpoint)
     vocabulary = as_loaded(checkpoint, vocabulary_of(checkpoint))
-    require_floats(checkpoint, vocabulary)
-    stated = config_rows(checkpoint, vocabulary)
-    if stated not in (None, vocabulary.rows):
-        raise LexigraftError(
-            f"{folder / 'config.json'} says vocab_size {stated:,}, the weights have "
-            f"{vocabulary.rows:,} rows",
-            needed="the same number in both",
-            fix=f"lexigraft check {folder}",
-        )
+    require_computable(checkpoint, vocabulary)
     return checkpoint, vocabulary
 
 

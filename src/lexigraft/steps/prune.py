@@ -28,12 +28,11 @@ from lexigraft.checkpoints.architectures import (
 )
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import (
-    config_rows,
     edit_config,
     refuse_quantised,
     refuse_ungathered,
 )
-from lexigraft.checkpoints.fit import require_consistent, require_floats
+from lexigraft.checkpoints.fit import require_computable, require_consistent
 from lexigraft.checkpoints.gather import Ids, gathered, interleaved
 from lexigraft.checkpoints.growth import Survey, require_finite, survey
 from lexigraft.checkpoints.header import Tensor, read_header
@@ -406,10 +405,13 @@ class _Job:
     def plan(self) -> Plan:
         """The checkpoint of the result."""
         padding = self.rows - len(self.sources)
-        tensors = self.checkpoint.tensors
+
+        def planned(name: str, known: Survey) -> PlannedTensor:
+            tensor = self.checkpoint.tensors[name]
+            return gathered(tensor, self.sources, padding, lambda: known.mean)
+
         return Plan.of(self.checkpoint).replace(
-            gathered(tensors[name], self.sources, padding, lambda one=known: one.mean)  # type: ignore[misc]
-            for name, known in self.surveys.items()
+            planned(name, known) for name, known in self.surveys.items()
         )
 
     @property
@@ -496,15 +498,7 @@ def _open(folder: Path, roles: Mapping[str, str] | None) -> tuple[Checkpoint, Vo
     refuse_quantised(checkpoint)
     refuse_ungathered(checkpoint)
     vocabulary = with_copies(checkpoint, vocabulary_of(checkpoint, roles))
-    require_floats(checkpoint, vocabulary)
-    stated = config_rows(checkpoint, vocabulary)
-    if stated not in (None, vocabulary.rows):
-        raise LexigraftError(
-            f"{folder / 'config.json'} says vocab_size {stated:,}, the weights have "
-            f"{vocabulary.rows:,} rows",
-            needed="the same number in both",
-            fix=f"lexigraft check {folder}",
-        )
+    require_computable(checkpoint, vocabulary)
     return checkpoint, vocabulary
 
 
