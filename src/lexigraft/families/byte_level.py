@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.merges import merge_pairs
 from lexigraft.families.renumbering import (
     Needs,
     kept_merges,
@@ -387,7 +388,7 @@ def _laid_out(value: Any) -> str:
 def content_hash(family: str, data: Mapping[str, Any]) -> str:
     """Canonical hash of a tokenizer.json: the same after it was loaded and saved again."""
     model = data["model"]
-    merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+    merges = merge_pairs(model["merges"])
     parts = ("normalizer", "pre_tokenizer", "decoder")
     added = sorted((token["id"], token["content"]) for token in data.get("added_tokens") or [])
     return sha256_json(

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families.implicit import splits
+from lexigraft.families.merges import Merges, Pair, joins, merge_pairs
 from lexigraft.files import read_object, write_json
 
-Merges = Sequence[str | Sequence[str]]  # as tokenizer.json holds them
 # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 _UNUSED = 5
 
-
-Pair = tuple[str, str]
 Needs = dict[int, tuple[int, ...]]
 
 
@@ -36,7 +33,7 @@ def needs_by_list(ids: Mapping[str, int], read: Iterable[Sequence[int]], merges:
     """
     ranks: dict[Pair, int] = {}
     made: dict[str, list[Pair]] = {}
-    for rank, pair in enumerate(map(split_merge, merges)):
+    for rank, pair in enumerate(merge_pairs(merges)):
         ranks[pair] = rank
         made.setdefault("".join(pair), []).append(pair)
     return _needs(ids, read, lambda token: made.get(token, []), ranks.get)
@@ -76,9 +73,9 @@ def _needs(
         parts: Iterable[int] = pieces
         if list(pieces) == [token_id]:
             ways = ways_to(token)
-            last = last_joined(token, rank_of) if len(ways) > 1 else None
+            last = joins(token, rank_of)[-1:] if len(ways) > 1 else []
             # One that a rule outside the merges makes keeps every way to it.
-            parts = (ids[part] for way in ([last] if last else ways) for part in way)
+            parts = (ids[part] for way in (last or ways) for part in way)
         if kept := tuple(dict.fromkeys(parts)):
             needs[token_id] = kept
     return needs
@@ -90,36 +87,6 @@ def joined_needs(one: Needs, other: Needs) -> Needs:
         i: tuple(dict.fromkeys((*one.get(i, ()), *other.get(i, ()))))
         for i in one.keys() | other.keys()
     }
-
-
-def last_joined(symbols: Iterable[str], rank_of: Callable[[Pair], float | None]) -> Pair | None:
-    """The two parts that a token is joined of last; None if it is not formed, or is one symbol.
-
-    Args:
-        symbols: its letters.
-        rank_of: a pair -> its rank, the lowest of which is joined first, and the leftmost of
-            equals; None where it is never joined.
-    """
-    parts = list(symbols)
-    last = None
-    while len(parts) > 1:
-        ranked = [
-            (rank, at)
-            for at, pair in enumerate(pairwise(parts))
-            if (rank := rank_of(pair)) is not None
-        ]
-        if not ranked:
-            return None
-        _, at = min(ranked)
-        last = (parts[at], parts[at + 1])
-        parts[at : at + 2] = ["".join(last)]
-    return last
-
-
-def split_merge(merge: str | Sequence[str]) -> Pair:
-    """A merge of tokenizer.json as its two parts."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def renumbered_json(data: Mapping[str, Any], places: Mapping[int, int]) -> dict[str, Any]:
@@ -166,7 +133,7 @@ def kept_merges(merges: Merges, kept: Collection[str]) -> list[Any]:
     """The merges whose parts and result all stay, in their order."""
     return [
         merge
-        for merge, (left, right) in zip(merges, map(split_merge, merges), strict=True)
+        for merge, (left, right) in zip(merges, merge_pairs(merges), strict=True)
         if left in kept and right in kept and left + right in kept
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lexigraft.families.joining import fill, in_threads, join_row, new_table
+from lexigraft.families.merges import Merges, merge_pairs
 from lexigraft.families.native import compiled
 from lexigraft.families.units import Ints
 
@@ -25,10 +26,8 @@ class Segmenter:
         letters: (256,) the id of each byte; -1 where it has none.
     """
 
-    def __init__(
-        self, merges: Sequence[str | Sequence[str]], ids: Mapping[str, int], letters: Sequence[int]
-    ) -> None:
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    def __init__(self, merges: Merges, ids: Mapping[str, int], letters: Sequence[int]) -> None:
+        pairs = merge_pairs(merges)
         number = ids.__getitem__
         lefts = np.fromiter((number(left) for left, _ in pairs), np.int64, len(pairs))
         rights = np.fromiter((number(right) for _, right in pairs), np.int64, len(pairs))

@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ from lexigraft import families
 from lexigraft.console import plain_line
 from lexigraft.families.gpt2_files import read_merges
 from lexigraft.families.measure import new_ids, read_rows
+from lexigraft.families.merges import Pair, joins, merge_pairs
 from lexigraft.families.tokenmap import readable, tokenizer_data
 from lexigraft.manifest import NEW_TOKENS, NewIds
 
-Join = tuple[str, str]
 _ALONE = "\N{DOTTED CIRCLE}"  # what a mark stands on that has no letter before it
 
 
@@ -116,48 +115,29 @@ class Extension:
         parts = self.family.pieces(text, added=token in self.family.map.added)
         return [i for part in parts if part != token for i in self.spelled(part)] or [token]
 
-    def joins(self, token: int) -> list[Join]:
+    def joins(self, token: int) -> list[Pair]:
         """The joins by which the engine makes `token` of its letters, in their order.
 
-        They are replayed on the token alone, as all kinds of BPE work (Sennrich et al. 2016,
-        arXiv 1508.07909): of the pairs that stand next to each other, the one that ranks first is
-        joined, the leftmost of several. Empty for letters, added tokens and tokenizers without
-        joins (Unigram, WordPiece).
+        They are replayed on the token alone. Empty for letters, added tokens and tokenizers
+        without joins (Unigram, WordPiece).
         """
-        found: list[Join] = []
         if token in self.family.map.added or not self.family.guaranteed:
-            return found
-        parts = list(self.family.map.texts[token])
-        while len(parts) > 1:
-            pairs = list(pairwise(parts))
-            ranked = [
-                (rank, at)
-                for at, pair in enumerate(pairs)
-                if (rank := self._rank(*pair)) is not None
-            ]
-            if not ranked:
-                return []
-            _, at = min(ranked)
-            found.append(pairs[at])
-            parts[at : at + 2] = ["".join(pairs[at])]
-        return found
+            return []
+        return joins(self.family.map.texts[token], self._rank)
 
     @cached_property
-    def _rank(self) -> Callable[[str, str], int | None]:
-        """(left, right) -> where their join stands in the order of all joins."""
+    def _rank(self) -> Callable[[Pair], int | None]:
+        """A pair -> where their join stands in the order of all joins."""
         if self.family.implicit:  # any pair that makes a token, old ones in the order of their ids
             texts = self.family.map.texts
             old = [i for i in sorted(texts) if i not in self.ids]
             places = {texts[i]: rank for rank, i in enumerate([*old, *self.ids]) if i in texts}
-            return lambda left, right: places.get(left + right)
-        ranks = {pair: rank for rank, pair in enumerate(_merges(self.family.folder))}
-        return lambda left, right: ranks.get((left, right))
+            return lambda pair: places.get("".join(pair))
+        return {pair: rank for rank, pair in enumerate(_merges(self.family.folder))}.get
 
 
-def _merges(folder: Path) -> Sequence[Join]:
+def _merges(folder: Path) -> Sequence[Pair]:
     """The merge list of `tokenizer.json`, or of `merges.txt` where that is all there is."""
     if not (folder / "tokenizer.json").is_file():
         return read_merges(folder / "merges.txt")
-    listed = tokenizer_data(folder / "tokenizer.json")["model"]["merges"]
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in listed)
-    return [(left, right) for left, right in pairs]
+    return merge_pairs(tokenizer_data(folder / "tokenizer.json")["model"]["merges"])

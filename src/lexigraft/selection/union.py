@@ -18,6 +18,7 @@ from lexigraft import families
 from lexigraft.families import Family, TokenMap, copy_tokenizer, first_difference
 from lexigraft.families.choice import Choice, with_parts
 from lexigraft.families.continued_bpe import Merge
+from lexigraft.families.merges import merge_pairs
 from lexigraft.families.proof import contexts, offenders, prove
 from lexigraft.families.special import add_special
 from lexigraft.families.tokenmap import tokenizer_data
@@ -95,7 +96,7 @@ def _in_order(folder: Path, tokens: TokenMap) -> list[str]:
     """The tokens of a model in the order in which its merges make them; without a list, by id."""
     path = folder / "tokenizer.json"
     listed = (tokenizer_data(path)["model"].get("merges") or []) if path.is_file() else []
-    made = ("".join(m.split(" ") if isinstance(m, str) else m) for m in listed)
+    made = map("".join, merge_pairs(listed))
     ranks: dict[str, int] = {}
     for rank, token in enumerate(made):
         ranks.setdefault(token, rank)
