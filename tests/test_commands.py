@@ -1,0 +1,343 @@
+"""Every command of the README and the docs is run, on tiny real models, or says why it is not.
+
+What stands in a `console` block is run in the order of its page, in a folder that holds what the
+pages take for granted (BASE, field.txt ...; `World` below makes them). Of a block with lines that
+begin with `$ `, these lines are the commands and the others their output. Sizes are cut down
+(`fast`). A block behind `<!-- not run: REASON -->` is only parsed, by the real command line.
+Python blocks are run in the same folder, and a YAML block whose first line is `# NAME` is written
+to that file.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import adapter_parts
+import extend
+import parts
+from lexigraft import graft, learn, merge, train
+from lexigraft.cli import app
+from lexigraft.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# What a newcomer reads first; the other pages are the full matrix.
+EACH_TIME = {"README.md", "docs/quickstart.md", "docs/check.md", "docs/howto/mend.md"}
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@cache
+def blocks(page):
+    return [
+        SimpleNamespace(**found.groupdict()) for found in BLOCK.finditer(page.read_text("utf-8"))
+    ]
+
+
+def commands(block):
+    """The commands of a console block, each as its words."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if any(line.startswith("$ ") for line in lines):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@cache
+def group():
+    return typer.main.get_command(app)
+
+
+def parse(words, *, whole=True):
+    """Hold the words behind `lexigraft` against the command line; not `whole`: parts may lack."""
+    if words[:1] == ["--version"]:
+        return
+    verb = group().get_command(None, words[0])
+    assert verb is not None, f"no such verb: {words}"
+    if "--help" in words:
+        return
+    try:
+        verb.make_context(words[0], list(words[1:]))
+    except Exception as fault:  # typer brings a copy of click, or uses click itself, by its version
+        if whole or type(fault).__name__ != "MissingParameter":
+            raise AssertionError(f"{' '.join(words)}: {fault}") from fault
+
+
+def test_every_block_can_be_read():
+    """Each block has a language, and is what it says."""
+    seen = 0
+    for page in PAGES:
+        fences = re.findall(r"^```", page.read_text("utf-8"), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(page)), f"{name_of(page)}: an unclosed block"
+        for block in blocks(page):
+            assert block.language in ("console", "python", "text", "yaml", "json"), name_of(page)
+            if block.language == "python":
+                compile(block.text, name_of(page), "exec")
+            elif block.language == "json":
+                json.loads(block.text)
+            elif block.language == "yaml":
+                content = yaml.safe_load(block.text)
+                if "corpus" in content:
+                    Recipe.parse(content, where=name_of(page))
+            seen += 1
+    assert seen > 60
+
+
+def test_every_command_that_is_named_parses():
+    """In blocks that are not run, too, and between words, where a command may be cut short."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language != "console":
+                continue
+            for words in commands(block):
+                if "lexigraft" in words:
+                    parse(words[words.index("lexigraft") + 1 :])
+                elif block.why is None:
+                    check_other(words, page)
+        prose = BLOCK.sub("", page.read_text("utf-8"))
+        for quoted in re.findall(r"`(lexigraft [a-z][^`]*)`", prose):
+            text = " ".join(quoted.replace("\\|", "|").split())
+            if "..." not in text and "|" not in text:
+                parse(shlex.split(text)[1:], whole=False)
+
+
+def check_other(words, page):
+    """Commands of other programs that are not run: what they name is there."""
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:2] == ["pip", "install"]:
+        for name in words[2:]:
+            for extra in re.findall(r"lexigraft\[(\w+)\]", name):
+                assert re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.M)
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        pytest.fail(f"{name_of(page)}: {words[0]} needs a line `<!-- not run: REASON -->`")
+
+
+class World:
+    """Inputs by the names that the docs call them, each made when it is first asked for."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __call__(self, name):
+        path = self.root / name
+        if not path.exists():
+            MAKERS[name](self, path)
+            assert path.exists(), name
+        return path
+
+    def trained(self, model, path, **options):
+        train(
+            self(model), corpus=[self("field.txt")], output=path, max_steps=2, block_size=64,
+            measurements=1, **options,
+        )  # fmt: skip
+
+    def learned(self, path, **options):
+        options = {"corpus": [self("field.txt")], "allow_more": True, "workers": 1, **options}
+        learn(self("BASE"), output=path, **options)
+
+
+def text(content):
+    return lambda world, path: path.write_text(content, "utf-8")
+
+
+def copy_of(name):
+    return lambda world, path: shutil.copytree(world(name), path)
+
+
+def base(world, path):
+    parts.write_byte_level(path, vocab_size=500)
+    parts.write_model(path, tokens=480, rows=512, tied=True, eos=478)
+
+
+def notes(world, path):
+    path.mkdir()
+    rows = [line.replace('"', "") for line in parts.corpus_text(3, documents=30).splitlines()]
+    (path / "a.csv").write_text("".join(f'"{row}"\n' for row in ["findings", *filter(None, rows)]))
+
+
+def stale(world, path):
+    """tokenizer.model was extended, and the old tokenizer.json left beside it."""
+    parts.write_sentencepiece(path)
+    old = (path / "tokenizer.json").read_bytes()
+    extend.extend(path, path, 12)
+    (path / "tokenizer.json").write_bytes(old)
+
+
+def raised(world, path):
+    shutil.copytree(world("BASE"), path)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, "vocab_size": 600}))
+
+
+def neurology(world, path):
+    """A model with words of its own: grafted with another vocabulary, and trained."""
+    vocab, grown = path.with_name("neuro-vocab"), path.with_name("neuro-model")
+    world.learned(vocab, tokens=12, corpus=[world("other.txt")], min_count=5)
+    graft(world("BASE"), vocab, output=grown)
+    world.trained(grown.name, path)
+
+
+def chat(world, path):
+    from transformers import AutoTokenizer
+
+    model = adapter_parts.load(world("BASE"))
+    adapter_parts.move_what_trains(model)
+    tokenizer = AutoTokenizer.from_pretrained(world("BASE"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def merged(adapter):
+    return lambda world, path: merge(world("BASE"), [world(adapter)], output=path)
+
+
+MAKERS = {
+    "field.txt": text(parts.corpus_text(documents=120)),
+    "everyday.txt": text(parts.ENGLISH.read_text("utf-8")),
+    "heldout.txt": text(parts.corpus_text(1, documents=6)),
+    "other.txt": text(parts.corpus_text(2, documents=60).replace("itis", "ia").replace("炎", "病")),
+    "neighbour.txt": text(parts.corpus_text(4, documents=20)),
+    "entries.txt": text("\n\n".join(f"冠状动脉 潜伏性感染 {n}" for n in range(60))),
+    "terms.txt": text("冠状动脉\n心肌梗死\t3\n 心肌梗死\n\ncarditis\n"),
+    "words.txt": text("冠状动脉\n潜伏性感染\n"),
+    "meanings.tsv": text("冠状动脉\t the arteries of the heart\n潜伏性感染\t a latent infection\n"),
+    "keep.txt": text("脑出血\n"),
+    "never.txt": text("the\n"),
+    "marks.txt": text("<|diagnosis|>\n"),
+    "unwanted.txt": text(" the\n#300\n"),
+    "notes": notes,
+    "domain.model": lambda world, path: path.write_bytes(
+        (
+            parts.write_sentencepiece(path.with_name("sp"), fast=False) / "tokenizer.model"
+        ).read_bytes()
+    ),
+    "recipe.yml": lambda world, path: path.write_text(
+        f"merge_method: linear\nmodels:\n- model: {world('CARDIOLOGY')}\n"
+        f"- model: {world('NEUROLOGY')}\nbase_model: {world('BASE')}\ndtype: float32\n"
+    ),
+    "BASE": base,
+    "VOCAB": lambda world, path: world.learned(path, tokens=24, pin=[world("words.txt")]),
+    "MODEL": lambda world, path: graft(world("BASE"), world("VOCAB"), output=path),
+    "ADAPTER": lambda world, path: world.trained("MODEL", path),
+    "MERGED": merged("ADAPTER"),
+    "FIRST": copy_of("ADAPTER"),
+    "SECOND": lambda world, path: world.trained("MERGED", path),
+    "LORA": copy_of("ADAPTER"),
+    "cardio-lora": copy_of("ADAPTER"),
+    "neuro-lora": neurology,
+    "CARDIOLOGY": copy_of("MERGED"),
+    "NEUROLOGY": merged("neuro-lora"),
+    "MEDICAL": copy_of("MERGED"),
+    "CHAT": chat,
+    "TUNED": copy_of("MERGED"),
+    "OTHER": copy_of("MERGED"),
+    "STALE": stale,
+    "RAISED": raised,
+    "BROKEN": raised,
+    "neuro-model": neurology,
+}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+SMALL = {"--tokens": "6", "--replace": "6", "--keep": "470", "--id": "485", "--max-bytes": "4000"}
+BRIEF = {
+    "learn": ["--workers", "1"],
+    "train": ["--max-steps", "2", "--block-size", "64", "--measurements", "1"],
+    "eval": ["--max-bytes", "2000", "--speed-characters", "8"],
+}
+
+
+def fast(words):
+    """The same command with its sizes cut down."""
+    words = [
+        SMALL.get(before, word) if word.isdecimal() else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+    if words[:2] == ["graft", "BASE"] and "distill" in words:
+        words += ["--max-bytes", "2000"]
+    return [*words, *BRIEF.get(words[0], ())]
+
+
+def shorten(recipe):
+    """A recipe whose stages take two steps."""
+    content = yaml.safe_load(recipe.read_text("utf-8"))
+    stages = content.setdefault("train", {}).setdefault("stages", [{"mode": "lora"}])
+    for stage in stages:
+        stage.update(max_steps=2, block_size=64, measurements=1)
+    content.setdefault("eval", {}).update(max_bytes=2000, speed_characters=8)
+    recipe.write_text(yaml.safe_dump(content, allow_unicode=True))
+
+
+def run(words):
+    """Run a command of lexigraft; what it would overwrite was only made to be there."""
+    for option in ("-o", "--output", "--fix"):
+        if option in words:
+            output = Path(words[words.index(option) + 1])
+            shutil.rmtree(output, ignore_errors=True)
+    if words[0] == "run":
+        shorten(Path(words[1]))
+    done = CliRunner().invoke(app, fast(words))
+    allowed = (0, 1) if words[0] == "check" else (0,)  # 1: it found what the page tells of
+    if isinstance(done.exception, Exception):
+        pytest.fail(f"{' '.join(words)}\n{done.exception}")
+    assert done.exit_code in allowed, f"{' '.join(words)}\n{done.output}"
+
+
+def shown(page):
+    """The page's blocks that are run."""
+    return [
+        b for b in blocks(page) if b.why is None and b.language in ("console", "python", "yaml")
+    ]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=() if name_of(page) in EACH_TIME else pytest.mark.matrix)
+        for page in PAGES
+        if any(block.language == "console" for block in shown(page))
+    ],
+    ids=name_of,
+)
+def test_the_commands_of_a_page_run(page, world, tmp_path, monkeypatch):
+    named = set(re.findall(r"[\w.-]+", "\n".join(block.text for block in shown(page))))
+    for name in sorted(named & MAKERS.keys()):
+        source = world(name)
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        else:
+            shutil.copyfile(source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for block in shown(page):
+        if block.language == "python":
+            exec(block.text, {})
+        elif block.language == "yaml":
+            if place := re.match(r"# ([\w.]+)\n", block.text):
+                Path(place[1]).write_text(block.text, "utf-8")
+        else:
+            for words in commands(block):
+                if words[0] == "lexigraft":
+                    run(words[1:])
