@@ -1,7 +1,12 @@
 """What the docs say about the code is true."""
 
+import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
@@ -58,3 +63,75 @@ def test_examples_are_recipes_with_and_without_what_they_leave_out():
         whole = re.sub(r"^(  )# (\w+:)", r"\1\2", text, flags=re.MULTILINE)
         assert whole != text
         assert Recipe.parse(yaml.safe_load(whole), where=path.name).learn.special
+
+
+class Links(HTMLParser):
+    """What a page names itself, what it leads to, and what a browser fetches for it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.anchors, self.links, self.fetched = set(), set(), set()
+        self.feed(page.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.anchors.add(found.get("id"))
+        if tag == "a":
+            self.links.add(found.get("href"))
+        elif tag in ("img", "script", "link", "iframe", "source"):
+            self.fetched.add(found.get("src") or found.get("href"))
+        assert tag != "img" or found.get("alt"), found  # what those hear who do not see it
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as `make docs` builds it, where a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-q", "-d", folder],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+def test_every_link_of_the_site_leads_somewhere_and_nothing_is_fetched_from_elsewhere(site):
+    pages = {page: Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    assert len(pages) > 35
+    for page, found in pages.items():
+        for name in (found.links | found.fetched) - {None, "", "."}:
+            address = urlsplit(name)
+            if address.scheme or address.netloc:
+                assert name in found.links, f"{page.name} fetches {name}"
+                continue
+            target = (page.parent / unquote(address.path)).resolve() if address.path else page
+            assert target.exists(), f"{page.name}: {name}"
+            if address.fragment and target in pages:
+                assert unquote(address.fragment) in pages[target].anchors, f"{page.name}: {name}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?https?:", sheet.read_text("utf-8")), sheet
+
+
+def test_the_reference_holds_every_verb_option_and_function(site):
+    """The page is made from the declarations; here it is held against the parser itself."""
+    import typer
+
+    from lexigraft import __all__ as functions
+    from lexigraft.cli import app
+
+    page = (site / "reference" / "cli.html").read_text("utf-8")
+    sections = dict(re.findall(r'<h2 id="([\w-]+)">(.*?)(?=<h2|</article>)', page, re.DOTALL))
+    for verb, command in typer.main.get_command(app).commands.items():
+        for name in {name for parameter in command.params for name in parameter.opts}:
+            shown = name if name.startswith("-") else ""
+            assert f"<code>{shown}" in sections[verb], f"{verb} {name}"
+    anchors = Links(site / "reference" / "python.html").anchors
+    assert {name.lower() for name in functions} - anchors == set()
+
+
+def test_links_between_files_lead_somewhere_without_the_site_too():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
