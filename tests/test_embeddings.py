@@ -92,6 +92,17 @@ def test_exponential_weights_run_to_the_end_in_the_embedding_and_to_the_start_in
     assert np.isfinite(long).all()
 
 
+def test_legible_looks_at_the_end_of_what_can_be_read_and_at_all_of_what_cannot():
+    pieces = [[1, 3, 0], [1, 3, 0], [5], [2, 4], []]
+    characters = [[2, 1, 4], [1 / 3, 2 / 3, 1], [1], [1 / 3 + 2 / 3, 1 / 3 + 1 / 3 + 1 / 3], []]
+    rows = start("legible", pieces, characters=characters)
+    assert (rows == start("exponential", pieces))[[0, 2, 3, 4]].all()
+    assert (rows[1] == start("outward", pieces)[1]).all() and (rows[1] != rows[0]).any()
+    assert (start("legible", pieces) == start("exponential", pieces)).all()  # nothing is known
+    bias = start("legible", pieces[:2], rows=ROWS[:, 0], center=CENTER[0], characters=characters)
+    assert bias[1] == ROWS[pieces[1], 0].mean()
+
+
 def test_pieces_hold_as_many_characters_as_the_token(tmp_path):
     base = families.load(parts.write_byte_level(tmp_path))
     words = ["angina", " cardiac", "患者", " 冠状动脉", "élan"]

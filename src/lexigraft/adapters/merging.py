@@ -34,7 +34,7 @@ from lexigraft.errors import RefusalError
 from lexigraft.files import read_json, read_object, write_json
 from lexigraft.manifest import NEW_TOKENS, Manifest
 
-# Two blocks of float32 at a time keep the peak below 500 MB, torch's 224 included.
+# Two writers keep the peak below 500 MB, torch's 224 included.
 WRITERS = 2
 
 
