@@ -216,7 +216,8 @@ def main() -> None:
         f"{options.block}`: SmolLM2-135M "
         f"(de-quantised from Q4_1), float32, {TOKENS} new tokens, {options.batch} blocks of "
         f"{options.block} tokens per step, AdamW; seconds are the median of all steps but the "
-        "first. Memory is the peak of the process; `more` is what it needed above the loaded model.",
+        "first. Memory is the peak of the process; `more` is what it needed above the loaded "
+        "model.",
         "",
         *head,
         "",
