@@ -382,26 +382,52 @@ def test_memory_does_not_grow_with_the_checkpoint(made, tmp_path):
 # -- what a person sees
 
 
-def test_progress_shows_bytes_rate_and_time_left():
-    """On a real terminal: a pseudo-terminal of our own."""
+def on_a_terminal(code):
+    """What `code` shows on standard error, where that is a pseudo-terminal, and what it prints."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
-    code = (
-        "import time; from lexigraft.console import progress\n"
-        "with progress('writing weights', 10**9) as advance:\n"
-        "    for _ in range(8): advance(10**8); time.sleep(0.15)\n"
-    )
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as child:
         os.close(theirs)
         shown = b""
         with suppress(OSError):  # how a pseudo-terminal ends
             while data := os.read(ours, 65_536):
                 shown += data
+        printed = child.stdout.read().decode()
     os.close(ours)
     assert child.returncode == 0
-    text = shown.decode()
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()), printed  # without colours
+
+
+def test_progress_shows_bytes_rate_and_time_left():
+    """On a real terminal: a pseudo-terminal of our own."""
+    text, _ = on_a_terminal(
+        "import time; from lexigraft.console import progress\n"
+        "with progress('writing weights', 10**9) as advance:\n"
+        "    for _ in range(8): advance(10**8); time.sleep(0.15)\n"
+    )
     assert "writing weights" in text
     assert re.search(r"\d+/1\.0 GB|\d+\.\d+/1\.0 GB", text)
     assert re.search(r"[\d.]+ [MG]B/s", text)
     assert re.search(r"0:00:0\d", text)
+
+
+def test_a_wait_whose_end_is_unknown_shows_its_time_and_makes_room_for_bars():
+    text, printed = on_a_terminal(
+        "import time; from lexigraft.console import note, progress, working\n"
+        "@working('measuring')\n"
+        "def measure(): time.sleep(0.3); return 'measured'\n"
+        "@working('evaluating')\n"
+        "def evaluate():\n"
+        "    time.sleep(1.2)\n"
+        "    with progress('reading', 10**6) as advance: advance(10**6); time.sleep(0.3)\n"
+        "    note('a notice'); print(measure()); time.sleep(0.3)\n"
+        "for _ in range(2): evaluate()\n"
+    )
+    assert re.search(r"evaluating 0:00:0[1-9]", text)
+    places = [text.index(word) for word in ("evaluating", "reading", "a notice", "measuring")]
+    assert places == sorted(places)
+    assert text.rindex("evaluating") > text.rindex("measuring")  # it came back
+    assert printed == "measured\nmeasured\n"

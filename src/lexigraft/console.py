@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
+    from rich.progress import Progress, ProgressColumn
 
 Advance = Callable[[int], None]
 # Embeddings, overrides and isolates of Unicode's bidirectional algorithm (UAX #9).
 _TURNING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 
 _quiet = False
+_shown: list[Progress] = []  # what is drawn, outermost first
 
 
 def set_quiet(quiet: bool) -> None:
@@ -73,15 +74,57 @@ def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
     Bytes (`unit="B"`) are shown with their rate and the time left, anything else as a count.
     Nothing is drawn when quiet or when standard error is no terminal.
     """
-    if _quiet or not sys.stderr.isatty() or not is_first_process():
+    if _is_hidden():
         yield _count_silently
         return
+    with _drawn(_columns(unit)) as bars:
+        task = bars.add_task(plain(label), total=total)
+        yield lambda n: bars.update(task, advance=n)
+
+
+@contextlib.contextmanager
+def working(label: str) -> Iterator[None]:
+    """A line on standard error with the time that has passed, while nothing else is drawn.
+
+    For work whose end is not known beforehand; also a decorator of functions. Bars and lines of
+    what is called inside take its place while they last. Nothing is drawn where `progress` would
+    draw nothing.
+    """
+    if _is_hidden():
+        yield
+        return
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    with _drawn([SpinnerColumn(), text, TimeElapsedColumn()]) as bars:
+        bars.add_task(plain(label), total=None)
+        yield
+
+
+def _is_hidden() -> bool:
+    return _quiet or not sys.stderr.isatty() or not is_first_process()
+
+
+@contextlib.contextmanager
+def _drawn(columns: list[ProgressColumn]) -> Iterator[Progress]:
+    """Draw one thing at the foot of the terminal; what was drawn there comes back afterwards."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(*_columns(unit), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(plain(label), total=total)
-        yield lambda n: bars.update(task, advance=n)
+    if _shown:
+        _shown[-1].stop()
+    # Results that are printed meanwhile belong to standard output, also where both are a terminal.
+    bars = Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+    )  # fmt: skip
+    _shown.append(bars)
+    try:
+        with bars:
+            yield bars
+    finally:
+        _shown.pop()
+        if _shown:
+            _shown[-1].start()
 
 
 def _count_silently(n: int) -> None:

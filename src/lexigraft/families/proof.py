@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from lexigraft.console import working
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, first_difference, new_ids
 
@@ -119,6 +120,7 @@ def expansion(base: Family, extended: Family) -> dict[int, list[int]]:
     }
 
 
+@working("proving the tokenizer on texts")
 def prove(
     base: Family,
     extended: Family,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lexigraft.checkpoints.gguf_header import gguf_files, read_gguf_header
+from lexigraft.console import working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import read_json, require_free_space, write_json
 
@@ -83,6 +84,7 @@ def gguf_file(path: Path) -> Path | None:
     return found[0]
 
 
+@working("de-quantising the GGUF file")
 def write_folder(source: Path, folder: Path) -> Dequantised:
     """Write the model and the tokenizer of a GGUF file into the existing `folder`.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lexigraft.checkpoints.architectures import vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.console import working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import token_text
 from lexigraft.files import read_object
@@ -53,6 +54,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@working("loading the model")
 def load_model(
     folder: Path,
     *,

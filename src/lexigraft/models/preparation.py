@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lexigraft import families
-from lexigraft.console import note
+from lexigraft.console import note, working
 from lexigraft.corpus import content_digest, read_documents, sources, weighted_documents
 from lexigraft.corpus import held_out as is_held_out
 from lexigraft.errors import LexigraftError
@@ -245,6 +245,7 @@ def plan_of(family: Family, texts: Texts, settings: Settings) -> dict[str, Any]:
     }
 
 
+@working("packing texts")
 def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None = None) -> Job:
     """Encode, order and pack the texts, and check them against tokenizer and rows.
 
@@ -415,6 +416,7 @@ def _tell_of_rare_ones(job: Job) -> None:
         )
 
 
+@working("measuring held-out text")
 def measure(job: Job, model: Any) -> dict[str, float | None]:
     """What `model` makes of held-out text as it is now; None where there is no such text.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lexigraft.checkpoints.header import numpy_dtype
+from lexigraft.console import working
 from lexigraft.models.load import load_model, quiet_transformers
 
 SEQUENCES, LENGTH = 4, 64
@@ -35,6 +36,7 @@ class LogitProof:
     limit: float
 
 
+@working("comparing logits")
 def compare_merged(
     base: Path,
     adapter: Path,

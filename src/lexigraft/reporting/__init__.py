@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lexigraft.console import working
 from lexigraft.errors import LexigraftError
 from lexigraft.files import require_folder, write_whole
 from lexigraft.reporting.facts import run_facts
@@ -35,6 +36,7 @@ class ReportResult:
         return [self.text, *(f"wrote {path}" for path in self.files)]
 
 
+@working("drawing the report")
 def report(
     run: str | Path, *, output: str | Path | None = None, lang: Language = "en"
 ) -> ReportResult:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lexigraft.console import note
+from lexigraft.console import note, working
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, measure
 from lexigraft.families.choice import Choice, Judge, choose
@@ -148,6 +148,7 @@ class Learning:
         )  # fmt: skip
         return Contrast(self.family, self.text.units, other.units)
 
+    @working("choosing words")
     def choose(self) -> Picked:
         """The tokens to add, and how many of them are worth it."""
         family, text = self.family, self.text

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lexigraft.console import working
 from lexigraft.corpus import read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
@@ -57,6 +58,7 @@ class Pruning:
     kept_back: int
 
 
+@working("choosing tokens to drop")
 def choose(
     family: Family,
     *,
@@ -123,6 +125,7 @@ def choose(
     return Pruning(dropped, back)
 
 
+@working("counting tokens")
 def count_tokens(family: Family, documents: Iterable[str]) -> Counts:
     """How often each id comes out of some texts: shape (tokens,)."""
     counts = np.zeros(family.map.tokens, np.int64)
@@ -164,6 +167,7 @@ class Reading:
         )
 
 
+@working("proving that kept text is read as before")
 def prove(
     base: Family, pruned: Family, places: Mapping[int, int], documents: Iterable[str]
 ) -> Reading:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lexigraft import families
+from lexigraft.console import working
 from lexigraft.families import Family, TokenMap, copy_tokenizer, first_difference
 from lexigraft.families.choice import Choice, with_parts
 from lexigraft.families.continued_bpe import Merge
@@ -39,6 +40,7 @@ class Union:
     left_out: tuple[str, ...] = ()
 
 
+@working("joining the vocabularies")
 def write_union(base: Path, others: Sequence[Path], target: Path) -> Union:
     """Write into `target` the base's tokenizer with every token of `others` that can be reached.
 

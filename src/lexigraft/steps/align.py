@@ -36,7 +36,7 @@ from lexigraft.checkpoints.rows import grown_shape
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.token_ids import with_ids
 from lexigraft.checkpoints.write import write_plan
-from lexigraft.console import note, progress
+from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, aligned
@@ -136,6 +136,7 @@ class _Job:
     plans: tuple[Plan, ...]
 
 
+@working("aligning")
 def align(
     models: Sequence[str | Path],
     *,

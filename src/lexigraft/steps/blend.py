@@ -40,7 +40,7 @@ from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import grown_shape
 from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
-from lexigraft.console import note, progress
+from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, token_text
@@ -141,6 +141,7 @@ class _Job:
     blended: int
 
 
+@working("preparing the blend")
 def blend(
     models: Sequence[str | Path],
     *,

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from lexigraft import families
-from lexigraft.console import progress
+from lexigraft.console import progress, working
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
@@ -94,6 +94,7 @@ def _line(model: ModelScore, width: int) -> str:
     )
 
 
+@working("evaluating")
 def evaluate(
     models: Sequence[str | Path],
     *,

@@ -29,7 +29,7 @@ from lexigraft.checkpoints.architectures import table
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, read_header
 from lexigraft.checkpoints.plan import Compute, PlannedTensor
 from lexigraft.checkpoints.rows import ids_in_blocks, in_blocks, read_rows, same_values
-from lexigraft.console import note, progress
+from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import first_difference
@@ -156,6 +156,7 @@ class _Job:
         return _in_memory(name, self.tuned).rpartition(".")[0]
 
 
+@working("extracting")
 def extract(
     tuned: str | Path,
     *,

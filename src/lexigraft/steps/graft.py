@@ -41,7 +41,7 @@ from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.checks.rows import RowStatistics, row_statistics
-from lexigraft.console import note, progress
+from lexigraft.console import note, progress, working
 from lexigraft.embeddings import Start, choose, roles_of
 from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.embeddings.donor import ATOMS, Donor
@@ -157,6 +157,7 @@ def _plan_line(entry: Mapping[str, Any]) -> str:
     )
 
 
+@working("grafting")
 def graft(
     base: str | Path,
     vocab: str | Path,

@@ -16,7 +16,7 @@ from lexigraft import families
 from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.fit import ids_in_use
 from lexigraft.checkpoints.growth import never_trained
-from lexigraft.console import note
+from lexigraft.console import note, working
 from lexigraft.corpus import beginning, held_out, sources, text_files
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, llama_cpp, measure
@@ -248,6 +248,7 @@ class LearnResult:
             yield f"not compared with transformers: {self.loader.reason}"
 
 
+@working("learning new tokens")
 def learn(
     base: str | Path,
     *,

@@ -32,7 +32,7 @@ from lexigraft.adapters.weighted import Weighted, weighted_plan
 from lexigraft.checkpoints.fit import open_whole
 from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.rows import by_row
-from lexigraft.console import note
+from lexigraft.console import note, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import (
     TokenMap,
@@ -126,6 +126,7 @@ class MergeResult:
         ]
 
 
+@working("preparing the merge")
 def merge(
     base: str | Path,
     adapters: str | Path | Sequence[str | Path],

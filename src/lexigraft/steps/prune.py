@@ -49,7 +49,7 @@ from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.token_ids import stated_ids, with_ids
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
-from lexigraft.console import note, progress
+from lexigraft.console import note, progress, working
 from lexigraft.corpus import sources
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import Family, TokenMap
@@ -191,6 +191,7 @@ class UndoResult:
         return [f"{self.rows:,} rows, {self.tokens:,} tokens; {said}", f"model: {self.output}"]
 
 
+@working("pruning")
 def prune(
     model: str | Path,
     *,

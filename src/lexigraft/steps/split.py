@@ -15,6 +15,7 @@ from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.merging import Job, prepare, write
 from lexigraft.adapters.pure import PureLora, targets
 from lexigraft.adapters.writing import adapter_plan, write_adapter
+from lexigraft.console import working
 from lexigraft.errors import RefusalError
 from lexigraft.files import publish, read_object, refuse_existing, refuse_overwriting, sha256_file
 from lexigraft.hub import local_folder
@@ -93,6 +94,7 @@ class SplitResult:
         ]
 
 
+@working("splitting")
 def split(
     model: str | Path,
     adapter: str | Path,

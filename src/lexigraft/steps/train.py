@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.console import is_first_process, note, progress
+from lexigraft.console import is_first_process, note, progress, working
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
@@ -155,6 +155,7 @@ class TrainResult:
         return found
 
 
+@working("preparing to train")
 def train(
     model: str | Path,
     *,
@@ -329,6 +330,7 @@ def _packed(
         yield folder
 
 
+@working("looking for a learning rate")
 def find_learning_rate(
     model: str | Path,
     *,
