@@ -56,13 +56,21 @@ def test_every_key_of_a_recipe_is_explained(part):
     assert part.model_fields.keys() - keys == set()
 
 
-def test_examples_are_recipes_with_and_without_what_they_leave_out():
-    for path in (ROOT / "examples").glob("*.yaml"):
-        text = path.read_text()
-        Recipe.parse(yaml.safe_load(text), where=path.name)
-        whole = re.sub(r"^(  )# (\w+:)", r"\1\2", text, flags=re.MULTILINE)
-        assert whole != text
-        assert Recipe.parse(yaml.safe_load(whole), where=path.name).learn.special
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"), key=lambda path: path.name)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_recipes_with_and_without_what_they_leave_out(path):
+    text = path.read_text()
+    Recipe.parse(yaml.safe_load(text), where=path.name)
+    whole = re.sub(r"^(  )# (\w+:)", r"\1\2", text, flags=re.MULTILINE)
+    assert whole != text
+    assert Recipe.parse(yaml.safe_load(whole), where=path.name).learn.special
+
+
+def test_every_example_is_named_in_the_docs():
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    assert [path.name for path in EXAMPLES if f"`examples/{path.name}`" not in text] == []
 
 
 class Links(HTMLParser):

@@ -24,6 +24,7 @@ __all__ = [
     "find_learning_rate",
     "graft",
     "graft_distilled",
+    "import_config",
     "learn",
     "merge",
     "prune",
@@ -38,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "find_learning_rate": "lexigraft.steps.train",
+    "import_config": "lexigraft.importing",
     "report": "lexigraft.reporting",
     "run": "lexigraft.pipeline",
     "demo": "lexigraft.pipeline",
@@ -47,6 +49,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from lexigraft.importing import import_config
     from lexigraft.pipeline import demo, graft_distilled, run
     from lexigraft.reporting import report
     from lexigraft.serving import serve

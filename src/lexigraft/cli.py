@@ -967,6 +967,27 @@ def run(
     _show(verb(recipe, output=output, force=force), as_json)
 
 
+@app.command(name="import")
+def import_config(
+    tool: Annotated[
+        Literal["axolotl", "llamafactory"], typer.Argument(help="Whose configuration it is.")
+    ],
+    config: Annotated[Path, typer.Argument(help="Configuration in YAML.")],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a recipe that does what another tool's configuration says, and tell what it cannot."""
+    from lexigraft.importing import import_config as verb
+
+    _show(verb(tool, config, output=output, force=force, dry_run=dry_run), as_json)
+
+
 @app.command()
 def demo(
     *,

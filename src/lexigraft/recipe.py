@@ -192,7 +192,7 @@ class Recipe(_Part):
         Raises:
             LexigraftError: no such file, no YAML, an unknown key, or a value that does not fit.
         """
-        return cls.parse(_read_yaml(path), where=str(path)).beside(path.parent)
+        return cls.parse(read_yaml(path, "a recipe"), where=str(path)).beside(path.parent)
 
     @classmethod
     def parse(cls, data: Any, *, where: str) -> Recipe:
@@ -209,15 +209,20 @@ class Recipe(_Part):
             raise _explained(fault, where) from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file; `what` says what was looked for.
+
+    Raises:
+        LexigraftError: no such file, or no YAML in UTF-8.
+    """
     if not path.is_file():
-        raise LexigraftError(f"no file {path}", needed="a recipe", fix=f"ls {path.parent}")
+        raise LexigraftError(f"no file {path}", needed=what, fix=f"ls {path.parent}")
     try:
         return yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise LexigraftError(
             f"{path} is not valid YAML ({str(fault).splitlines()[0]})",
-            needed="a recipe in YAML, in UTF-8",
+            needed=f"{what} in YAML, in UTF-8",
             fix="start from a file in examples/",
         ) from None
 
