@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,8 @@ def lexigraft(base: Path, adapter: Path, out: Path) -> None:
     merge(base, adapter, output=out)
 
 
-TOOLS: dict[str, Callable[[Path, Path, Path], None]] = {
+Merge = Callable[[Path, Path, Path], None]
+TOOLS: dict[str, Merge] = {
     "PEFT, given the resize": peft,
     "mergekit": mergekit,
     "Axolotl, per shard": axolotl,
@@ -160,13 +161,13 @@ TOOLS: dict[str, Callable[[Path, Path, Path], None]] = {
 }
 
 
-def verdict(tool: str, case: Case, root: Path) -> tuple[str, str]:
+def verdict(merge_by: Merge, case: Case, root: Path) -> tuple[str, str]:
     """What became of a case, and what the tool said where it wrote nothing."""
     base, adapter, trained = case.write(root)
     ids, out = text_ids(adapter), root / "result"
     expected = logits(adapter_parts.unmerged(trained, adapter), ids)
     try:
-        TOOLS[tool](base, adapter, out)
+        merge_by(base, adapter, out)
         model = adapter_parts.load(out)
     except ModuleNotFoundError as fault:
         return ABSENT, str(fault)
@@ -182,14 +183,14 @@ def verdict(tool: str, case: Case, root: Path) -> tuple[str, str]:
     return (RIGHT if text_ids(out) == ids else STALE), ""
 
 
-def verdicts() -> list[dict[str, Any]]:
+def verdicts(tools: Mapping[str, Merge] = TOOLS) -> list[dict[str, Any]]:
     """Every case with what each tool made of it."""
     found = []
     for case in CASES:
         row: dict[str, Any] = {"case": case.title, "said": {}}
-        for tool in TOOLS:
+        for tool, merge_by in tools.items():
             with tempfile.TemporaryDirectory() as place:
-                row[tool], said = verdict(tool, case, Path(place))
+                row[tool], said = verdict(merge_by, case, Path(place))
             if said:
                 row["said"][tool] = " ".join(said.split())[:160].replace(place, "")
         found.append(row)
