@@ -160,8 +160,7 @@ def test_axolotl_becomes_a_recipe_that_says_the_same(here):
         "wandb_project",
         "load_in_4bit",
         "special_tokens",
-        "embedding_lr_scale",
-    }  # fmt: skip  empty, off, and told under the names below
+    }  # empty, off, and told by its parts
     assert told["special_tokens.pad_token"].place is None
     assert told["lora_dropout"].place is None and "dropout" in told["lora_dropout"].note
     assert all(row.note for row in result.rows if row.place is None)
@@ -298,7 +297,7 @@ def test_all_faults_are_told_together(here):
         ("axolotl", {"max_steps": 100, "warmup_steps": 10, "warmup_ratio": None}, {"max_steps": 100, "warmup": 0.1}),
         ("axolotl", {"batch_size": 32, "gradient_accumulation_steps": None}, {"gradient_accumulation": 8}),
         ("axolotl", {"lr_scheduler": "constant"}, {"schedule": "constant", "warmup": 0.0}),
-        ("axolotl", {"embedding_lr": 1e-3}, {"new_row_learning_rate": 1e-3}),
+        ("axolotl", {"embedding_lr": 1e-3, "embedding_lr_scale": None}, {"new_row_learning_rate": 1e-3}),
         ("llamafactory", {"quantization_bit": 4}, {"dtype": "nf4"}),
         ("llamafactory", {"finetuning_type": "full"}, {"mode": "full", "dtype": "auto", "old_rows": "slow"}),
         ("llamafactory", {"finetuning_type": "full", "pure_bf16": True}, {"dtype": "bfloat16"}),

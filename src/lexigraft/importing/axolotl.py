@@ -294,6 +294,8 @@ def _mode(t: Translation) -> str:
         return "full"
     if adapter not in ("lora", "qlora"):
         t.fault(f"adapter: {adapter}", "adapter: lora or qlora, or none for full training")
+    if adapter == "qlora" and not t.rest.get("load_in_4bit"):
+        t.fault("adapter: qlora without load_in_4bit", "load_in_4bit: true")
     t.mapped("adapter", adapter, "train.mode: lora")
     return "lora"
 
@@ -313,10 +315,14 @@ def _batch(t: Translation) -> None:
 
 def _new_rows(t: Translation, mode: str) -> None:
     """The rate of the rows; in full training of all of them there, of the new ones here."""
-    rate, scale = t.number("embedding_lr", None), t.number("embedding_lr_scale", None)
-    key, body = "embedding_lr", t.stage.get("learning_rate")
-    if rate is None and scale is not None and body is not None:
-        key, rate = "embedding_lr_scale", scale * body
+    key, body = "embedding_lr_scale", t.stage.get("learning_rate")
+    scale = t.number(key, None)
+    if scale and body:
+        rate = scale * body
+        t.leave_given("embedding_lr", "embedding_lr_scale decides, as there")
+    else:
+        key = "embedding_lr"
+        rate = t.number(key, None)
     if rate is None:
         t.beyond("rate of new rows", "train.new_row_learning_rate", "by mode and size")
         return

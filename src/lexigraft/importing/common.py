@@ -209,11 +209,7 @@ def names(value: Any) -> list[str]:
 
 def words(t: Translation, key: str, listed: Any, *, special: bool = False) -> bool:
     """Listed tokens as pinned words or as new special tokens; True if there are some."""
-    if listed is None:
-        return False
-    found = [
-        str(token).strip() for token in (listed.split(",") if isinstance(listed, str) else listed)
-    ]
+    found = names(listed)
     marks = [token for token in found if special or not _is_word(token)]
     pins = [token for token in found if token not in marks]
     if pins:

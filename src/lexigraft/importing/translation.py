@@ -215,8 +215,8 @@ class Translation:
                     "hub (paths start from the folder where this is run)",
                 )
                 return None
-            whole = ":".join(["hf", path, *([str(config or ""), split] if config or split else [])])
-            return whole.removesuffix("::train").removesuffix(":train") + ending
+            part = [config or "", split] if split != "train" else [config] if config else []
+            return ":".join(map(str, ("hf", path, *part))) + ending
         if split != "train" or config:
             self.fault(
                 f"{key}: a part of {path}",
