@@ -181,7 +181,7 @@ def _datasets(t: Translation, key: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The entries of a list of data sets that is one of plain texts, each with its place."""
     given = t.take(key)
     entries = given if isinstance(given, list) else [given] if given is not None else []
-    found = []
+    found: list[tuple[str, Mapping[str, Any]]] = []
     for number, value in enumerate(entries):
         entry = {"path": value} if isinstance(value, str) else value
         if not isinstance(entry, dict):
