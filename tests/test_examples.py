@@ -1,5 +1,6 @@
 """The recipes of examples/ run, with texts under the names that they name and a tiny base."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,12 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+import adapter_parts
 import parts
 from lexigraft import check, run
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"), key=lambda p: p.name)
+TERMS = ["冠状动脉", "肺炎", *(f"{a}{b}" for a in adapter_parts.HAN for b in "炎症")]
 TABLES = {
-    "glossary.csv": "term,definition\n冠状动脉,arteries of the heart 冠状动脉\n肺炎,an illness 肺炎\n",
+    "glossary.csv": "term,definition\n"
+    + "".join(
+        f"{term},the {n} of the heart {term} in plain words {term}\n"
+        for n, term in enumerate(TERMS)
+    ),
     "icd10.csv": "code,name\n1,冠状动脉\n2,肺炎\n",
 }
 
@@ -26,14 +33,10 @@ def local(spec, folder):
     if not place.suffix:
         place = place / "one.txt"
     place.parent.mkdir(parents=True, exist_ok=True)
-    content = parts.corpus_text(len(str(place)), documents=40)
-    if "everyday" in name:
-        content = parts.plain_english()[:20_000]
+    content = parts.corpus_text(len(name), documents=120, sentences=3)
     if name.startswith("terms/"):
         content = TABLES.get(place.name, "<|mark|>\n" if "marks" in name else "the\n")
     elif place.suffix == ".jsonl":
-        import json
-
         content = "".join(f"{json.dumps({'text': d})}\n" for d in content.split("\n\n"))
     place.write_text(content, "utf-8")
     return name + mark + options
@@ -70,5 +73,7 @@ def test_an_example_runs(path, tmp_path):
     run(tmp_path / "recipe.yaml", output=tmp_path / "run")
     assert check(tmp_path / "run" / "merged").ok
     if path.stem == "term-list":
-        words = (tmp_path / "run" / "vocab" / "new_tokens.jsonl").read_text("utf-8")
-        assert "冠状动脉" in words
+        lines = (tmp_path / "run" / "vocab" / "new_tokens.jsonl").read_text("utf-8").splitlines()
+        texts = [text for line in lines if (text := json.loads(line)["text"])]
+        assert texts  # terms and what they are joined of, nothing else
+        assert all(any(text.strip() in term for term in TERMS) for text in texts)
