@@ -197,13 +197,13 @@ def test_a_stale_model_file_beside_an_extended_tokenizer_json(sp):
     assert fault.where == "tokenizer.model"
 
 
-def add_pieces(path: Path, pieces: list[str]) -> None:
+def add_pieces(path: Path, pieces: list[str], *, score: float = -9999.0) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
     for piece in pieces:
-        proto.pieces.add(piece=piece, score=-9999.0)
+        proto.pieces.add(piece=piece, score=score)
     path.write_bytes(proto.SerializeToString())
 
 

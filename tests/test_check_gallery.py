@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 import parts
 import test_check as small
+from lexigraft import merge
+from lexigraft.checks import probe
 from lexigraft.checks.consumers import CONSUMERS
 from lexigraft.errors import LexigraftError
 from lexigraft.families.llama_cpp import check_text
@@ -300,6 +302,33 @@ def a_template_whose_markers_are_all_unknown(ground):
     template = "{{ '<|user|>' + message.content }}"
     edit(ground.base / "tokenizer_config.json", chat_template=template)
     return check(ground.base)
+
+
+@broken("LG114")
+def a_model_file_that_is_converted_each_time(ground):
+    (ground.sp / "tokenizer.json").unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(probe, "SLOW", 0.0)
+        return check(ground.sp, deep=True)
+
+
+@broken("LG115")
+def a_word_that_no_merge_makes(ground):
+    grown = extend(ground.base, ground.base.parent / "grown")
+    data = json.loads((grown / "tokenizer.json").read_text())
+    data["model"]["vocab"]["angiogram"] = ROWS
+    (grown / "tokenizer.json").write_text(json.dumps(data))
+    return check(grown, base=ground.base, deep=True)
+
+
+@broken("LG116")
+def scores_in_another_order_than_the_merges(ground):
+    """The merges join the new pairs last, their scores of 0 join them first."""
+    grown = extend(ground.sp, ground.sp.parent / "grown")
+    shutil.copyfile(ground.sp / "tokenizer.model", grown / "tokenizer.model")
+    texts = TokenMap.read(grown).texts
+    add_pieces(grown / "tokenizer.model", [texts[i] for i in range(TOKENS, ROWS)], score=0)
+    return check(grown, base=ground.sp, deep=True)
 
 
 # -- configs
@@ -920,6 +949,41 @@ def padding_rows_of_noise(ground):
     return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
 
 
+def grafted(ground: Ground) -> Path:
+    """The grown model with new rows that differ; its manifest says that nothing else changed."""
+    change(
+        ground.model, model__embed_tokens__weight=some_rows(lambda rows: rows[TOKENS:].normal_())
+    )
+    return ground.model
+
+
+def merged_by_others(ground: Ground, *also: str) -> CheckResult:
+    """A copy of `sp` with another q_proj, as its adapter says, and other changes."""
+    adapter = write_adapter(ground.sp.parent / "a", ground.sp, None)
+    merged = Path(shutil.copytree(ground.sp, ground.sp.parent / "merged"))
+    added = some_rows(lambda weight: weight.add_(0.1))
+    changed = dict.fromkeys(("layers__0__self_attn__q_proj__weight", *also), added)
+    change(merged, **changed)
+    return check(merged, base=ground.sp, adapter=adapter, deep=True)
+
+
+@broken("LG708")
+def a_layer_that_a_copy_damaged(ground):
+    change(grafted(ground), layers__1__mlp__up_proj__weight=some_rows(lambda w: w[3, 3].add_(1)))
+    return check(ground.model, base=ground.base, deep=True)
+
+
+@broken("LG708")
+def a_layer_in_another_type(ground):
+    change(grafted(ground), model__norm__weight=lambda w: w.double())
+    return check(ground.model, base=ground.base, deep=True)
+
+
+@broken("LG709")
+def a_layer_that_the_merged_adapter_does_not_change(ground):
+    return merged_by_others(ground, "layers__0__self_attn__k_proj__weight")
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_broken_folder_gives_exactly_its_finding(ground, name):
     code, make = BROKEN[name]
@@ -1060,6 +1124,23 @@ def a_padded_base(ground):
 @healthy
 def a_grafted_model_and_its_base(ground):
     return check(ground.model, base=ground.base)
+
+
+@healthy
+def a_grafted_model_tensor_by_tensor(ground):
+    return check(grafted(ground), base=ground.base, deep=True)
+
+
+@healthy
+def a_model_that_another_program_merged(ground):
+    return merged_by_others(ground)
+
+
+@healthy
+def a_model_that_lexigraft_merged(ground):
+    adapter = write_adapter(ground.sp.parent / "a", ground.sp, None)
+    merge(ground.sp, adapter, output=ground.sp.parent / "merged")
+    return check(ground.sp.parent / "merged", base=ground.sp, deep=True)
 
 
 @healthy

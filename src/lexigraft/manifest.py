@@ -62,6 +62,15 @@ class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
+class _Sparse(_Data):
+    """What is None is left out: a record from before a field existed keeps its hash."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = plain(self)
+        return {key: value for key, value in data.items() if value is not None}
+
+
 class Probe(_Data):
     """A text and the ids it has: re-verified on load."""
 
@@ -166,12 +175,8 @@ class StartRecord(_Data):
     donor: DonorRecord | None = None
 
 
-class GraftRecord(_Data):
-    """`graft`: new rows in a checkpoint.
-
-    Without `start`, `roles` or `replaced`, a record is as it was before they existed, and keeps
-    its hash.
-    """
+class GraftRecord(_Sparse):
+    """`graft`: new rows in a checkpoint."""
 
     stage: Literal["graft"] = "graft"
     base: BaseTokenizer
@@ -204,14 +209,6 @@ class GraftRecord(_Data):
         """The ids of the new rows."""
         return NewIds(self.replaced or (), self.first_id, self.tokens)
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
-        optional = ("start", "roles", "replaced")
-        return {
-            key: value for key, value in data.items() if key not in optional or value is not None
-        }
-
 
 class TrainRecord(_Data):
     """`train`: what was trained on what."""
@@ -227,7 +224,7 @@ class TrainRecord(_Data):
     versions: dict[str, str]
 
 
-class MergeRecord(_Data):
+class MergeRecord(_Sparse):
     """`merge`: adapters that went into the weights."""
 
     stage: Literal["merge"] = "merge"
@@ -242,14 +239,15 @@ class MergeRecord(_Data):
     body_only: Literal[True] | None = Field(
         default=None, description="what the adapters hold of the vocabulary was left out"
     )
+    trimmed: Literal[True] | None = Field(
+        default=None, description="padding rows of the base were left out"
+    )
+    changed: list[str] | None = Field(
+        default=None, description="tensors outside the vocabulary that changed"
+    )
 
-    @model_serializer(mode="wrap")
-    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
-        return {key: value for key, value in data.items() if value is not None}
 
-
-class SplitRecord(_Data):
+class SplitRecord(_Sparse):
     """`split`: LoRA that stayed beside the weights, and what went into them."""
 
     stage: Literal["split"] = "split"
@@ -258,6 +256,9 @@ class SplitRecord(_Data):
     rows: int
     tied: bool
     versions: dict[str, str]
+    changed: list[str] | None = Field(
+        default=None, description="tensors outside the vocabulary that changed in the base"
+    )
 
 
 class ExtractRecord(_Data):

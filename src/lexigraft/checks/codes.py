@@ -145,6 +145,34 @@ CODES: dict[str, Code] = {
         "the template writes `<|user|>`, which is read as `<`, `|`, `user`, `|`, `>`.",
         "nothing to mend, if the model was trained with this template",
     ),
+    "LG114": Code(
+        "warning",
+        "the tokenizer takes long to load",
+        "Words were entered as added tokens by the thousand, which some versions of transformers "
+        "read one by one, or there is no tokenizer.json, so that it is made anew each time. "
+        "`--deep` alone sees it: such a tokenizer is loaded by the installed transformers, and "
+        "the time is taken.",
+        "chinese-llama-2 without tokenizer.json: half an hour (huggingface/transformers#26375).",
+        "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+    ),
+    "LG115": Code(
+        "note",
+        "new tokens come out of no text",
+        "A word was added without the parts that the tokenizer joins it of, or with a score that "
+        "never wins: it is written in pieces as before, and its row is never used or trained. "
+        "`--deep` alone sees it, and needs `--base` or a manifest to know what is new.",
+        "`▁angiocardiogram` is in the vocabulary, and no merge makes it.",
+        "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+    ),
+    "LG116": Code(
+        "warning",
+        "files of the tokenizer read texts differently, which the base's read alike",
+        "tokenizer.json joins by its merges, tokenizer.model by its scores: a tool gave new tokens "
+        "an order in one and another in the other (all scores 0). What a model reads hangs on the "
+        "loader. `--deep` alone sees it, and needs `--base`.",
+        "`angina` is [371] by tokenizer.json and [285, 301] by tokenizer.model.",
+        "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+    ),
     "LG201": Code(
         "error",
         "config.json does not state the number of rows that the weights have",
@@ -464,6 +492,24 @@ CODES: dict[str, Code] = {
         "sampled, and decode to nothing. `--deep` alone sees it.",
         "a padding row has a norm of 7.1, rows of tokens one of 1.2.",
         "lexigraft graft BASE VOCAB -o MODEL",
+    ),
+    "LG708": Code(
+        "error",
+        "a tensor outside the vocabulary is not the base's, and no step changed it",
+        "A disk or a copy damaged it, another program wrote into the folder, or the base is "
+        "another version of this model. A graft leaves every such tensor as it is, a merge changes "
+        "those that the manifest names. `--deep` alone sees it, and needs `--base` and a manifest.",
+        "model.layers.7.mlp.up_proj.weight differs, the adapter was trained on q_proj and v_proj.",
+        "lexigraft merge BASE ADAPTER -o MERGED",
+    ),
+    "LG709": Code(
+        "warning",
+        "a tensor outside the vocabulary is not the base's, and the adapter does not change it",
+        "The program that merged the adapter changed or damaged it, or saved it in another type. "
+        "Or the model was made from the base by more than this adapter. `--deep` alone sees it, "
+        "and needs `--base` and `--adapter`, where no manifest tells.",
+        "model.norm.weight differs, the adapter was trained on q_proj and v_proj.",
+        "lexigraft merge BASE ADAPTER -o MERGED",
     ),
     "LG801": Code(
         "error",

@@ -34,6 +34,8 @@ from lexigraft.manifest import MANIFEST, GraftRecord, NewIds
 
 # How much longer than a usual row the longest padding row may be.
 LONG_PADDING = 2.0
+# How many ids of changed rows are told.
+SHOWN_IDS = 20
 
 
 def deep_findings(facts: Facts, base: Facts | None) -> Iterator[Finding]:
@@ -209,8 +211,9 @@ def _old_rows(facts: Facts, base: Facts) -> Iterator[Finding]:
             yield finding(
                 "LG706",
                 name,
-                f"{len(changed):,} of {shared:,} old rows differ from those of {base.folder}, the "
-                f"first is id {changed[0]}",
+                f"{len(changed):,} of {shared:,} old rows differ from those of {base.folder}: ids "
+                + ", ".join(map(str, changed[:SHOWN_IDS]))
+                + (" and more" if len(changed) > SHOWN_IDS else ""),
                 needed="the base's own rows, unless the whole table was trained",
                 fix=f"lexigraft graft {base.folder} VOCAB -o MODEL",
             )

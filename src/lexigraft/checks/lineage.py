@@ -94,6 +94,9 @@ def base_findings(facts: Facts, base: Facts) -> Iterator[Finding]:
                 needed="every id of the base with its own token",
                 fix=f"lexigraft learn {base.folder} --corpus TEXT -o VOCAB",
             )
+    merged = facts.manifest.last("merge") if facts.manifest else None
+    if merged is not None and merged.trimmed and least is not None:
+        least = min(least, merged.rows)
     if facts.rows is not None and least is not None and facts.rows < least:
         yield finding(
             "LG602",

@@ -181,11 +181,18 @@ def _settings(facts: Facts, first: str) -> Iterator[Finding]:
             return
 
 
+def added_words(facts: Facts, first: str) -> frozenset[int]:
+    """Ids of added tokens that are not special, in the vocabulary file `first` and beside it."""
+    whole = facts.maps[first]
+    beside = facts.maps.get(ADDED, TokenMap({}))
+    return (whole.added | beside.added) - whole.special - beside.special
+
+
 def _many_added(facts: Facts, first: str) -> Iterator[Finding]:
     """Words that someone entered as added tokens, by the thousand."""
     whole = facts.maps[first]
     beside = facts.maps.get(ADDED, TokenMap({}))
-    words = (whole.added | beside.added) - whole.special - beside.special
+    words = added_words(facts, first)
     if len(words) > MANY_ADDED:
         yield finding(
             "LG106",

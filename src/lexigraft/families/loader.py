@@ -31,7 +31,7 @@ _SECONDS = 300.0  # for one answer; the first one includes transformers' imports
 
 # One JSON object a line on stdin and stdout. What libraries print goes to stderr instead.
 _CHILD = """
-import json, os, sys
+import json, os, sys, time
 answers = os.fdopen(os.dup(1), "w", encoding="ascii")
 os.dup2(2, 1)
 sys.path = [place for place in sys.path if place]  # nothing from the current folder
@@ -44,7 +44,9 @@ for line in sys.stdin:
     try:
         if folder != request["folder"]:
             folder = None
+            began = time.perf_counter()
             tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)
+            seconds = time.perf_counter() - began
             folder = request["folder"]
         texts = request["texts"]
         ids = texts and tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -54,7 +56,7 @@ for line in sys.stdin:
         )
         answer = {
             "ids": ids, "decoded": plain, "without_special": without,
-            "tokens": max(tokenizer.get_vocab().values()) + 1,
+            "tokens": max(tokenizer.get_vocab().values()) + 1, "seconds": seconds,
         }
     except BaseException as fault:  # a panic of the native code is no Exception
         words = " ".join(str(fault).split())[:300]
@@ -72,12 +74,14 @@ class Reading:
         decoded: the text of those ids.
         without_special: the same with `skip_special_tokens=True`.
         tokens: highest id + 1.
+        seconds: how long the tokenizer took to load.
     """
 
     ids: list[list[int]]
     decoded: list[str]
     without_special: list[str]
     tokens: int
+    seconds: float
 
 
 class TransformersLoader:

@@ -111,6 +111,21 @@ def contexts(tokens: Iterable[str]) -> Iterator[str]:
         yield f"{word}\n {word}\na {word} b\n在{word}后\n{word}{word}\n7{word}7\n{word}"
 
 
+def unreachable(family: Family, ids: Iterable[int]) -> Iterator[int]:
+    """Those of `ids` whose own text is not read as them, neither alone nor in common places."""
+    texts = family.map.texts
+    for token_id in ids:
+        if family.pieces(texts[token_id]) == [token_id]:
+            continue
+        text = family.token_bytes(token_id).decode("utf-8", "surrogateescape")
+        if any("\udc80" <= character <= "\udcff" for character in text):
+            yield token_id  # no text holds a part of a character
+            continue
+        read = family.encode_batch([text, f"x{text}", *contexts([text])])
+        if not any(token_id in found for found in read):
+            yield token_id
+
+
 def expansion(base: Family, extended: Family) -> dict[int, list[int]]:
     """New id -> the base ids that spell it, as the base's own engine does."""
     return {

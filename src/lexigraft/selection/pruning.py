@@ -26,7 +26,7 @@ from lexigraft.console import working
 from lexigraft.corpus import read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
-from lexigraft.families.proof import HARD_TEXTS, contexts, proof_texts
+from lexigraft.families.proof import HARD_TEXTS, proof_texts, unreachable
 from lexigraft.families.tokenmap import readable
 from lexigraft.files import read_settings
 
@@ -99,7 +99,7 @@ def choose(
         elif every:
             asked[token_id] = 4
     asked |= dict.fromkeys(set(untrained) & family.map.texts.keys() - stay, 1)
-    asked |= dict.fromkeys(_unreachable(family, stay), 0)
+    asked |= dict.fromkeys(unreachable(family, family.map.texts.keys() - stay), 0)
     frequency = Counter[int]()
     if counts is not None:
         frequency.update({int(i): int(counts[i]) for i in np.flatnonzero(counts)})
@@ -368,20 +368,3 @@ def _singles(family: Family, scripts: frozenset[str]) -> Iterator[int]:
             script = script_of(text)
             if len(text.encode()) == len(data) and (not wanted or not script or script in wanted):
                 yield token_id
-
-
-def _unreachable(family: Family, stay: Collection[int]) -> Iterator[int]:
-    """Ids that their own text is not read as, neither by the model alone nor in common places."""
-    dead = [
-        token_id
-        for token_id, text in family.map.texts.items()
-        if token_id not in stay and family.pieces(text) != [token_id]
-    ]
-    for token_id in dead:
-        text = family.token_bytes(token_id).decode("utf-8", "surrogateescape")
-        if any("\udc80" <= character <= "\udcff" for character in text):
-            yield token_id  # no text holds a part of a character
-            continue
-        read = family.encode_batch([text, f"x{text}", *contexts([text])])
-        if not any(token_id in ids for ids in read):
-            yield token_id

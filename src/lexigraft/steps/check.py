@@ -132,8 +132,8 @@ def check(
         adapter: an adapter that is to be used on `path`, or several, in the order in which they
             were trained; each is held against the model with those before it, or, where its
             tokens say that it was trained beside them, against the model alone.
-        deep: read the weights too, in blocks: their numbers, untrained and equal rows, old rows
-            against those of `base`.
+        deep: read the weights too, in blocks: their numbers, untrained and equal rows; old rows
+            and all other tensors against those of `base`.
         consumer: `gguf`, `vllm`, `transformers-4` or `tgi`: what that program refuses or garbles.
 
     Raises:
@@ -263,7 +263,8 @@ def _held(
     found = list(_findings(subject, origin, patches))
     if deep:
         for part in (subject, *patches):
-            found += _placed(part.folder, _deep(part, origin if part is subject else None))
+            told = _deep(part, origin, patches) if part is subject else _deep(part, None, [])
+            found += _placed(part.folder, told)
         if any(one.about.code == "LG705" for one in found):  # which says more
             found = [one for one in found if one.about.code != "LG306"]
     if consumer is not None:
@@ -391,11 +392,16 @@ def _own_findings(part: Facts) -> Iterator[Finding]:
         yield from manifest_findings(part)
 
 
-def _deep(part: Facts, origin: Facts | None) -> Iterator[Finding]:
-    from lexigraft.checks.deep import deep_findings  # headers alone need no numpy
+def _deep(part: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[Finding]:
+    from lexigraft.checks.body import body_findings  # headers alone need no numpy
+    from lexigraft.checks.deep import deep_findings
     from lexigraft.checks.probe import probe_findings  # nor a child process
+    from lexigraft.checks.reading import reading_findings
 
     yield from deep_findings(part, origin)
+    if origin is not None:
+        yield from body_findings(part, origin, patches)
+    yield from reading_findings(part, origin)
     yield from probe_findings(part)
 
 

@@ -53,7 +53,13 @@ from lexigraft.console import note, progress, working
 from lexigraft.corpus import sources
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import Family, TokenMap
-from lexigraft.families.tokenmap import TOKENIZER_FILES, readable
+from lexigraft.families.tokenmap import (
+    TOKENIZER_FILES,
+    first_difference,
+    joined,
+    read_token_maps,
+    readable,
+)
 from lexigraft.files import (
     MANIFEST,
     NEW_TOKENS,
@@ -250,6 +256,7 @@ def prune(
     require_scripts(scripts, family)
     opened = [Adapter.open(one) for one in adapter_folders]
     _require_names(opened)
+    _require_same_ids(opened, family)
     surveys = _surveys(checkpoint, vocabulary, family)
     counts = count_tokens(family, documents(corpus)) if corpus else None
     pruning = choose(
@@ -551,6 +558,19 @@ def _require_names(adapters: Sequence[Adapter]) -> None:
             needed="different names: their copies lie beside each other",
             fix="rename one of them",
         )
+
+
+def _require_same_ids(adapters: Sequence[Adapter], family: Family) -> None:
+    for adapter in adapters:
+        own = joined(read_token_maps(adapter.folder))
+        moved = None if own is None else first_difference(own, family.map)
+        if own is not None and moved is not None:
+            raise LexigraftError(
+                f"id {moved} is {own.texts[moved]!r} in {adapter.folder} but "
+                f"{family.map.texts.get(moved)!r} in {family.folder}",
+                needed="adapters that were trained on this model: rows belong to ids",
+                fix="name the model that this adapter was trained on, or leave it out",
+            )
 
 
 def _surveys(

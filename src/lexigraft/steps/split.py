@@ -170,6 +170,7 @@ def _write(job: Job, lora: PureLora, folder: Path, target: Path) -> None:
         rows=job.growth.rows,
         tied=job.tied,
         versions=versions(["lexigraft", "torch"]),
+        changed=sorted(job.changed),
     )
     write(job, base, record)
     config = {
