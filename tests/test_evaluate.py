@@ -53,7 +53,7 @@ def test_bits_are_those_of_an_independent_count(place, result):
     """Window by window, one forward pass each, straight from transformers' logits."""
     folder = place / "model"
     model, reader = load_model(folder), families.load(folder)
-    left, bits, size, new, tokens = 6000, 0.0, 0, 0, 0
+    left, bits, size, new, tokens, spare = 6000, 0.0, 0, 0, 0, 0.0
     for document in read_documents([place / "corpus.txt"]):
         text = document if len(document.encode()) <= left else windows(document, left)[0]
         left -= len(document.encode())
@@ -61,6 +61,7 @@ def test_bits_are_those_of_an_independent_count(place, result):
             ids = reader.encode(window)
             with torch.inference_mode():
                 logits = model(torch.tensor([[380, *ids]])).logits[0, :-1].double()
+            spare += float(logits.softmax(-1)[:, reader.map.tokens :].sum())
             bits -= float(logits.log_softmax(-1)[range(len(ids)), ids].sum()) / math.log(2)
             size += len(window.encode())
             tokens += len(ids)
@@ -71,6 +72,8 @@ def test_bits_are_those_of_an_independent_count(place, result):
     assert grown.domain.bpb == pytest.approx(bits / size, rel=1e-5)
     assert (grown.domain.tokens, grown.domain.bytes) == (tokens, size)
     assert grown.adoption == new / tokens
+    assert grown.without_text == pytest.approx(spare / tokens, rel=1e-4)
+    assert "ids without a token take" in result.lines()[-1]
 
 
 def test_windows_fit_the_shortest_context(place, tmp_path, result):
@@ -89,12 +92,13 @@ def test_the_json_has_the_documented_keys(place, result):
     data = result.to_json()
     for model, folder in zip(data["models"], ("base", "model"), strict=True):
         assert model["path"] == str(place / folder)
-        assert set(model) == {"path", "domain", "general", "adoption", "characters_per_second"}
+        keys = {"path", "domain", "general", "adoption", "without_text", "characters_per_second"}
+        assert set(model) == keys
         assert set(model["domain"]) == set(model["general"]) == {"bpb", "tokens", "bytes"}
         assert model["characters_per_second"] > 0
     head, *lines = result.lines()
-    assert head.split()[0] == "model" and len(lines) == 2
-    assert len({len(line) for line in [head, *lines]}) == 1
+    assert head.split()[0] == "model" and len(lines) == 4  # two of them on spare rows
+    assert len({len(line) for line in [head, *lines[:2]]}) == 1
 
 
 def test_only_held_out_documents_where_asked(place):

@@ -49,6 +49,27 @@ class Score:
         return self.new_tokens / self.tokens
 
 
+class SpareShare:
+    """What ids without a token take of the probability, as an observer of `score`."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        """`ids` have a row and no token."""
+        self._ids = list(ids)
+        self._total, self._positions = 0.0, 0
+
+    @property
+    def mean(self) -> float:
+        """Over all positions; 0 where there is no such id."""
+        return self._total / max(1, self._positions)
+
+    def __call__(self, place: int, logits: Tensor) -> None:
+        """Take in the logits (positions, rows) of a window."""
+        self._positions += len(logits)
+        for part in logits.split(POSITIONS) if self._ids else ():
+            logs = part[:, self._ids].float().logsumexp(-1) - part.float().logsumexp(-1)
+            self._total += float(logs.double().exp().sum())
+
+
 def windows(document: str, size: int) -> list[str]:
     """`document` in pieces of at most `size` UTF-8 bytes; joined they are the document.
 

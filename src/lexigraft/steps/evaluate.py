@@ -17,7 +17,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.hub import local_folder
-from lexigraft.models.bits import Score, fitting_window, score, up_to, windows
+from lexigraft.models.bits import Score, SpareShare, fitting_window, score, up_to, windows
 from lexigraft.models.load import (
     context_limit,
     load_model,
@@ -25,6 +25,8 @@ from lexigraft.models.load import (
     start_and_end,
 )
 
+# Of the probability: what ids without a token may take before a reader is told.
+SAFE = 1e-6
 _WARM_UP = 3  # decoding steps that are not timed
 
 
@@ -34,6 +36,8 @@ class ModelScore:
 
     Attributes:
         adoption: share of new tokens among the tokens of the domain text.
+        without_text: mean share of the probability that ids without a token (padding rows) take
+            in the domain text: such an id is sampled so often, and decodes to nothing.
         characters_per_second: domain characters written per second of greedy decoding with a
             cache, batch 1 (see `writing_speed`); None where it was not measured.
     """
@@ -42,15 +46,17 @@ class ModelScore:
     domain: Score
     general: Score | None
     adoption: float
+    without_text: float
     characters_per_second: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Keys as in the docs: path, domain, general, adoption, characters_per_second."""
+        """The fields by name."""
         return {
             "path": self.path,
             "domain": _score_json(self.domain),
             "general": _score_json(self.general) if self.general else None,
             "adoption": self.adoption,
+            "without_text": self.without_text,
             "characters_per_second": self.characters_per_second,
         }
 
@@ -81,7 +87,16 @@ class EvalResult:
         """A table, one model per line."""
         width = max(5, *(len(model.path) for model in self.models))
         head = f"{'model':{width}}  domain bpb  general bpb  tokens/byte  new tokens  characters/s"
-        return [head, *(_line(model, width) for model in self.models)]
+        unsafe = [model for model in self.models if model.without_text > SAFE]
+        return [
+            head,
+            *(_line(model, width) for model in self.models),
+            *(
+                f"{model.path}: ids without a token take {model.without_text:.1e} of the "
+                "probability, and decode to nothing"
+                for model in unsafe
+            ),
+        ]
 
 
 def _line(model: ModelScore, width: int) -> str:
@@ -181,15 +196,20 @@ def _score_model(
     start, _ = start_and_end(reader)
     ids = new_ids(folder, reader)
 
-    def scored(found: list[str]) -> Score:
+    rows = model.get_output_embeddings().weight.shape[0]
+    spare = SpareShare([i for i in range(rows) if i not in reader.map.texts])
+
+    def scored(found: list[str], observe: SpareShare | None = None) -> Score:
         spelled = reader.encode_batch(found)
         require_row(folder, model, reader, max(map(max, filter(None, spelled)), default=0))
-        return score(model, found, spelled, start=start, new_ids=ids, advance=advance)
+        return score(
+            model, found, spelled, start=start, new_ids=ids, advance=advance, observe=observe
+        )
 
-    domain = scored(texts[0])
+    domain = scored(texts[0], spare)
     general = scored(texts[1]) if texts[1] else None
     speed = writing_speed(model, reader, texts[0], speed_characters) if speed_characters else None
-    return ModelScore(name, domain, general, domain.adoption, speed)
+    return ModelScore(name, domain, general, domain.adoption, spare.mean, speed)
 
 
 def writing_speed(model: Any, reader: Family, texts: Sequence[str], characters: int) -> float:
