@@ -245,19 +245,45 @@ def test_the_union_keeps_the_base_s_ids_and_its_tokens_come_out(grown, tmp_path,
     assert Manifest.read(tmp_path / "b").last("blend").method == method
 
 
-def test_weight_1_gives_the_parent_under_the_union_s_ids(grown, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "kept"),
+    [
+        ("linear", 0),
+        ("linear", 1),
+        *(
+            pytest.param(method, kept, marks=pytest.mark.matrix)
+            for method in ("task", "ties", "dare")
+            for kept in (0, 1)
+        ),
+    ],
+)
+def test_weight_1_gives_the_parent_under_the_union_s_ids(grown, tmp_path, method, kept):
     root, _ = grown
     blend(
         [root / "m0", root / "m1"],
         base=root / "base",
-        method="linear",
-        weights=[0, 1],
+        method=method,
+        weights=[1 - kept, kept],
+        density=[1.0] if method in ("ties", "dare") else None,
         output=tmp_path / "b",
     )
-    union, own = TokenMap.read(tmp_path / "b"), TokenMap.read(root / "m1")
-    ours, parent = weights(tmp_path / "b"), weights(root / "m1")
+    union, own = TokenMap.read(tmp_path / "b"), TokenMap.read(root / f"m{kept}")
+    ours, parent = weights(tmp_path / "b"), weights(root / f"m{kept}")
     for text, place in own.ids.items():
         assert torch.equal(ours[EMBED][union.ids[text]], parent[EMBED][place])
+    for name, tensor in parent.items():
+        assert name in (EMBED, HEAD) or torch.equal(ours[name], tensor), name
+
+
+def test_slerp_takes_a_row_that_one_of_two_has_from_it(grown, tmp_path):
+    root, first = grown
+    pair = [root / "base", root / "m0"]
+    blend(pair, base=pair[0], method="slerp", t=0.25, output=tmp_path / "b")
+    ours, one = weights(tmp_path / "b")[EMBED], weights(root / "m0")[EMBED]
+    tokens = TokenMap.read(tmp_path / "b")
+    assert tokens.hash == TokenMap.read(root / "m0").hash
+    assert torch.equal(ours[first : tokens.tokens], one[first : tokens.tokens])
+    assert not torch.equal(ours[:first], one[:first])
 
 
 def chat_model(base, folder):

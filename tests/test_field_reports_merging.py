@@ -8,7 +8,9 @@ One test for each report that no other test tells, by its number, on a small rea
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,18 @@ from safetensors.numpy import load_file, save_file
 import adapter_parts
 import parts
 from adapter_parts import ADDED, TOKENS
-from lexigraft import LexigraftError, blend, check, families, graft, learn, merge
+from lexigraft import (
+    LexigraftError,
+    blend,
+    check,
+    extract,
+    families,
+    graft,
+    learn,
+    merge,
+    prune,
+    split,
+)
 from lexigraft.checkpoints.checkpoint import INDEX
 from lexigraft.errors import RefusalError
 from lexigraft.families import TokenMap
@@ -61,7 +74,35 @@ def test_B50_B51_an_adapter_that_was_shrunk_leaves_the_padded_rows(tmp_path):
     result = merge(base, adapter, output=tmp_path / "merged")
     assert result.rows == config_of(tmp_path / "merged")["vocab_size"] == 448
     assert torch.equal(table(tmp_path / "merged")[ROWS:], table(base)[ROWS:])
-    assert check(tmp_path / "merged").ok
+    result = check(tmp_path / "merged")
+    (padding,) = [f.found for f in result.findings if f.code == "LG303"]
+    assert padding == "64 rows beyond the 384 tokens: normal padding"
+    assert result.ok
+
+
+def test_B50_asked_by_name_rows_that_the_training_cut_off_are_left_out(tmp_path):
+    base = adapter_parts.write_base(tmp_path / "base", tied=False, rows=448)
+    grafted = adapter_parts.write_grafted(base, tmp_path / "grafted", rows=ROWS)
+    adapter = adapter_parts.write_adapter(base, grafted, tmp_path / "adapter", "lora-both")
+    merge(base, adapter, output=tmp_path / "whole")
+    result = merge(base, adapter, trim=True, prove=True, output=tmp_path / "merged")
+    assert result.rows == config_of(tmp_path / "merged")["vocab_size"] == ROWS
+    assert result.difference < 1e-4
+    whole, ours = (adapter_parts.tensors(tmp_path / name) for name in ("whole", "merged"))
+    for name, tensor in whole.items():
+        rows = ROWS if name in (EMBED, "lm_head.weight") else len(tensor)
+        assert torch.equal(ours[name], tensor[:rows]), name
+    assert Manifest.read(tmp_path / "merged").last("merge").trimmed
+    assert check(tmp_path / "merged", base=base).ok
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(content | {"pad_token_id": 400}))
+    with pytest.raises(LexigraftError, match=r"id 400 of .* is in use"):
+        merge(base, adapter, trim=True, output=tmp_path / "no")
+    with pytest.raises(LexigraftError, match="has 384 rows, the base has 384"):
+        merge(grafted, adapter, trim=True, output=tmp_path / "no")
+    with pytest.raises(RefusalError, match="--trim with"):
+        merge(base, [adapter, adapter], trim=True, output=tmp_path / "no")
 
 
 def test_B53_swapped_tokenizers_of_a_stack_are_named(tmp_path):
@@ -70,6 +111,31 @@ def test_B53_swapped_tokenizers_of_a_stack_are_named(tmp_path):
     adapter_parts.extended_tokenizer(first.base, first.adapter, added=ADDED + 1)
     with pytest.raises(LexigraftError, match=f"has {ROWS} rows for a tokenizer of {ROWS + 1}"):
         merge(first.base, first.adapter, output=tmp_path / "merged")
+
+
+def test_B53_adapters_of_a_stack_go_in_in_the_order_of_their_training(tmp_path, capsys):
+    """What the second was trained on is known from its manifest alone: it has LoRA only."""
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    merge(scene.base, scene.adapter, output=tmp_path / "once")
+    second = adapter_parts.write_adapter(
+        tmp_path / "once", tmp_path / "once", tmp_path / "second", "lora"
+    )
+    shutil.copyfile(tmp_path / "once" / "lexigraft.json", second / "lexigraft.json")
+    for adapters, named in (
+        ([second, scene.adapter], str(scene.adapter)),
+        ([second], "an adapter whose weights have sha256"),
+    ):
+        with pytest.raises(LexigraftError, match="was trained on a model into which") as caught:
+            merge(scene.base, adapters, output=tmp_path / "no")
+        assert named in caught.value.found
+    merge(scene.base, [scene.adapter, second], output=tmp_path / "stack")
+    merge(tmp_path / "once", second, output=tmp_path / "twice")
+    stack, twice = (adapter_parts.tensors(tmp_path / name) for name in ("stack", "twice"))
+    assert all(torch.equal(stack[name], tensor) for name, tensor in twice.items())
+    capsys.readouterr()
+    (tmp_path / "once" / "lexigraft.json").unlink()  # saved again by another program
+    merge(tmp_path / "once", second, output=tmp_path / "again")
+    assert "is unknown" in capsys.readouterr().err
 
 
 def sibling(root, name, text):
@@ -174,6 +240,27 @@ def test_B60_shards_and_index_hold_the_new_rows(tmp_path):
     assert table(tmp_path / "merged").shape[0] == ROWS
 
 
+def test_B61_every_key_of_a_config_that_changes_is_listed(tmp_path, capsys):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
+    path = scene.adapter / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}))
+    (scene.adapter / "chat_template.jinja").write_text("{{ messages }}<|im_end|>")
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    told = capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        before, after = (
+            json.loads((folder / name).read_text()) for folder in (scene.base, tmp_path / "merged")
+        )
+        line = next(line for line in told.splitlines() if f"{name}: " in line)
+        changed = {key for key in before | after if before.get(key) != after.get(key)}
+        assert "eos_token_id" in changed
+        assert all(f"{key} " in line for key in changed), line
+    assert "vocab_size 372 -> 384" in told
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        ours = (tmp_path / "merged" / name).read_bytes()
+        assert ours == (scene.adapter / name).read_bytes()
+
+
 def test_B62_tensors_of_an_ungathered_save_are_named(tmp_path):
     scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
     path = scene.adapter / "adapter_model.safetensors"
@@ -186,15 +273,31 @@ def test_B62_tensors_of_an_ungathered_save_are_named(tmp_path):
 
 
 def test_B63_a_16_bit_base_is_added_to_in_float32_and_rounded_once(tmp_path):
+    """And the largest error of that rounding is told, whether or not logits are compared."""
     scene = adapter_parts.scene(tmp_path, "lora", tied=True, dtype="bfloat16", whole=False)
-    merge(scene.grafted, scene.adapter, output=tmp_path / "merged")
+    result = merge(scene.grafted, scene.adapter, output=tmp_path / "merged")
     tensors = load_file(scene.adapter / "adapter_model.safetensors")
-    module = "model.layers.0.self_attn.q_proj"
-    a, b = (
-        torch.from_numpy(tensors[f"base_model.model.{module}.lora_{x}.weight"]) for x in ("A", "B")
-    )
-    start, ours = (table(f, f"{module}.weight") for f in (scene.grafted, tmp_path / "merged"))
-    assert torch.equal(ours, (start.float() + 2.0 * (b @ a)).bfloat16())
+    errors = []
+    for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+        a, b = (torch.from_numpy(tensors[key.replace("lora_A", f"lora_{x}")]) for x in "AB")
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        start, ours = (table(folder, name) for folder in (scene.grafted, tmp_path / "merged"))
+        exact = start.float() + 2.0 * (b @ a)
+        assert torch.equal(ours, exact.bfloat16())
+        errors.append(float((exact - ours.float()).abs().max()))
+    assert result.rounding == result.to_json()["max_rounding_error"] == max(errors) > 0
+    assert f"{max(errors):.1e}" in "".join(result.lines())
+
+
+def test_B63_the_error_of_rounding_is_told_of_every_kind_of_merge(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "dora-both", tied=False, dtype="bfloat16", whole=False)
+    results = [
+        merge(scene.grafted, scene.adapter, output=tmp_path / "dora"),
+        merge(scene.grafted, [scene.adapter] * 2, weights=[1, 1], output=tmp_path / "weighted"),
+    ]
+    assert all(1e-4 < result.rounding < 0.1 for result in results)
+    wide = adapter_parts.scene(tmp_path / "wide", "lora", tied=True, whole=False)
+    assert merge(wide.grafted, wide.adapter, output=tmp_path / "float32").rounding is None
 
 
 def test_B64_weights_act_where_the_adapter_has_the_token(siblings, tmp_path):
@@ -272,7 +375,21 @@ def test_B70_every_format_of_the_base_holds_the_union(siblings, tmp_path):
     assert check(tmp_path / "b").ok
 
 
+def test_B70_nested_configs_state_the_rows_of_the_union(siblings, tmp_path):
+    from test_merge import image_text_model
+
+    _, base = image_text_model(tmp_path / "base")
+    graft(base, siblings / "x", output=tmp_path / "grown")
+    result = blend([tmp_path / "grown", base], base=base, method="linear", output=tmp_path / "b")
+    config = config_of(tmp_path / "b")
+    assert config["text_config"]["vocab_size"] == result.rows > TOKENS
+    assert "vocab_size" not in config
+    assert check(tmp_path / "b").ok
+
+
 def test_permuted_tokenizers_of_equal_size_are_caught_everywhere(tmp_path):
+    """By every verb that takes two of model, vocabulary and adapter; `blend` and `align` go by text
+    (test_ids_of_equal_number_that_mean_other_words_are_aligned_not_averaged)."""
     scene = adapter_parts.scene(tmp_path, "saved-both", tied=True)
     other = shutil.copytree(scene.base, tmp_path / "other")
     data = json.loads((other / "tokenizer.json").read_text())
@@ -290,6 +407,46 @@ def test_permuted_tokenizers_of_equal_size_are_caught_everywhere(tmp_path):
             adapter_parts.extended_tokenizer(other, tmp_path / "v"),
             output=tmp_path / "o",
         )
-    found = check(scene.grafted, base=other)
-    assert not found.ok
+    (tmp_path / "text.txt").write_text(parts.corpus_text(documents=5), "utf-8")
+    for verb in (
+        lambda: merge(other, [scene.adapter] * 2, weights=[0.5, 0.5], output=tmp_path / "o"),
+        lambda: split(other, scene.adapter, output=tmp_path / "o"),
+        lambda: extract(scene.grafted, base=other, output=tmp_path / "o"),
+        lambda: prune(
+            adapter_parts.extended_tokenizer(other, scene.grafted),
+            corpus=[tmp_path / "text.txt"],
+            adapters=[scene.adapter],
+            output=tmp_path / "o",
+        ),
+    ):
+        with pytest.raises(LexigraftError, match="id 290 is"):
+            verb()
+    assert "LG601" in {f.code for f in check(scene.grafted, base=scene.base).findings}
+    assert "LG404" in {f.code for f in check(other, adapter=scene.adapter).findings}
+    assert "LG404" in {f.code for f in check(scene.adapter, base=other).findings}
     assert not (tmp_path / "o").exists()
+
+
+# Where a report is told by tests that are about more than it.
+ELSEWHERE = {
+    "B52": ("test_merge.py", "test_rows_are_those_of_the_adapter_not_of_its_tokenizer"),
+    "B56": ("test_adapters.py", "test_three_copies_of_a_saved_module_are_one_change"),
+    "B57": ("test_merge.py", "test_an_embedding_and_its_tied_head_trained_in_two_ways"),
+    "B69": ("test_extract.py", "test_extract_and_merge_give_rows_exactly_and_the_rest_within"),
+    "B74": ("test_llama_cpp.py", "test_the_simulation_reads_as_sentencepiece_does"),
+    "B75": ("test_llama_cpp.py", "test_tokens_that_change_the_check_text_are_found"),
+    "B83": ("test_check_gallery.py", "a_class_that_the_installed_versions_build_otherwise"),
+}
+REPORTS = """
+    49 50 51 52 53 54 55 56 57 60 61 62 63 64 65 67 68 69 70 71 72 74 75 76 77 78 80 81 82 83 84
+"""
+
+
+def test_every_report_of_stages_5_to_8_has_a_test():
+    folder = Path(__file__).parent
+    own = "".join(path.read_text() for path in folder.glob("test_field_reports_*.py"))
+    told = {f"B{number}" for names in re.findall(r"def test(?:_B\d\d)+", own)
+            for number in re.findall(r"B(\d\d)", names)}  # fmt: skip
+    for file, name in ELSEWHERE.values():
+        assert f"def {name}" in (folder / file).read_text(), name
+    assert {f"B{number}" for number in REPORTS.split()} == told | ELSEWHERE.keys()

@@ -16,7 +16,13 @@ from lexigraft import LexigraftError, graft, merge
 from lexigraft.manifest import Manifest
 from lexigraft.steps.check import check
 from test_check import TOKENS, edit, extend, grow_rows
-from test_check_gallery import Ground, source, write_adapter  # noqa: F401 - a fixture
+from test_check_gallery import (  # noqa: F401 - a fixture
+    EMBED,
+    Ground,
+    change,
+    source,
+    write_adapter,
+)
 
 
 @pytest.fixture
@@ -100,6 +106,27 @@ def test_B81_a_wrong_pairing_of_equal_sizes_is_an_error(ground, tmp_path):
     with pytest.raises(LexigraftError):
         merge(model, [stranger], output=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_B82_old_rows_that_changed_are_told_by_id(ground, tmp_path):
+    """By the base where it is at hand, else by the hashes that `graft` wrote down."""
+    model = tmp_path / "model"
+    graft(ground.sp, ground.copy("vocab"), output=model)
+    assert Manifest.read(model).last("graft").base_rows.keys() == {EMBED, "lm_head.weight"}
+    for base in (ground.sp, None):
+        assert "LG706" not in by_code(check(model, base=base, deep=True))
+
+    def spoil(rows):
+        rows = rows.clone()
+        rows[[0, 5]] += 1
+        return rows
+
+    change(model, model__embed_tokens__weight=spoil)
+    found = by_code(check(model, base=ground.sp, deep=True))["LG706"]
+    assert found.where == EMBED
+    assert found.found.startswith("2 of 360 old rows differ") and found.found.endswith("ids 0, 5")
+    recorded = by_code(check(model, deep=True))["LG706"]
+    assert recorded.where == EMBED and "not those that lexigraft.json records" in recorded.found
 
 
 def test_B84_which_rows_count(ground):

@@ -532,6 +532,10 @@ def merge(
         bool,
         typer.Option("--body-only", help="Leave the adapters' rows out; the tokenizer is BASE's."),
     ] = False,
+    trim: Annotated[
+        bool,
+        typer.Option("--trim", help="Only the adapter's rows: no padding of BASE beyond them."),
+    ] = False,
     max_shard_size: MaxShardSize = None,
     prove: Annotated[
         bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
@@ -552,6 +556,7 @@ def merge(
         weights=None if weights is None else _numbers("--weights", weights),
         remap=remap,
         body_only=body_only,
+        trim=trim,
         max_shard_size=max_shard_size,
         prove=prove,
         force=force,
@@ -785,7 +790,7 @@ def check(
         typer.Option(help="An adapter to be used on PATH; several in the order of training."),
     ] = _NONE,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read the weights too: NaN, untrained and changed rows.")
+        bool, typer.Option("--deep", help="Read the weights too: NaN, untrained rows, changes.")
     ] = False,
     consumer: Annotated[
         Literal["gguf", "vllm", "transformers-4", "tgi"] | None,

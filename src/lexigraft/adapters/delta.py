@@ -26,6 +26,7 @@ import torch
 
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.rows import in_blocks, read_rows
 from lexigraft.errors import LexigraftError
@@ -38,6 +39,7 @@ BLOCK_BYTES = 2 * 2**20
 # Matrix kernels sum the last rows, where fewer than a tile is left, in another order. Blocks of
 # whole tiles give the bits of the whole product on every shape that we tried.
 TILE_ROWS = 64
+_HALF = 2  # bytes of a 16-bit number
 # Of the columns that DoRA's norms are taken of at a time, in the type of W.
 NORM_BYTES = 64 * 2**20
 
@@ -45,14 +47,22 @@ NORM_BYTES = 64 * 2**20
 class Delta:
     """The change that a LoRA makes to a matrix W."""
 
-    def __init__(self, addition: Addition, read: Callable[[int, int], Array], dtype: str) -> None:
+    def __init__(
+        self,
+        addition: Addition,
+        read: Callable[[int, int], Array],
+        dtype: str,
+        rounding: Rounding | None = None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             addition: s, A, B and m.
             read: gives rows [start, stop) of W, as many as A and B were trained on.
             dtype: the safetensors type of W.
+            rounding: is told what rounding to a 16-bit type costs.
         """
+        self._rounding = rounding
         self._read = read
         self._dtype = dtype
         self._by_column = addition.low_rank.of_embedding or addition.transposed
@@ -65,10 +75,19 @@ class Delta:
         """`rows` of W, the first of which is row `start`, changed; they are overwritten."""
         block = to_torch(rows, self._dtype)
         change = self._rows(start, start + len(rows))
+        exact = None
         if self._low_rank.magnitude is not None:
-            block[:] = self._with_magnitude(block + change, start)
+            exact = self._with_magnitude(block + change, start)
+            block[:] = exact
+        elif block.dtype.itemsize > _HALF:
+            block += change
         else:
-            block += change.to(block.dtype) if self._is_cast else change
+            added = change.to(block.dtype) if self._is_cast else None
+            exact = change.add_(block)  # in float32
+            block[:] = exact if added is None else block + added
+        if self._rounding is not None and exact is not None and exact.dtype != block.dtype:
+            low, high = torch.aminmax(exact.sub_(block))
+            self._rounding.see(max(-float(low), float(high)))
         return to_numpy(block, self._dtype)
 
     def _with_magnitude(self, rows: torch.Tensor, start: int) -> torch.Tensor:
@@ -130,18 +149,21 @@ class Delta:
         return right.reshape(expert.count, -1, right.shape[1])[expert.index]
 
 
-def changed_blocks(tensor: Tensor, change: Addition | Scale | Tensor) -> Iterator[Array]:
+def changed_blocks(
+    tensor: Tensor, change: Addition | Scale | Tensor, rounding: Rounding | None = None
+) -> Iterator[Array]:
     """The rows of a tensor with one change, in its type, block by block.
 
     Args:
         tensor: on disk: W, shape (out, in), or (in, out) if transposed; of an embedding (V, D); or
             the bias of a layer, shape (out,).
         change: LoRA or DoRA, (IA)3, or the values that replace it.
+        rounding: is told what rounding LoRA's or DoRA's sums to a 16-bit type costs.
 
     Raises:
         LexigraftError: the result is not finite.
     """
-    changed = changer(tensor, change)
+    changed = changer(tensor, change, rounding=rounding)
     for start, block in in_blocks(tensor, step=block_rows(tensor)):
         rows = changed(block, start)
         if not all_finite(rows, tensor.dtype):
@@ -156,7 +178,11 @@ def block_rows(tensor: Tensor) -> int:
 
 
 def changer(
-    tensor: Tensor, change: Addition | Scale | Tensor, *, wide: bool = False
+    tensor: Tensor,
+    change: Addition | Scale | Tensor,
+    *,
+    wide: bool = False,
+    rounding: Rounding | None = None,
 ) -> Callable[[Array, int], Array]:
     """What makes rows of `tensor`, and the number of the first, those of the merged model.
 
@@ -164,6 +190,7 @@ def changer(
         tensor: see `changed_blocks`.
         change: see there.
         wide: rows come and go in float32 (or float64), and nothing is rounded to the type of W.
+        rounding: see `changed_blocks`.
     """
     dtype = wide_type(tensor.dtype) if wide else tensor.dtype
 
@@ -182,7 +209,7 @@ def changer(
         return partial(_scaled, scale=change, of=tensor, dtype=dtype)
     if len(tensor.shape) == 1:
         return partial(_with_bias, addition=change, dtype=dtype)
-    return Delta(change, read, dtype).onto
+    return Delta(change, read, dtype, rounding).onto
 
 
 def source_of(change: Addition | Scale | Tensor) -> Path:

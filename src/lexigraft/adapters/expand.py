@@ -11,6 +11,7 @@ import numpy as np
 from lexigraft.adapters.config import AdapterConfig
 from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.rebuild import lost_source, rebuilt_rows
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
     Change,
@@ -21,6 +22,7 @@ from lexigraft.adapters.vocabulary import (
 )
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
+from lexigraft.checkpoints.fit import ids_in_use
 from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError
@@ -54,6 +56,8 @@ def expand(
     *,
     changes: Mapping[str, Change],
     tokenizer: TokenizerChoice,
+    trim: bool = False,
+    rounding: Rounding | None = None,
 ) -> Expansion:
     """Decide the rows of every vocabulary tensor of the result.
 
@@ -63,12 +67,17 @@ def expand(
         vocabulary: its vocabulary tensors.
         changes: what the adapter does, by name.
         tokenizer: the result's.
+        trim: leave out padding rows of the base that the adapter was trained without.
+        rounding: is told what rounding sums to a 16-bit type costs.
 
     Raises:
         LexigraftError: row counts contradict each other or the tokenizer, or a row has no source.
     """
     head, known = vocabulary.head_name, _rows_of_full(adapter, changes)
     growth = _growth(adapter, vocabulary, tokenizer, known)
+    if trim:
+        _require_spare_rows(adapter, checkpoint, growth, known)
+        growth = replace(growth, rows=known)
     _require_known_ids(adapter, changes, tokenizer)
     _require_own_rows(adapter, changes, tokenizer)
     # An older tokenizer knows less than the base: its adapter's further rows are padding.
@@ -90,6 +99,7 @@ def expand(
             rebuilt=rebuilt.get(stored),
             lost=lost_source(adapter.manifest),
             mean=lambda: known_rows(stored).mean,
+            rounding=rounding,
         )
 
     new_ids = set(growth.new_ids)
@@ -206,6 +216,27 @@ def _growth(
         max(before, tokens, known or _grafted_rows(adapter, tokenizer)),
         tokenizer.replaced,
     )
+
+
+def _require_spare_rows(
+    adapter: Adapter, checkpoint: Checkpoint, growth: Growth, known: int
+) -> None:
+    """The rows from `known` on are padding that nothing uses."""
+    if not 0 < known < growth.rows_before:
+        held = f"has {known:,} rows" if known else "holds no whole vocabulary matrix"
+        raise LexigraftError(
+            f"--trim: {adapter.weights} {held}, the base has {growth.rows_before:,} rows",
+            needed="an adapter that was trained with fewer rows than the base has",
+            fix="leave --trim out",
+        )
+    used = {*ids_in_use(checkpoint.folder), growth.tokens - 1}
+    if max(used) >= known:
+        raise LexigraftError(
+            f"--trim: {adapter.weights} has {known:,} rows, and id {max(used):,} of "
+            f"{checkpoint.folder} is in use",
+            needed="padding rows alone beyond the adapter's",
+            fix="leave --trim out",
+        )
 
 
 def _grafted_rows(adapter: Adapter, tokenizer: TokenizerChoice) -> int:

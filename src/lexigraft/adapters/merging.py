@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lexigraft.adapters.expand import expand
 from lexigraft.adapters.folder import Adapter, Addition
 from lexigraft.adapters.match import Matched, match
 from lexigraft.adapters.planning import merged_plan
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.vocabulary import WrittenRows
@@ -36,6 +38,8 @@ from lexigraft.manifest import NEW_TOKENS, Manifest
 
 # Two writers keep the peak below 500 MB, torch's 224 included.
 WRITERS = 2
+# Characters of a value in a config, where it is told that it changed.
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Job:
         weights: one per adapter, where several are added together.
         apart: name of a weight -> the LoRA that was left out.
         body_only: what the adapters hold of the vocabulary was left out.
+        trimmed: padding rows of the base were left out.
+        rounding: what rounding costs, once it is written.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +79,8 @@ class Job:
     weights: tuple[float, ...] | None = None
     apart: Mapping[str, Addition] = field(default_factory=dict)
     body_only: bool = False
+    trimmed: bool = False
+    rounding: Rounding = field(default_factory=Rounding)
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -95,6 +103,7 @@ def prepare(
     *,
     linear_apart: bool = False,
     body_only: bool = False,
+    trim: bool = False,
 ) -> Job:
     """Decide how one adapter goes into its base.
 
@@ -104,6 +113,7 @@ def prepare(
         given: the tokenizer that it was trained with, where its folder has none.
         linear_apart: leave LoRA on linear layers outside the vocabulary out.
         body_only: leave out what the adapter holds of the vocabulary.
+        trim: leave out padding rows of the base that the adapter was trained without.
 
     Raises:
         RefusalError: a kind of adapter or base that is not supported.
@@ -123,8 +133,15 @@ def prepare(
         apart = {n: one for n, one in matched.linear.items() if not one.low_rank.of_embedding}
         kept = {n: one for n, one in matched.linear.items() if n not in apart}
         matched = dataclasses.replace(matched, linear=kept)
+    rounding = Rounding()
     expansion = expand(
-        adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=tokenizer
+        adapter,
+        checkpoint,
+        vocabulary,
+        changes=matched.vocabulary,
+        tokenizer=tokenizer,
+        trim=trim,
+        rounding=rounding,
     )
     say_if_other_base(checkpoint, adapter, tokenizer)
     dropped = [name for name in whole.names if name not in vocabulary.names]
@@ -137,11 +154,13 @@ def prepare(
         expansion.tensors,
         expansion.growth,
         expansion.tied,
-        merged_plan(checkpoint, vocabulary, matched, expansion, dropped=dropped),
+        merged_plan(checkpoint, vocabulary, matched, expansion, dropped=dropped, rounding=rounding),
         expansion.adapter_rows,
         matched.labels,
         apart=apart,
         body_only=body_only,
+        trimmed=trim,
+        rounding=rounding,
     )
 
 
@@ -233,10 +252,33 @@ def _write_configs(job: Job, folder: Path) -> None:
 
 
 def _write_if_changed(source: Path, target: Path, name: str, content: dict[str, Any]) -> None:
-    if content == read_json(source / name):
+    before = read_json(source / name)
+    if content == before:
         shutil.copyfile(source / name, target / name)
-    else:
-        write_json(target / name, content)
+        return
+    note(f"{name}: {', '.join(_changed_keys(before, content))}")
+    write_json(target / name, content)
+
+
+def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Each key that differs, nested ones by their path, with its two values.
+
+    >>> list(_changed_keys({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}))
+    ['b.c 2 -> 3', 'd none -> 4']
+    """
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from (f"{key}.{inner}" for inner in _changed_keys(old, new))
+        elif old != new or (key in before) != (key in after):
+            yield f"{key} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _copy_new_tokens(job: Job, folder: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lexigraft.adapters.expand import Expansion
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.header import Tensor
@@ -24,6 +25,7 @@ def merged_plan(
     expansion: Expansion,
     *,
     dropped: Iterable[str] = (),
+    rounding: Rounding | None = None,
 ) -> Plan:
     """The base with every change of an adapter: LoRA, replaced tensors, vocabulary rows.
 
@@ -33,10 +35,11 @@ def merged_plan(
         matched: the adapter by tensors of the base.
         expansion: the vocabulary tensors of the result.
         dropped: tensors of the base that the result has not.
+        rounding: is told what rounding sums to a 16-bit type costs.
     """
     plan = without(Plan.of(checkpoint), dropped)
     plan = plan.replace(
-        _changed(checkpoint.tensors[name], by) for name, by in matched.changes.items()
+        _changed(checkpoint.tensors[name], by, rounding) for name, by in matched.changes.items()
     )
     tables = [rows.planned() for rows in expansion.tensors]
     plan = with_tables(plan, tables, vocabulary, tied=expansion.tied)
@@ -76,10 +79,12 @@ def without(plan: Plan, names: Iterable[str]) -> Plan:
     return dataclasses.replace(plan, files=tuple(file for file in plan.files if file.tensors))
 
 
-def _changed(tensor: Tensor, change: Addition | Scale | Tensor) -> PlannedTensor:
+def _changed(
+    tensor: Tensor, change: Addition | Scale | Tensor, rounding: Rounding | None
+) -> PlannedTensor:
     def blocks() -> Iterator[npt.NDArray[Any]]:
         from lexigraft.adapters.delta import changed_blocks
 
-        return changed_blocks(tensor, change)
+        return changed_blocks(tensor, change, rounding)
 
     return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Compute(tensor.bytes, blocks),))

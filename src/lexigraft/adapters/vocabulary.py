@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, LowRank
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
@@ -114,6 +115,7 @@ class VocabularyRows:
         change: whose single rows lie over the spans, and whose LoRA is added to them.
         added_rows: how many rows LoRA is added to, from the first.
         dtype: the type in which rows are made: that of `base`, or a wider one to go on from.
+        rounding: is told what rounding sums to a 16-bit type costs.
     """
 
     name: str
@@ -122,6 +124,7 @@ class VocabularyRows:
     change: Change
     added_rows: int
     dtype: str
+    rounding: Rounding | None = None
 
     @property
     def rows(self) -> int:
@@ -200,7 +203,7 @@ class VocabularyRows:
         from lexigraft.adapters.delta import Delta
 
         assert self.change.added is not None
-        return Delta(self.change.added, self._trained_on, self.dtype)
+        return Delta(self.change.added, self._trained_on, self.dtype, self.rounding)
 
     def _trained_on(self, start: int, stop: int) -> Array:
         """Rows of the matrix that LoRA was trained on; `vocabulary_rows` has seen to it."""
@@ -242,6 +245,7 @@ def vocabulary_rows(
     rebuilt: RowReader | None = None,
     lost: str | None = None,
     mean: Callable[[], Array],
+    rounding: Rounding | None = None,
 ) -> VocabularyRows:
     """The rows of one vocabulary tensor of the result.
 
@@ -255,6 +259,7 @@ def vocabulary_rows(
             made again exactly.
         lost: what a manifest names as their source and does not hold, if any.
         mean: the row of new padding (`growth.survey`), asked for only where there is some.
+        rounding: see `VocabularyRows`.
 
     Raises:
         LexigraftError: no source holds the row of a new id.
@@ -280,10 +285,10 @@ def vocabulary_rows(
         for start, stop in runs(growth.new_ids):
             add(start, "the base's", from_base, view)
             add(stop, origin, read)
-    add(growth.rows_before, "the base's", from_base, view)
+    add(min(growth.rows_before, growth.rows), "the base's", from_base, view)
     add(growth.rows, "padding (mean)", lambda start, stop: repeated(mean(), stop - start))
     added_rows = full_rows if change.added else 0
-    return VocabularyRows(name, base, tuple(spans), change, added_rows, base.dtype)
+    return VocabularyRows(name, base, tuple(spans), change, added_rows, base.dtype, rounding)
 
 
 def moved_rows(

@@ -26,6 +26,7 @@ from lexigraft.adapters.finite import all_finite
 from lexigraft.adapters.folder import Addition, Scale
 from lexigraft.adapters.match import Matched
 from lexigraft.adapters.planning import with_labels, with_tables, without
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -82,12 +83,14 @@ class WeightedRows:
         base: the base's tensor.
         growth: from how many rows to how many.
         parts: weight, rows and place of each adapter: id of the result -> its own id, or -1.
+        rounding: is told what rounding costs.
     """
 
     name: str
     base: Tensor
     growth: Growth
     parts: Sequence[tuple[float, VocabularyRows, npt.NDArray[np.int64]]]
+    rounding: Rounding
 
     def line(self) -> str:
         """Where its rows come from, for a person to read."""
@@ -139,7 +142,7 @@ class WeightedRows:
                 total /= weights
             else:
                 total += (1 - weights) * read_rows(view, start, stop).astype(np.float64)
-            yield _stored(total, view, self.name)
+            yield _stored(total, view, self.name, self.rounding)
 
     def _weights(
         self, start: int, stop: int, *, is_new: bool
@@ -163,6 +166,7 @@ def weighted_plan(
     growth: Growth,
     tokens: TokenMap,
     *,
+    rounding: Rounding,
     dropped: Iterable[str] = (),
 ) -> tuple[Plan, tuple[WeightedRows, ...], bool]:
     """The base with every adapter in it; the vocabulary tensors that are made; and if it is tied.
@@ -173,6 +177,7 @@ def weighted_plan(
         adapters: each with its weight.
         growth: from how many rows to how many.
         tokens: the tokenizer of the result.
+        rounding: is told what rounding costs.
         dropped: tensors of the base that the result has not.
 
     Raises:
@@ -189,6 +194,7 @@ def weighted_plan(
                 for adapter in adapters
                 if name in adapter.matched.changes
             ],
+            rounding,
         )
         for name in names
     )
@@ -203,15 +209,15 @@ def weighted_plan(
             if (its_rows := adapter.rows(name, vocabulary)) is not None
         ]
         if parts or growth.grows or name in untied:
-            written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts))
+            written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts, rounding))
     for rows in written:
         _require_rows(rows, tokens)
     tables = [rows.planned() for rows in written]
     plan = with_tables(plan, tables, vocabulary, tied=tied)
-    return with_labels(plan, _heads(adapters)), tuple(written), tied
+    return with_labels(plan, _heads(adapters, rounding)), tuple(written), tied
 
 
-def _heads(adapters: Sequence[Weighted]) -> Iterator[PlannedTensor]:
+def _heads(adapters: Sequence[Weighted], rounding: Rounding) -> Iterator[PlannedTensor]:
     """The weighted mean of the classifiers' heads."""
     shapes = [{n: t.shape for n, t in adapter.matched.labels.items()} for adapter in adapters]
     if any(found != shapes[0] for found in shapes):
@@ -230,14 +236,14 @@ def _heads(adapters: Sequence[Weighted]) -> Iterator[PlannedTensor]:
     used = weights if any(weights) else [1.0] * len(weights)
     for name, first in adapters[0].matched.labels.items():
         heads = [(w, a.matched.labels[name]) for w, a in zip(used, adapters, strict=True)]
-        blocks = partial(_mean_blocks, heads)
+        blocks = partial(_mean_blocks, heads, rounding)
         yield PlannedTensor(name, first.dtype, first.shape, (Compute(first.bytes, blocks),))
 
 
-def _mean_blocks(heads: Sequence[tuple[float, Tensor]]) -> Iterator[Array]:
+def _mean_blocks(heads: Sequence[tuple[float, Tensor]], rounding: Rounding) -> Iterator[Array]:
     total = sum(weight * read_rows(head).astype(np.float64) for weight, head in heads)
-    first = heads[0][1]
-    yield _stored(np.asarray(total) / sum(weight for weight, _ in heads), first, first.name)
+    first, weights = heads[0][1], sum(weight for weight, _ in heads)
+    yield _stored(np.asarray(total) / weights, first, first.name, rounding)
 
 
 def _require_rows(rows: WeightedRows, tokens: TokenMap) -> None:
@@ -271,14 +277,18 @@ def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _planned(
-    tensor: Tensor, changes: Sequence[tuple[float, Addition | Scale | Tensor]]
+    tensor: Tensor,
+    changes: Sequence[tuple[float, Addition | Scale | Tensor]],
+    rounding: Rounding,
 ) -> PlannedTensor:
-    blocks = partial(_changed_blocks, tensor, changes)
+    blocks = partial(_changed_blocks, tensor, changes, rounding)
     return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, (Compute(tensor.bytes, blocks),))
 
 
 def _changed_blocks(
-    tensor: Tensor, changes: Sequence[tuple[float, Addition | Scale | Tensor]]
+    tensor: Tensor,
+    changes: Sequence[tuple[float, Addition | Scale | Tensor]],
+    rounding: Rounding,
 ) -> Iterator[Array]:
     from lexigraft.adapters.delta import block_rows as tile_rows
     from lexigraft.adapters.delta import changer
@@ -289,10 +299,10 @@ def _changed_blocks(
         total = rest * block.astype(np.float64)
         for weight, change in made:
             total += weight * change(block.astype(wide), start)
-        yield _stored(total, tensor, tensor.name)
+        yield _stored(total, tensor, tensor.name, rounding)
 
 
-def _stored(rows: Array, tensor: Tensor, name: str) -> Array:
+def _stored(rows: Array, tensor: Tensor, name: str, rounding: Rounding) -> Array:
     with np.errstate(over="ignore"):  # found here, with its name
         stored = rows.astype(numpy_dtype(tensor.dtype))
     if not all_finite(stored, tensor.dtype):
@@ -302,4 +312,5 @@ def _stored(rows: Array, tensor: Tensor, name: str) -> Array:
             "type",
             fix="look at the training runs of the adapters, and at the weights",
         )
+    rounding.see(float(np.abs(rows - stored.astype(np.float64)).max(initial=0.0)))
     return stored

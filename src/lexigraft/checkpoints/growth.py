@@ -87,7 +87,7 @@ class Growth:
 
     @property
     def grows(self) -> bool:
-        """True if there are more rows or more tokens than before, or new tokens on old ids."""
+        """True if rows or tokens are not as many as before, or old ids have new tokens."""
         return bool(self.replaced) or (self.rows, self.tokens) != (self.rows_before, self.first_id)
 
 

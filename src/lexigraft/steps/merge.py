@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from typing import Any
 
 from lexigraft.adapters.classifier import count_of, without_head
 from lexigraft.adapters.expand import expand, expand_moved
-from lexigraft.adapters.folder import Adapter
+from lexigraft.adapters.folder import WEIGHTS, Adapter
 from lexigraft.adapters.match import match
 from lexigraft.adapters.merging import Job, body_of, prepare, say_if_other_base
 from lexigraft.adapters.merging import write as write_model
+from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.weighted import Weighted, weighted_plan
 from lexigraft.checkpoints.fit import open_whole
@@ -49,7 +50,7 @@ from lexigraft.files import (
     sha256_file,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import MergeRecord, versions
+from lexigraft.manifest import MANIFEST, Manifest, MergeRecord, versions
 
 # What the rows of a vocabulary that no adapter was trained on are a multiple of.
 ROW_STEP = 64
@@ -68,6 +69,8 @@ class MergeResult:
         adapters: the adapter folders.
         sources: a line per vocabulary tensor: where each of its rows comes from.
         plan: with `dry_run`, every tensor with its old and new shape and bytes.
+        rounding: the largest error of storing a sum in the type of the base; None where no sum
+            was in a wider one, and with `dry_run`.
         difference: with `prove`, the largest difference of a logit to the unmerged model's.
         limit: what of it rounding to the stored type explains; more is a fault.
     """
@@ -80,6 +83,7 @@ class MergeResult:
     adapters: tuple[Path, ...]
     sources: tuple[str, ...]
     plan: list[dict[str, Any]] | None = None
+    rounding: float | None = None
     difference: float | None = None
     limit: float | None = None
 
@@ -96,6 +100,8 @@ class MergeResult:
         }
         if self.plan is not None:
             found["plan"] = self.plan
+        if self.rounding is not None:
+            found["max_rounding_error"] = self.rounding
         if self.difference is not None:
             found["max_logit_difference"] = self.difference
         return found
@@ -109,6 +115,11 @@ class MergeResult:
         ]
         tie = "tied" if self.tied else "with a head of its own"
         done = "would write" if self.plan is not None else "wrote"
+        rounded = (
+            [f"largest error of rounding to the base's type: {self.rounding:.1e}"]
+            if self.rounding is not None
+            else []
+        )
         proof = (
             [
                 f"largest difference of a logit to base + adapter, unmerged: {self.difference:.1e} "
@@ -120,6 +131,7 @@ class MergeResult:
         return [
             *plan,
             *self.sources,
+            *rounded,
             *proof,
             f"{done} {self.output}: {self.rows:,} rows for {self.tokens:,} tokens, {tie}; "
             f"{self.tensors} tensors changed",
@@ -136,6 +148,7 @@ def merge(
     weights: Sequence[float] | None = None,
     remap: bool = False,
     body_only: bool = False,
+    trim: bool = False,
     max_shard_size: str | int | None = None,
     prove: bool = False,
     force: bool = False,
@@ -155,6 +168,8 @@ def merge(
             by token text.
         body_only: leave out what the adapters hold of the vocabulary: rows and tokenizer of the
             result are the base's.
+        trim: write as few rows as the adapter was trained with, where these are fewer than the
+            base's: its padding rows beyond them are left out.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
         prove: compare the logits of the result with those of base + adapter, unmerged; after
@@ -168,18 +183,21 @@ def merge(
             a file is missing or damaged.
     """
     together = weights is not None or remap
+    *before, folder = _folders(adapters, dry_run=dry_run and not together)
     _refuse_combinations(
         prove=prove,
         together=together,
         body_only=body_only,
         moved=remap or tokenizer is not None,
+        trim=trim,
+        several=bool(before),
     )
-    *before, folder = _folders(adapters, dry_run=dry_run and not together)
     source, target = local_folder(base), Path(output)
     given = None if tokenizer is None else Path(tokenizer)
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, *before, folder))
+    _require_order(source, (*before, folder), side_by_side=together)
     with ExitStack() as stack:
         stages: list[MergeResult] = []
         if together:
@@ -192,19 +210,27 @@ def merge(
             so_far, stages = stack.enter_context(
                 _merged_so_far(source, before, target, prove=prove, body_only=body_only)
             )
-            job = prepare(so_far, folder, given, body_only=body_only)
+            job = prepare(so_far, folder, given, body_only=body_only, trim=trim)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
         refuse_overwriting(target, (job.tokenizer.folder,))
         if dry_run:
-            return _result(job, target, plan=job.plan.to_json())
+            return _result(job, target, plan=job.plan.to_json(), rounding=None)
         with publish(target, force=force) as partial_folder:
             _write(job, partial_folder)
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])
 
 
-def _refuse_combinations(*, prove: bool, together: bool, body_only: bool, moved: bool) -> None:
+def _refuse_combinations(
+    *, prove: bool, together: bool, body_only: bool, moved: bool, trim: bool, several: bool
+) -> None:
+    if trim and (together or body_only or several):
+        raise RefusalError(
+            "--trim with --weights, --remap, --body-only or several adapters",
+            needed="one adapter, whose rows are those of the result",
+            fix="leave --trim out: more padding rows do no harm",
+        )
     if body_only and moved:
         raise RefusalError(
             "--body-only with --remap or --tokenizer",
@@ -242,6 +268,45 @@ def _folders(adapters: str | Path | Sequence[str | Path], *, dry_run: bool) -> l
     return [local_folder(Path(name)) for name in names]
 
 
+def _require_order(base: Path, adapters: Sequence[Path], *, side_by_side: bool) -> None:
+    """What each adapter was trained on top of, by its manifest, is in its base.
+
+    Raises:
+        LexigraftError: an adapter is missing, or comes after one that was trained on it.
+    """
+    manifest = Manifest.read(base)
+    for place, folder in enumerate(adapters):
+        own = Manifest.read(folder)
+        lacking = _merged_into(own) - _merged_into(manifest)
+        if lacking and not side_by_side:
+            lacking -= {_digest(earlier) for earlier in adapters[:place]}
+        if own is None or not lacking:
+            continue
+        if manifest is None and TokenMap.read(base).hash == own.last("merge").token_map:
+            note(f"{base} has no {MANIFEST}: whether it is what {folder} was trained on is unknown")
+            continue
+        later = [one for one in adapters[place + 1 :] if _digest(one) in lacking]
+        named = str(later[0]) if later else f"an adapter whose weights have sha256 {min(lacking)}"
+        raise LexigraftError(
+            f"{folder} was trained on a model into which {named} had been merged, and {base} has "
+            "it not",
+            needed="adapters in the order in which they were trained",
+            fix=f"lexigraft merge {base} {later[0] if later else 'THAT_ADAPTER'} {folder} "
+            "-o MERGED",
+        )
+
+
+def _merged_into(manifest: Manifest | None) -> set[str]:
+    """Hashes of the adapters that went into a model."""
+    records = manifest.records if manifest else []
+    return {digest for r in records if isinstance(r, MergeRecord) for digest in r.adapters}
+
+
+def _digest(adapter: Path) -> str | None:
+    weights = adapter / WEIGHTS
+    return sha256_file(weights) if weights.is_file() else None
+
+
 @contextmanager
 def _merged_so_far(
     base: Path, adapters: Sequence[Path], target: Path, *, prove: bool, body_only: bool
@@ -273,9 +338,14 @@ def _of_all(results: Sequence[MergeResult]) -> MergeResult:
         tensors=max(result.tensors for result in results),
         adapters=tuple(adapter for result in results for adapter in result.adapters),
         sources=tuple(line for result in results for line in result.sources),
-        difference=max((r.difference for r in results if r.difference is not None), default=None),
-        limit=max((r.limit for r in results if r.limit is not None), default=None),
+        rounding=_largest(result.rounding for result in results),
+        difference=_largest(result.difference for result in results),
+        limit=_largest(result.limit for result in results),
     )
+
+
+def _largest(numbers: Iterable[float | None]) -> float | None:
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _prepare_together(
@@ -341,8 +411,9 @@ def _prepare_together(
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
     growth = replace(growth, rows=max(growth.rows, rows) if same else growth.rows)
     dropped = [name for name in whole.names if name not in vocabulary.names]
+    rounding = Rounding()
     plan, written, tied = weighted_plan(
-        checkpoint, vocabulary, parts, growth, union.map, dropped=dropped
+        checkpoint, vocabulary, parts, growth, union.map, rounding=rounding, dropped=dropped
     )
     labels = parts[0].matched.labels
     if len(parts) > 1 and labels:
@@ -360,6 +431,7 @@ def _prepare_together(
         labels=labels,
         weights=tuple(weights),
         body_only=body_only,
+        rounding=rounding,
     )
 
 
@@ -391,6 +463,8 @@ def _write(job: Job, folder: Path) -> None:
         versions=versions(["lexigraft", "torch"]),
         weights=None if job.weights is None else list(job.weights),
         body_only=job.body_only or None,
+        trimmed=job.trimmed or None,
+        changed=sorted(job.changed),
     )
     write_model(job, folder, record)
 
@@ -460,5 +534,5 @@ def _result(job: Job, output: Path, **found: Any) -> MergeResult:
         tensors=len(job.changed | changed),
         adapters=tuple(adapter.folder for adapter in job.adapters),
         sources=(*kept, *(rows.line() for rows in job.written)),
-        **found,
+        **{"rounding": job.rounding.largest, **found},
     )
