@@ -1,22 +1,22 @@
 """Time `lexigraft extract` against mergekit's extract-lora, and measure both errors, in one run.
 
-    pip install --no-deps --target PEERS mergekit immutables
-    python bench/extract.py --mergekit PEERS                        # 2 GB: half an hour
+    pip install --no-deps mergekit immutables                       # in an environment of its own
+    python bench/extract.py                                         # 2 GB: an hour
     python bench/extract.py --sizes smoke --repeat 1 --results /tmp/extract.md
 
-The base is a random bf16 Llama, untied, of 32,000 rows in 4 shards. The fine-tune has seven tokens
-more; each weight of its linear layers differs by a matrix whose singular values fall as 1/k, as
-those of a real fine-tune do, rounded to bf16. Each job is a child process of its own. The error is
-that of the adapter as stored: the Frobenius norm of (tuned - base) - B A over that of tuned - base,
-per layer. Without --mergekit its formula runs instead, as its 0.1.5 states it (extract_lora.py):
-one exact SVD per matrix, sqrt(S) in both factors, embedding and head whole.
+The base is a random bf16 Llama of 32,000 rows in 4 shards, untied and tied. The fine-tune has seven
+tokens more; each weight of its linear layers differs by a matrix whose singular values fall as 1/k,
+as those of a real fine-tune do, rounded to bf16. Each job is a child process of its own. The error
+is that of the adapter as stored: the Frobenius norm of (tuned - base) - B A over that of
+tuned - base, per layer. Without mergekit its formula runs instead, as its 0.1.5 states it
+(extract_lora.py): one exact SVD per matrix, sqrt(S) in both factors, embedding and head whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,13 +24,27 @@ from pathlib import Path
 
 from graft import BASE_TOKENS, MAKE, TOKENIZER, write_index
 from machine import machine
-from merge import run
+from merge import installed, run
 
 RESULTS = Path(__file__).parent / "results" / "extract.md"
-PACKAGES = ("numpy", "torch", "transformers", "safetensors")
+PACKAGES = ("numpy", "torch", "transformers", "safetensors", "mergekit")
 # hidden, ffn, layers
 SIZES = {"smoke": (256, 512, 4), "2": (2048, 5632, 16)}
 NEW_TOKENS = 7
+
+TIE = """
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+base = Path(sys.argv[1])
+path = max(base.glob("*.safetensors"))
+shard = load_file(path)
+del shard["lm_head.weight"]
+save_file(shard, path, metadata={"format": "pt"})
+config = json.loads((base / "config.json").read_text())
+(base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+"""
 
 TUNE = """
 import json, sys
@@ -120,19 +134,23 @@ print(json.dumps([sorted(errors)[len(errors) // 2], max(errors), len(errors)]))
 """
 
 
-def measured(size: str, rank: int, repeat: int, folder: Path, peers: str | None) -> list[str]:
+def measured(size: str, rank: int, repeat: int, folder: Path, *, tied: bool) -> list[str]:
     """Rows of the table."""
     base, tuned, out = folder / "base", folder / "tuned", folder / "out"
     python = [sys.executable, "-c"]
     for place in (base, tuned):
         place.mkdir()
     subprocess.run([*python, MAKE, str(base), *map(str, SIZES[size]), str(BASE_TOKENS)], check=True)
+    if tied:
+        subprocess.run([*python, TIE, str(base)], check=True)
     subprocess.run([*python, TUNE, str(base), str(tuned), str(NEW_TOKENS)], check=True)
     for place, tokens in ((base, BASE_TOKENS), (tuned, BASE_TOKENS + NEW_TOKENS)):
         write_index(place)
         subprocess.run([*python, TOKENIZER, str(place), str(tokens)], check=True)
     gigabytes = sum(path.stat().st_size for path in base.iterdir()) / 1e9
-    peer = ("mergekit extract-lora", MERGEKIT) if peers else ("mergekit's formula", FORMULA)
+    known = installed("mergekit")
+    peer = ("mergekit extract-lora", MERGEKIT) if known else ("mergekit's formula", FORMULA)
+    label = f"{gigabytes:.2f} GB, {'tied' if tied else 'untied'}"
     rows = []
     for name, code in (peer, ("lexigraft extract (fsync)", OURS)):
         command = [*python, code, str(tuned), str(base), str(out), str(rank)]
@@ -145,7 +163,7 @@ def measured(size: str, rank: int, repeat: int, folder: Path, peers: str | None)
         middle, most, layers = json.loads(told.splitlines()[-1])
         megabytes = (kept / "adapter_model.safetensors").stat().st_size / 1e6
         rows.append(
-            f"| {gigabytes:.2f} GB | {name} | {timing.wall:.1f} | {timing.cpu:.1f} | "
+            f"| {label} | {name} | {timing.wall:.1f} | {timing.cpu:.1f} | "
             f"{timing.rss:,.0f} | {megabytes:,.1f} | {middle:.4f} | {most:.4f} | {layers} |"
         )
         print(rows[-1], file=sys.stderr)
@@ -158,27 +176,22 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=["2"], choices=SIZES)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--mergekit", help="folder that holds mergekit and immutables")
     parser.add_argument("--folder", help="where to work; by default the system's temporary folder")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.mergekit:
-        known = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([*([known] if known else []), options.mergekit])
     head = machine(PACKAGES, " (CPU seconds are the robust column of a shared machine)")
     rows = []
-    for size in options.sizes:
+    for size, tied in itertools.product(options.sizes, (False, True)):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            rows += measured(size, options.rank, options.repeat, Path(folder), options.mergekit)
+            rows += measured(size, options.rank, options.repeat, Path(folder), tied=tied)
     text = "\n".join(
         [
             "# Extracting an adapter, beside mergekit",
             "",
             f"`python bench/extract.py --sizes {' '.join(options.sizes)} --rank {options.rank} "
-            f"--repeat {options.repeat}{' --mergekit PEERS' if options.mergekit else ''}`: a "
-            f"fine-tune with {NEW_TOKENS} added tokens of a random bf16 Llama, untied; changes "
-            "whose singular values fall as 1/k. Medians; errors are relative Frobenius norms of "
-            "what LoRA leaves of a layer's change.",
+            f"--repeat {options.repeat}`: a fine-tune with {NEW_TOKENS} added tokens of a random "
+            "bf16 Llama; changes whose singular values fall as 1/k. Medians; errors are relative "
+            "Frobenius norms of what LoRA leaves of a layer's change.",
             "",
             *head,
             "",

@@ -279,12 +279,115 @@ def test_fused_experts_sinks_and_routers_are_stored_whole(tmp_path):
         assert (found - expected).abs().max() < 1e-4
 
 
-def test_experts_that_differ_are_refused_by_name(tmp_path):
-    names = {"target_parameters": ["mlp.experts.down_proj"]}
-    base, adapter = other_with_adapter(tmp_path, "mixtral", **names)
+def with_other_experts(base, folder, change):
+    """A copy of a mixture whose stored tensors are `change(name, tensor)`."""
+    shutil.copytree(base, folder)
+    path = folder / "model.safetensors"
+    torch.manual_seed(7)
+    changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+    return folder
+
+
+def says_the_same(base, tuned, found, root, most):
+    """Merged, and beside the base in PEFT, it is TUNED."""
+    merge(base, found.output, output=root / "merged")
+    expected = adapter_parts.logits(adapter_parts.load(tuned), TOKENS, old_only=True)
+    for model in (
+        adapter_parts.load(root / "merged"),
+        adapter_parts.unmerged(base, found.output),
+    ):
+        got = adapter_parts.logits(model, TOKENS, old_only=True)
+        assert (got - expected).abs().max() < most
+    return got
+
+
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.matrix)])
+def test_experts_that_are_stored_one_by_one_are_lora_of_their_parameters(tmp_path, kind):
+    names = {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}
+    base, adapter = other_with_adapter(tmp_path, kind, **names)
     merge(base, adapter, output=tmp_path / "tuned")
-    with pytest.raises(RefusalError, match=r"experts\.0\.w2\.weight differs"):
-        extract(tmp_path / "tuned", base=base, output=tmp_path / "found")
+    found = extract(tmp_path / "tuned", base=base, rank=4, output=tmp_path / "found")
+    experts = [one for one in found.of("lora") if len(one.shape) == 3]
+    assert [one.rank for one in experts] == [4] * 4
+    assert {one.shape for one in experts} == (
+        {(3, 80, 32), (3, 32, 40)} if kind == "mixtral" else {(3, 48, 32), (3, 32, 24)}
+    )
+    assert max(one.error for one in found.of("lora")) < 1e-4
+    total = len(load_file(base / "model.safetensors"))
+    assert found.equal == total - 2 * (1 + 3 * 3)  # a projection of attention, three experts
+    says_the_same(base, tmp_path / "tuned", found, tmp_path, 1e-4)
+
+
+@pytest.mark.parametrize("width", [24, 16], ids=["", "square"])
+def test_one_expert_and_the_router_changed(tmp_path, width):
+    """`auto`: ranks of each parameter, the other experts are zero. Of square ones too."""
+    base, _ = other_with_adapter(tmp_path, "qwen3_moe", width=width)
+
+    def change(name, tensor):
+        of_one = "layers.1.mlp.experts.2.gate_proj" in name
+        noise = torch.randn_like(tensor) if of_one or name.endswith("1.mlp.gate.weight") else 0
+        return tensor + 0.1 * noise
+
+    tuned = with_other_experts(base, tmp_path / "tuned", change)
+    found = extract(tuned, base=base, rank="auto", max_error=1e-5, output=tmp_path / "found")
+    assert [one.name for one in found.of("whole")] == ["model.layers.1.mlp.gate.weight"]
+    assert [(one.name, one.rank, one.error < 1e-5) for one in found.of("lora")] == [
+        ("model.layers.1.mlp.experts.gate_up_proj", width, True),
+        ("model.layers.1.mlp.experts.down_proj", 1, True),
+    ]
+    says_the_same(base, tuned, found, tmp_path, 1e-4)
+    with pytest.raises(RefusalError, match="bare parameters"):
+        split(base, found.output, output=tmp_path / "pair")
+
+
+def test_of_experts_the_error_is_that_of_all(tmp_path):
+    """Old names of a router and of experts (Mixtral's), ranks that differ, an error that is told."""
+    base, _ = other_with_adapter(tmp_path, "mixtral")
+
+    def change(name, tensor):
+        moves = "block_sparse_moe" in name or "o_proj" in name
+        return tensor + 0.1 * torch.randn_like(tensor) if moves else tensor
+
+    tuned = with_other_experts(base, tmp_path / "tuned", change)
+    found = extract(tuned, base=base, rank="auto", max_error=0.4, output=tmp_path / "found")
+    assert len(found.of("whole")) == 2 and len({one.rank for one in found.of("lora")}) > 1
+    merge(base, found.output, output=tmp_path / "merged")
+    start, wanted, got = (
+        load_file(folder / "model.safetensors") for folder in (base, tuned, tmp_path / "merged")
+    )
+    for layer, projections in (("0", ("w1", "w3")), ("1", ("w2",))):
+        parameter = "gate_up_proj" if projections[1:] else "down_proj"
+        name = f"model.layers.{layer}.block_sparse_moe.experts.{parameter}"
+        (told,) = (one.error for one in found.of("lora") if one.name == name)
+        names = [
+            f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight"
+            for expert in range(3)
+            for projection in projections
+        ]
+        left, whole = (
+            torch.cat([(wanted[n] - other[n]).flatten() for n in names]).norm()
+            for other in (got, start)
+        )
+        assert 0.2 < told <= 0.4 and float(left / whole) == pytest.approx(told, rel=1e-3)
+    peft = adapter_parts.logits(adapter_parts.unmerged(base, found.output), TOKENS, old_only=True)
+    ours = adapter_parts.logits(adapter_parts.load(tmp_path / "merged"), TOKENS, old_only=True)
+    assert (peft - ours).abs().max() < 1e-4
+
+
+def test_experts_of_unknown_names_are_refused_by_name(tmp_path):
+    base, _ = other_with_adapter(tmp_path, "mixtral")
+
+    def rename(folder, step):
+        path = folder / "model.safetensors"
+        tensors = {n.replace(".w2.", ".fc2."): t + step for n, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    rename(base, 0)
+    rename(tuned, 0.5)
+    with pytest.raises(RefusalError, match=r"experts\.0\.fc2\.weight differs"):
+        extract(tuned, base=base, output=tmp_path / "found")
 
 
 def test_what_cannot_be_extracted_is_said(tmp_path):

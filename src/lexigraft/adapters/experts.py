@@ -9,12 +9,19 @@ run over the experts fastest.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.folder import Addition, Expert, LowRank
+from lexigraft.adapters.pure import PREFIX
 from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
+from lexigraft.checkpoints.rows import BLOCK_BYTES, read_rows
 from lexigraft.errors import LexigraftError
 
 # Parameter, in the order of registration -> its projections, as families call them on disk.
@@ -66,6 +73,68 @@ def expert_additions(
         yield from _of_parameter(name, low_rank, projections, config)
 
 
+def stacked(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, ...]]]:
+    """Experts that are stored one by one, as the parameters that they are in memory.
+
+    Args:
+        tensors: those of a model.
+
+    Returns:
+        name of a parameter, in the spelling of the file -> per expert the matrices that lie one
+        below the other in it.
+    """
+    modules = [re.match(r"(.+\.experts)\.0\.", name) for name in tensors]
+    return {
+        f"{module}.{parameter}": list(zip(*found, strict=True))
+        for module in dict.fromkeys(match[1] for match in modules if match)
+        for parameter in PARAMETERS
+        if (found := _projections(module, parameter, tensors))
+    }
+
+
+def stacked_factors(
+    name: str, experts: Sequence[LowRank | None], shape: tuple[int, int], rank: int
+) -> tuple[PlannedTensor, PlannedTensor]:
+    """LoRA of a parameter as PEFT stores it beside that of the others: A (E r, in), B (out, r E).
+
+    Args:
+        name: of the parameter in memory.
+        experts: the float32 factors of each, of at most `rank`; None for one that does not change.
+        shape: of one expert: out, in.
+        rank: r of all of them.
+    """
+    module, _, parameter = name.rpartition(".")
+    (outer, inner), order = shape, list(PARAMETERS)
+    stored = PREFIX + module + _WRAPPER * (len(order) - 1 - order.index(parameter))
+    parts: list[CopyRows | Compute] = []
+    for pair in experts:
+        own = 0 if pair is None else pair.rank
+        parts += [] if pair is None else [CopyRows.whole(pair.a)]
+        parts += [] if own == rank else [_zeros(rank - own, inner)]
+
+    def b() -> Iterator[npt.NDArray[Any]]:
+        step = max(1, BLOCK_BYTES // (4 * rank * len(experts)))
+        for start in range(0, outer, step):
+            stop = min(start + step, outer)
+            rows = np.zeros((stop - start, rank, len(experts)), np.float32)
+            for index, pair in enumerate(experts):
+                if pair is not None:
+                    rows[:, : pair.rank, index] = read_rows(pair.b, start, stop)
+            yield rows.reshape(len(rows), -1)
+
+    width = rank * len(experts)
+    return (
+        PlannedTensor(f"{stored}.lora_A.weight", "F32", (width, inner), tuple(parts)),
+        PlannedTensor(
+            f"{stored}.lora_B.weight", "F32", (outer, width), (Compute(4 * outer * width, b),)
+        ),
+    )
+
+
+def _zeros(rows: int, width: int) -> Compute:
+    return Compute(4 * rows * width, lambda: iter([np.zeros((rows, width), np.float32)]))
+
+
 def _of_parameter(
     name: str, low_rank: LowRank, projections: list[list[Tensor]], config: AdapterConfig
 ) -> Iterator[tuple[str, Addition]]:
@@ -106,11 +175,16 @@ def _targeted(module: str, config: AdapterConfig) -> list[str]:
 
 def _on_disk(module: str, parameter: str, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
     """Per projection, its matrices in the order of the experts; empty where there are none."""
-    for prefix in _spellings(module):
-        for names in PARAMETERS[parameter]:
-            projections = [_matrices(prefix, name, tensors) for name in names]
-            if projections[0] and len({len(matrices) for matrices in projections}) == 1:
-                return projections
+    found = (_projections(prefix, parameter, tensors) for prefix in _spellings(module))
+    return next(filter(None, found), [])
+
+
+def _projections(prefix: str, parameter: str, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """The same of experts whose names begin with `prefix`."""
+    for names in PARAMETERS[parameter]:
+        projections = [_matrices(prefix, name, tensors) for name in names]
+        if projections[0] and len({len(matrices) for matrices in projections}) == 1:
+            return projections
     return []
 
 

@@ -33,26 +33,27 @@ class Difference:
     """D = tuned - base, shape (m, n), in float32.
 
     Attributes:
-        base: the one matrix.
-        tuned: the other, of the same shape.
+        base: the one matrix; several lie one below the other.
+        tuned: the other, in as many pieces of the same shapes.
     """
 
-    base: Tensor
-    tuned: Tensor
+    base: tuple[Tensor, ...]
+    tuned: tuple[Tensor, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
-        return self.tuned.shape[0], self.tuned.shape[1]
+        return sum(tensor.rows for tensor in self.tuned), self.tuned[0].shape[1]
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows)."""
-        for start, rows in in_blocks(self.tuned):
-            before = read_rows(self.base, start, start + len(rows))
-            yield (
-                start,
-                torch.from_numpy(rows.astype(np.float32) - before.astype(np.float32)),
-            )
+        above = 0
+        for old, new in zip(self.base, self.tuned, strict=True):
+            for start, rows in in_blocks(new):
+                before = read_rows(old, start, start + len(rows))
+                change = torch.from_numpy(rows.astype(np.float32) - before.astype(np.float32))
+                yield above + start, change
+            above += new.rows
 
     def square(self) -> float:
         """The squared Frobenius norm."""
@@ -86,12 +87,19 @@ class Factors:
     Attributes:
         left: shape (m, r).
         right: shape (r, n).
-        error: the Frobenius norm of what is left over that of D.
+        rest: the Frobenius norm of what they leave of D.
+        norm: that of D.
     """
 
     left: torch.Tensor
     right: torch.Tensor
-    error: float
+    rest: float
+    norm: float
+
+    @property
+    def error(self) -> float:
+        """The one over the other."""
+        return self.rest / self.norm
 
     @property
     def rank(self) -> int:
@@ -113,12 +121,13 @@ def factors(difference: Difference, *, rank: int | None, most: float, seed: int)
         LexigraftError: a number is not finite.
     """
     square, limit = difference.square(), min(difference.shape)
+    tuned = difference.tuned[0]
     if not math.isfinite(square):
         raise LexigraftError(
-            f"{difference.tuned.name} of {difference.tuned.path.parent} or of "
-            f"{difference.base.path.parent} holds NaN or infinity",
+            f"{tuned.name} of {tuned.path.parent} or of {difference.base[0].path.parent} holds NaN "
+            "or infinity",
             needed="finite numbers in both models",
-            fix=f"lexigraft check {difference.tuned.path.parent} --deep",
+            fix=f"lexigraft check {tuned.path.parent} --deep",
         )
     if square == 0:
         return None
@@ -150,7 +159,7 @@ class _Parts(NamedTuple):
 
 
 def _decomposed(difference: Difference, width: int, seed: int) -> _Parts:
-    draw = np.random.default_rng([seed, zlib.crc32(difference.tuned.name.encode())])
+    draw = np.random.default_rng([seed, zlib.crc32(difference.tuned[0].name.encode())])
     random = torch.from_numpy(draw.standard_normal((difference.shape[1], width), np.float32))
     basis = _orthonormal(difference.times(random))
     for _ in range(ITERATIONS):
@@ -183,4 +192,4 @@ def _cut(difference: Difference, parts: _Parts, rank: int, norm: float) -> Facto
     """The first `rank` of everything; singular values are shared between both factors."""
     root = parts.values[:rank].sqrt().float()
     left, right = parts.left[:, :rank] * root, root[:, None] * parts.right[:rank]
-    return Factors(left, right, difference.distance(left, right) / norm)
+    return Factors(left, right, difference.distance(left, right), norm)

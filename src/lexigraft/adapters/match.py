@@ -25,6 +25,8 @@ _OLDER_NAMES = (
     ("model.language_model.", "model."),
     ("lm_head.", "language_model.lm_head."),
 )
+# Experts and router, in memory and as Mixtral and its kin are stored.
+_MIXTURE = (".mlp.", ".block_sparse_moe.")
 _THE_BASE = "the base that this adapter was trained on"
 _NAME_IT = "name that base: base_model_name_or_path in adapter_config.json says which"
 
@@ -157,6 +159,8 @@ def _spellings(target: str) -> Iterable[str]:
     for new, old in _OLDER_NAMES:
         if target.startswith(new):
             yield old + target.removeprefix(new)
+    if _MIXTURE[0] in target:
+        yield target.replace(*_MIXTURE, 1)
 
 
 def _require_one_change(twice: Iterable[str], adapter: Adapter, what: str) -> None:

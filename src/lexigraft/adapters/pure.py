@@ -47,9 +47,9 @@ class PureLora:
     transposed: bool
 
     @classmethod
-    def of(cls, additions: Collection[Addition]) -> PureLora:
-        """One rank and one alpha for `additions`, which are plain LoRA on linear layers."""
-        rank = max(addition.low_rank.rank for addition in additions)
+    def of(cls, additions: Collection[Addition], least: int = 1) -> PureLora:
+        """One rank, at least `least`, and one alpha for plain LoRA on linear layers."""
+        rank = max(least, *(addition.low_rank.rank for addition in additions))
         scalings = {addition.scaling for addition in additions}
         alpha = round(max(scalings) * rank)
         folded = scalings != {alpha / rank}

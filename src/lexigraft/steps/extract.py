@@ -7,19 +7,22 @@ matrix of a linear layer. Matrices are read in blocks, two or three at a time.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from lexigraft.adapters.experts import stacked, stacked_factors
 from lexigraft.adapters.folder import Addition, LowRank
 from lexigraft.adapters.match import has_conv1d
 from lexigraft.adapters.pure import PREFIX, PureLora, targets
@@ -32,16 +35,26 @@ from lexigraft.checkpoints.rows import ids_in_blocks, in_blocks, read_rows, same
 from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
-from lexigraft.families.tokenmap import first_difference
+from lexigraft.families.tokenmap import first_difference, without
 from lexigraft.files import publish, refuse_existing, refuse_overwriting, scratch
 from lexigraft.hub import local_folder
-from lexigraft.manifest import NEW_TOKENS, BaseTokenizer, ExtractRecord, Manifest, versions
+from lexigraft.manifest import (
+    MANIFEST,
+    NEW_TOKENS,
+    BaseTokenizer,
+    ExtractRecord,
+    Manifest,
+    NewIds,
+    versions,
+)
 
 Array = npt.NDArray[Any]
 Kind = Literal["lora", "rows", "whole"]
 # Matrices beside the linear layers, by name: positions and token types, and routers of experts.
 _NO_LINEAR = re.compile(r"(emb\w*|wpe|position\w*|relative_attention_bias|gate|router)\.weight$")
 _EXPERT = re.compile(r"\.experts?\.\d+\.")
+# How Mixtral and its kin store what is called as in other mixtures in memory.
+_MIXTURE = (".block_sparse_moe.", ".mlp.")
 # With this PEFT takes an adapter without LoRA on any layer.
 _NO_TARGETS = "dummy-target-modules"
 MATRICES_AT_A_TIME = 3
@@ -54,10 +67,12 @@ class Extracted:
     Attributes:
         name: in TUNED.
         kind: LoRA, single rows, or stored whole.
-        shape: of the tensor.
+        shape: of the tensor; of experts that are stored one by one, which are one parameter in
+            memory, (E, out, in).
         ids: of rows, which.
         rank: of LoRA; None where it is still to be found.
         error: Frobenius norm of what LoRA leaves of the difference, over that of the difference.
+        stored: as how many tensors TUNED stores it.
     """
 
     name: str
@@ -66,6 +81,7 @@ class Extracted:
     ids: tuple[int, ...] = ()
     rank: int | None = None
     error: float = 0.0
+    stored: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name; of ids, how many."""
@@ -86,7 +102,7 @@ class ExtractResult:
     Attributes:
         output: the adapter.
         tokens: max id + 1 of its tokenizer.
-        added: how many of them the base lacks.
+        added: how many tokens the base lacks, those under the ids of old ones included.
         rows: rows of TUNED.
         tensors: every tensor that differs.
         equal: how many do not.
@@ -144,9 +160,16 @@ class _Job:
     base: Model
     tuned: Model
     found: tuple[Extracted, ...]
+    replaced: tuple[int, ...]
     rank: int | None
     max_error: float
     seed: int
+
+    @cached_property
+    def experts(self) -> dict[str, list[tuple[str, ...]]]:
+        """Parameter -> per expert the names of the matrices that it is made of."""
+        found = stacked(self.tuned.body)
+        return {name: [tuple(m.name for m in one) for one in of] for name, of in found.items()}
 
     def of(self, kind: Kind) -> list[Extracted]:
         return [one for one in self.found if one.kind == kind]
@@ -181,7 +204,8 @@ def extract(
         dry_run: find what differs and write nothing.
 
     Raises:
-        RefusalError: models of different architectures, a quantised one, or experts that differ.
+        RefusalError: models of different architectures, a quantised one, or experts that differ
+            and are stored in a way that is not known.
         LexigraftError: the tokenizers do not fit together, numbers are not finite, nothing
             differs, or a file is missing or damaged.
     """
@@ -196,10 +220,10 @@ def extract(
     if dry_run:
         return _result(job, target, job.found, None)
     with publish(target, force=force) as partial_folder, scratch(target) as between:
-        pairs, found = _factors(job, between)
+        matrices, found = _factors(job, between)
         if not found:
             raise _nothing(job)
-        lora, patterns = _lora(job, pairs)
+        lora, patterns = _lora(job, found, matrices)
         plan = adapter_plan([*lora, *_stored(job)])
         write_adapter(partial_folder, plan, {**_config(job, str(base)), **patterns})
         copy_tokenizer(job.tuned.folder, partial_folder)
@@ -224,13 +248,16 @@ def _rank(rank: int | str, max_error: float | None) -> int | None:
 
 def _prepare(tuned: Model, base: Model, *, rank: int | None, max_error: float, seed: int) -> _Job:
     require_alike(base, [tuned])
-    place = first_difference(base.tokens, tuned.tokens)
+    manifest = Manifest.read(tuned.folder) or Manifest()
+    replaced = manifest.replaced(base.tokens.hash, tuned.tokens.hash)
+    place = first_difference(without(base.tokens, replaced), tuned.tokens)
     if place is not None:
         raise LexigraftError(
             f"id {place} is {base.tokens.texts[place]!r} in {base.folder} but "
             f"{tuned.tokens.texts.get(place)!r} in {tuned.folder}",
             needed="a fine-tune whose tokenizer is that of BASE or extends it: rows belong to ids",
-            fix="name the model that TUNED was made from",
+            fix="name the model that TUNED was made from; if tokens were replaced on the way "
+            f"(learn --replace), copy that model's {MANIFEST} into {tuned.folder}",
         )
     dtypes = [model.checkpoint.tensors[model.vocabulary.embeds[0]].dtype for model in (tuned, base)]
     if dtypes[0] != dtypes[1]:
@@ -238,12 +265,13 @@ def _prepare(tuned: Model, base: Model, *, rank: int | None, max_error: float, s
             f"{tuned.folder} is stored as {dtypes[0]}, {base.folder} as {dtypes[1]}: a merge "
             "rounds to the latter"
         )
-    found = [*_tables(tuned, base), *_body(tuned, base)]
+    found = [*_tables(tuned, base, replaced), *_body(tuned, base)]
     if rank is not None:
         found = [
-            replace(one, rank=min(rank, *one.shape)) if one.kind == "lora" else one for one in found
+            replace(one, rank=min(rank, *one.shape[-2:])) if one.kind == "lora" else one
+            for one in found
         ]
-    job = _Job(base, tuned, tuple(found), rank, max_error, seed)
+    job = _Job(base, tuned, tuple(found), replaced, rank, max_error, seed)
     if not found:
         raise _nothing(job)
     return job
@@ -258,23 +286,41 @@ def _nothing(job: _Job) -> LexigraftError:
 
 
 def _body(tuned: Model, base: Model) -> Iterator[Extracted]:
-    """The tensors outside the vocabulary that differ."""
+    """The tensors outside the vocabulary that differ.
+
+    The experts of a layer are one module: where one of them differs, all of its parameters are
+    stored. (Of a lone square one, merges could not tell which way it was trained.)
+    """
+    parameters = stacked(tuned.body)
+    module_of = {
+        matrix.name: name.rpartition(".")[0]
+        for name, experts in parameters.items()
+        for expert in experts
+        for matrix in expert
+    }
+    modules: dict[str, None] = {}
     for name, tensor in tuned.body.items():
         if not is_blendable(name, (tuned, base)) or same_values(tensor, base.body[name]):
             continue
+        if name in module_of:
+            modules[module_of[name]] = None
+            continue
         if _EXPERT.search(name):
             raise RefusalError(
-                f"{name} differs: experts that are stored one by one are one parameter in memory, "
-                "on which PEFT knows LoRA of another layout alone",
-                needed="a fine-tune that left the experts alone",
+                f"{name} differs: which parameter in memory this expert is a part of is not known",
+                needed="experts of gate_proj, up_proj and down_proj, or of w1, w2 and w3",
                 fix="use TUNED as it is, or lexigraft blend",
             )
         linear = len(tensor.shape) == 2 and name.endswith(".weight")
         is_lora = linear and not _NO_LINEAR.search(name)
         yield Extracted(name, "lora" if is_lora else "whole", tensor.shape)
+    for name, experts in parameters.items():
+        if name.rpartition(".")[0] in modules:
+            shape = (len(experts), sum(m.rows for m in experts[0]), experts[0][0].shape[1])
+            yield Extracted(name, "lora", shape, stored=len(experts) * len(experts[0]))
 
 
-def _tables(tuned: Model, base: Model) -> Iterator[Extracted]:
+def _tables(tuned: Model, base: Model, replaced: Sequence[int]) -> Iterator[Extracted]:
     """The vocabulary tensors that differ: as rows, or whole where most of them do.
 
     PEFT ties rows that are trained in a tied model, and stores a whole tied table twice. So a head
@@ -286,7 +332,8 @@ def _tables(tuned: Model, base: Model) -> Iterator[Extracted]:
     for name in names:
         old, new = base.table(name), tuned.table(name)
         ids = _changed(old, new)
-        used = sorted({*(i for i in ids if i < tokens), *range(base.tokens.tokens, tokens)})
+        new_ids = NewIds(replaced, base.tokens.tokens, tokens)
+        used = sorted({*(i for i in ids if i < tokens), *new_ids})
         if not (used or apart):
             continue
         most = not tuned.vocabulary.tied and len(used) > tokens / 2
@@ -311,8 +358,10 @@ def _changed(old: Tensor, new: Tensor) -> list[int]:
 
 
 def _in_memory(name: str, model: Model) -> str:
-    """The name of a tensor in memory, where the folder has the order of image-text models or
-    lacks the name that the full model gives its body."""
+    """The name of a tensor in memory, where the folder has the order of image-text models, names
+    of Mixtral's, or lacks the name that the full model gives its body."""
+    if _MIXTURE[0] in name and any(map(_EXPERT.search, model.body)):
+        name = name.replace(*_MIXTURE, 1)
     known = table().get(str(model.checkpoint.config.get("model_type")), {}).get("embeds", ())
     embedding = model.vocabulary.embeds[0]
     if embedding.startswith("language_model.model.") and (
@@ -327,47 +376,80 @@ def _in_memory(name: str, model: Model) -> str:
     return name if head or not first else f"{first}.{name}"
 
 
-def _factors(job: _Job, folder: Path) -> tuple[list[LowRank], list[Extracted]]:
-    """The factors of every linear layer, each pair in a file; and what is known of each tensor."""
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix to be factored, and the factors that were found.
+
+    Attributes:
+        of: the tensor that it is, or whose expert.
+        names: of the matrices that lie one below the other in it.
+        low_rank: None where nothing differs, or before it was looked at.
+        rest: Frobenius norm of what the factors leave.
+        norm: that of the difference.
+    """
+
+    of: Extracted
+    names: tuple[str, ...]
+    low_rank: LowRank | None = None
+    rest: float = 0.0
+    norm: float = 0.0
+
+
+def _factors(job: _Job, folder: Path) -> tuple[list[_Matrix], list[Extracted]]:
+    """The factors of every matrix, each pair in a file; and what is known of each tensor."""
     import torch
 
     from lexigraft.adapters.low_rank import Difference, factors
 
     transposed = has_conv1d(job.tuned.checkpoint)
 
-    def one(numbered: tuple[int, Extracted]) -> tuple[Extracted, LowRank] | None:
-        place, tensor = numbered
-        pair = Difference(job.base.body[tensor.name], job.tuned.body[tensor.name])
+    def one(numbered: tuple[int, _Matrix]) -> _Matrix:
+        place, matrix = numbered
+        pair = Difference(
+            tuple(job.base.body[name] for name in matrix.names),
+            tuple(job.tuned.body[name] for name in matrix.names),
+        )
         best = factors(pair, rank=job.rank, most=job.max_error, seed=job.seed)
         if best is None:
-            return None
+            return matrix
         b, a = (best.right.T, best.left.T) if transposed else (best.left, best.right)
-        own, module = folder / str(place), job.module(tensor.name)
+        own, module = folder / str(place), job.module(matrix.of.name)
         own.mkdir()
         stored = {f"{module}.lora_A": a, f"{module}.lora_B": b}
         _spool(own, {name: value.contiguous().numpy() for name, value in stored.items()})
         (file,) = own.iterdir()
         read = {written.name: written for written in read_header(file).tensors}
         low_rank = LowRank(module, read[f"{module}.lora_A"], read[f"{module}.lora_B"])
-        return replace(tensor, rank=best.rank, error=best.error), low_rank
+        return replace(matrix, low_rank=low_rank, rest=best.rest, norm=best.norm)
 
-    lora = job.of("lora")
+    matrices = [
+        _Matrix(tensor, names)
+        for tensor in job.of("lora")
+        for names in job.experts.get(tensor.name, [(tensor.name,)])
+    ]
     workers = min(MATRICES_AT_A_TIME, os.cpu_count() or 1)
-    done: list[tuple[Extracted, LowRank]] = []
+    done: list[_Matrix] = []
     before = torch.get_num_threads()
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        progress("extracting", total=len(lora), unit="matrices") as advance,
+        progress("extracting", total=len(matrices), unit="matrices") as advance,
     ):
         try:
-            for result in pool.map(one, enumerate(lora)):
+            for result in pool.map(one, enumerate(matrices)):
                 advance(1)
-                done += [result] if result is not None else []
+                done.append(result)
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
     found = [tensor for tensor in job.found if tensor.kind != "lora"]
-    return [pair for _, pair in done], [*found, *(tensor for tensor, _ in done)]
+    for tensor, of_it in groupby(done, key=lambda matrix: matrix.of):
+        known = list(of_it)
+        ranks = [matrix.low_rank.rank for matrix in known if matrix.low_rank is not None]
+        if ranks or tensor.name in job.experts:  # which are zero where others of the module differ
+            rest, norm = (math.hypot(*(getattr(m, n) for m in known)) for n in ("rest", "norm"))
+            error = rest / norm if norm else 0.0
+            found.append(replace(tensor, rank=max(ranks, default=1), error=error))
+    return done, found
 
 
 def _spool(folder: Path, values: Mapping[str, Array]) -> None:
@@ -381,27 +463,47 @@ def _spool(folder: Path, values: Mapping[str, Array]) -> None:
     write_plan(adapter_plan(tensors), folder, threads=1)
 
 
-def _lora(job: _Job, pairs: Sequence[LowRank]) -> tuple[tuple[PlannedTensor, ...], dict[str, Any]]:
+def _lora(
+    job: _Job, found: Sequence[Extracted], matrices: Sequence[_Matrix]
+) -> tuple[list[PlannedTensor], dict[str, Any]]:
     """The tensors of LoRA, and what the config says of them."""
-    if not pairs:
-        return (), {"r": 1, "lora_alpha": 1, "target_modules": _NO_TARGETS}
-    highest = max(pair.rank for pair in pairs)
+    ranks = {one.name: one.rank for one in found if one.rank is not None}
+    if not ranks:
+        return [], {"r": 1, "lora_alpha": 1, "target_modules": _NO_TARGETS}
+    highest = max(ranks.values())
+    pairs: dict[str, list[LowRank | None]] = {name: [] for name in ranks}
+    for matrix in matrices:
+        if matrix.of.name in pairs:
+            pairs[matrix.of.name].append(matrix.low_rank)
+    linear = [one for name in ranks if name not in job.experts for one in pairs[name] if one]
     names = [_in_memory(name, job.tuned) for name in job.tuned.checkpoint.tensors]
+    modules = [pair.module for pair in linear]
     config: dict[str, Any] = {
         "r": highest,
         "lora_alpha": highest,
-        "target_modules": targets([pair.module for pair in pairs], names),
+        "target_modules": targets(modules, names) if linear else _NO_TARGETS,
         "fan_in_fan_out": has_conv1d(job.tuned.checkpoint),
     }
-    if job.rank is not None:
-        return PureLora.of([Addition(pair, 1.0) for pair in pairs]).tensors, config
-    own = {pair.module: pair.rank for pair in pairs if pair.rank != highest}
-    tensors = [
-        replace(PlannedTensor.copy(factor), name=f"{PREFIX}{factor.name}.weight")
-        for pair in pairs
-        for factor in (pair.a, pair.b)
-    ]
-    return tuple(tensors), {**config, "rank_pattern": own, "alpha_pattern": own}
+    tensors: list[PlannedTensor] = []
+    own: dict[str, int] = {}
+    if job.rank is None:
+        own = {pair.module: pair.rank for pair in linear if pair.rank != highest}
+        for factor in (factor for pair in linear for factor in (pair.a, pair.b)):
+            named = f"{PREFIX}{factor.name}.weight"
+            tensors.append(replace(PlannedTensor.copy(factor), name=named))
+    elif linear:
+        tensors += PureLora.of([Addition(pair, 1.0) for pair in linear], highest).tensors
+    parameters = {
+        one.name: _in_memory(one.name, job.tuned) for one in found if one.name in job.experts
+    }
+    for one in (one for one in found if one.name in parameters):
+        rank = highest if job.rank is not None else ranks[one.name]
+        name, (outer, inner) = parameters[one.name], one.shape[1:]
+        tensors += stacked_factors(name, pairs[one.name], (outer, inner), rank)
+        own |= {name: rank} if rank != highest else {}
+    if parameters:
+        config["target_parameters"] = sorted(parameters.values())
+    return tensors, {**config, **({"rank_pattern": own, "alpha_pattern": own} if own else {})}
 
 
 def _stored(job: _Job) -> Iterator[PlannedTensor]:
@@ -464,9 +566,9 @@ def _result(job: _Job, target: Path, found: Sequence[Extracted], size: int | Non
     return ExtractResult(
         target,
         job.tuned.tokens.tokens,
-        job.tuned.tokens.tokens - job.base.tokens.tokens,
+        job.tuned.tokens.tokens - job.base.tokens.tokens + len(job.replaced),
         job.tuned.vocabulary.rows,
         tuple(found),
-        len(job.tuned.checkpoint.tensors) - len(found),
+        len(job.tuned.checkpoint.tensors) - sum(one.stored for one in found),
         size,
     )
