@@ -2,13 +2,31 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import launching
 import parts
-from lexigraft import LexigraftError, check, evaluate, families, graft, learn, merge, train
+from lexigraft import (
+    LexigraftError,
+    align,
+    blend,
+    check,
+    evaluate,
+    extract,
+    families,
+    graft,
+    graft_distilled,
+    learn,
+    merge,
+    prune,
+    split,
+    train,
+    unprune,
+)
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.growth import never_trained
 from lexigraft.errors import RefusalError
@@ -287,3 +305,185 @@ def test_learn_replaces_and_then_expands(kind, tmp_path):
     old, new = families.load(base).map, families.load(tmp_path / "v").map
     assert (result.added, result.replaced.count) == (20, 12) and new.tokens == old.tokens + 8
     assert sum(new.texts[i] != text for i, text in old.texts.items()) == 12
+
+
+# With the other verbs
+
+
+def test_split_puts_these_rows_into_the_base(place, tmp_path):
+    """Laws 7, 14 and 16: from the pristine base and from the grafted one."""
+    folder, _ = place
+    merge(folder / "base", folder / "adapter", output=tmp_path / "merged")
+    for name in ("base", "model"):
+        pair = split(folder / name, folder / "adapter", output=tmp_path / name)
+        merge(pair.base, pair.adapter, output=tmp_path / f"{name}-again")
+        same_weights(tmp_path / f"{name}-again", tmp_path / "merged")
+        changed = Checkpoint.open(pair.base).read(EMBED) != Checkpoint.open(folder / "base").read(
+            EMBED
+        )
+        assert np.flatnonzero(changed.any(axis=1)).tolist() == sorted(replaced(folder / "vocab"))
+        assert families.load(pair.base).map == families.load(folder / "vocab").map
+        assert check(pair.base, adapter=pair.adapter).ok
+        assert check(pair.base, base=folder / "base").ok
+
+
+def same_weights(one, other):
+    first, second = Checkpoint.open(one), Checkpoint.open(other)
+    assert first.tensors.keys() == second.tensors.keys()
+    for name in first.tensors:
+        assert first.read(name).tobytes() == second.read(name).tobytes(), name
+
+
+def test_extract_finds_these_rows_by_the_manifest(place, tmp_path):
+    folder, _ = place
+    base, tuned = folder / "base", tmp_path / "tuned"
+    merge(base, folder / "adapter", output=tuned)
+    found = extract(tuned, base=base, rank=8, output=tmp_path / "found")
+    ids = sorted(replaced(folder / "vocab"))
+    assert found.added == COUNT and [list(one.ids) for one in found.of("rows")] == [ids]
+    merge(base, found.output, output=tmp_path / "again")
+    one, other = (Checkpoint.open(tmp_path / name) for name in ("again", "tuned"))
+    assert one.read(EMBED).tobytes() == other.read(EMBED).tobytes()
+    for name in one.tensors:
+        np.testing.assert_allclose(one.read(name), other.read(name), atol=1e-5, err_msg=name)
+    assert families.load(tmp_path / "again").map == families.load(tuned).map
+    assert check(tmp_path / "again", base=base).ok
+    (tuned / "lexigraft.json").unlink()
+    with pytest.raises(LexigraftError, match=f"id {ids[0]} is") as fault:
+        extract(tuned, base=base, output=tmp_path / "no")
+    assert "lexigraft.json" in fault.value.fix
+
+
+def test_align_and_blend_go_by_the_texts_of_these_ids(place, tmp_path):
+    folder, _ = place
+    models = [folder / "base", folder / "model"]
+    result = align(models, output=tmp_path / "out")
+    old, new = (families.load(one).map for one in models)
+    both = families.load(result.models[0]).map
+    assert both == families.load(result.models[1]).map and both.ids.keys() == {*old.ids, *new.ids}
+    assert result.added == (COUNT, COUNT)
+    for model, own, out in zip(models, (old, new), result.models, strict=True):
+        before, after = Checkpoint.open(model).read(EMBED), Checkpoint.open(out).read(EMBED)
+        ids = list(own.texts)
+        assert np.array_equal(after[[both.ids[own.texts[i]] for i in ids]], before[ids])
+        assert check(out).ok
+    blend(models, base=models[0], method="linear", output=tmp_path / "blended")
+    texts = families.load(tmp_path / "blended").map
+    assert {*new.ids} <= texts.ids.keys() and check(tmp_path / "blended").ok
+
+
+def test_weighted_adapters_want_the_model_in_which_ids_were_given_away(place, tmp_path):
+    folder, _ = place
+    second = shutil.copytree(folder / "adapter", tmp_path / "second")
+    both, halves = [folder / "adapter", second], [0.5, 0.5]
+    with pytest.raises(RefusalError, match="gave 20 ids of") as fault:
+        merge(folder / "base", both, weights=halves, output=tmp_path / "no")
+    assert "--remap" in fault.value.fix and not (tmp_path / "no").exists()
+    merge(folder / "model", both, weights=halves, output=tmp_path / "halves")
+    merge(folder / "model", folder / "adapter", output=tmp_path / "whole")
+    one, other = (Checkpoint.open(tmp_path / name) for name in ("halves", "whole"))
+    for name in one.tensors:
+        np.testing.assert_allclose(one.read(name), other.read(name), atol=1e-6, err_msg=name)
+    assert families.load(tmp_path / "halves").map == families.load(folder / "model").map
+    moved = merge(folder / "base", both, weights=halves, remap=True, output=tmp_path / "moved")
+    assert moved.tokens == families.load(folder / "base").map.tokens + COUNT
+    texts, rows = families.load(tmp_path / "moved").map, Checkpoint.open(tmp_path / "moved")
+    ids = replaced(folder / "vocab")
+    places = [texts.ids[new] for _, new in ids.values()]
+    np.testing.assert_allclose(rows.read(EMBED)[places], other.read(EMBED)[list(ids)], atol=1e-6)
+
+
+def test_rows_of_given_ids_are_distilled(place, tmp_path):
+    """`graft --init distill`: these rows learn from the reading in old tokens, and no other moves."""
+    folder, _ = place
+    graft_distilled(
+        folder / "base", folder / "vocab", corpus=[folder / "corpus.txt"], max_bytes=3000,
+        init="mean", output=tmp_path / "out",
+    )  # fmt: skip
+    ids = sorted(replaced(folder / "vocab"))
+    old, start, end = (
+        Checkpoint.open(one).read(EMBED)
+        for one in (folder / "base", folder / "model", tmp_path / "out")
+    )
+    assert np.flatnonzero((old != end).any(axis=1)).tolist() == ids
+    assert (start != end).any(axis=1).sum() > COUNT / 2
+    assert check(tmp_path / "out", base=folder / "base", deep=True).ok
+
+
+def test_prune_takes_a_model_whose_ids_were_given_away(place, tmp_path):
+    folder, _ = place
+    small = prune(
+        folder / "model", corpus=[folder / "corpus.txt"], adapters=[folder / "adapter"],
+        output=tmp_path / "small",
+    )  # fmt: skip
+    texts = families.load(small.output).map
+    assert {new for _, new in replaced(folder / "vocab").values()} <= texts.ids.keys()
+    merge(small.output, small.output / "adapters" / "adapter", output=tmp_path / "merged")
+    merge(folder / "model", folder / "adapter", output=tmp_path / "whole")
+    places = Manifest.read(small.output).last("prune").places
+    before, after = (Checkpoint.open(tmp_path / n).read(EMBED) for n in ("whole", "merged"))
+    assert np.array_equal(after[: len(places)], before[list(places)])
+    unprune(small.output, output=tmp_path / "back")
+    same_weights(tmp_path / "back", folder / "model")
+    assert replaced(tmp_path / "back") == replaced(folder / "vocab")
+    again = learn(
+        small.output, corpus=[folder / "corpus.txt"], general=[folder / "general.txt"], replace=5,
+        allow_more=True, min_count=5, output=tmp_path / "vocab",
+    )  # fmt: skip
+    assert again.replaced.count == 5
+    graft(small.output, tmp_path / "vocab", output=tmp_path / "model")
+    assert check(tmp_path / "model", base=small.output).ok
+
+
+@pytest.mark.matrix
+def test_a_head_of_its_own_gets_these_rows_too(tmp_path):
+    """Laws 10, 12 and 14 of an untied model."""
+    base = parts.write_byte_level(tmp_path / "base")
+    parts.write_model(base, tokens=families.load(base).map.tokens, tied=False, eos=380)
+    corpus, general = tmp_path / "corpus.txt", tmp_path / "general.txt"
+    corpus.write_text(parts.corpus_text(documents=40), "utf-8")
+    general.write_text("\n\n".join(english()), "utf-8")
+    learn(
+        base, corpus=[corpus], general=[general], replace=COUNT, allow_more=True, min_count=5,
+        output=tmp_path / "vocab",
+    )  # fmt: skip
+    graft(base, tmp_path / "vocab", init="mean", output=tmp_path / "model")
+    train(
+        tmp_path / "model", corpus=[corpus], mode="lora", lora_rank=4, output=tmp_path / "adapter",
+        block_size=64, max_bytes=4000, measurements=1, measured_bytes=1000,
+    )  # fmt: skip
+    merge(base, tmp_path / "adapter", output=tmp_path / "merged", prove=True)
+    one, other = Checkpoint.open(base), Checkpoint.open(tmp_path / "merged")
+    for name in (EMBED, "lm_head.weight"):
+        moved = np.flatnonzero((one.read(name) != other.read(name)).any(axis=1))
+        assert moved.tolist() == sorted(replaced(tmp_path / "vocab"))
+
+
+@pytest.mark.matrix
+def test_two_processes_train_these_rows_as_one_does(place, tmp_path):
+    """Laws 12 and 13: copied, as `accelerate launch` starts them, and sharded."""
+    folder, _ = place
+    options = ["--max-steps", "4", "--block-size", "32", "--json"]
+    done = launching.launched(
+        "train", folder / "model", "--corpus", folder / "corpus.txt", "-o", tmp_path / "two",
+        *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    train(
+        folder / "model", corpus=[folder / "corpus.txt"], output=tmp_path / "one", max_steps=4,
+        block_size=32, batch_size=2,
+    )  # fmt: skip
+    logs = [read_json(tmp_path / name / "training.json")["log"] for name in ("one", "two")]
+    for entry, twin in zip(*logs, strict=True):
+        assert entry["train_bpb"] == (twin["train_bpb"] and pytest.approx(twin["train_bpb"], 1e-4))
+    pristine, ids = Checkpoint.open(folder / "base").read(EMBED), sorted(replaced(folder / "vocab"))
+    merge(folder / "base", tmp_path / "two", output=tmp_path / "merged")
+    changed = Checkpoint.open(tmp_path / "merged").read(EMBED) != pristine
+    assert np.flatnonzero(changed.any(axis=1)).tolist() == ids
+    script = Path(__file__).with_name("two_processes.py")
+    cases = [(str(folder / "model"), str(tmp_path / f"sharded-{m}"), m) for m in ("rows", "lora")]
+    (folder / "sharded.json").write_text(json.dumps(cases))
+    launching.torchrun(script, "sharded", folder)
+    for _, output, _ in cases:
+        files = [Path(output) / rank / "adapter_model.safetensors" for rank in ("0", "1")]
+        assert files[0].read_bytes() == files[1].read_bytes()

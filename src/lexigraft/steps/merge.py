@@ -390,6 +390,8 @@ def _prepare_together(
             )
         else:
             choice = TokenizerChoice.among(base, folder, None if source == folder else source)
+            if choice.replaced:
+                raise _replaced_beside_others(base, folder, choice)
             if not body_only:
                 require_recorded(adapter.manifest, choice, folder)
             expansion = expand(
@@ -432,6 +434,18 @@ def _prepare_together(
         weights=tuple(weights),
         body_only=body_only,
         rounding=rounding,
+    )
+
+
+def _replaced_beside_others(base: Path, folder: Path, choice: TokenizerChoice) -> RefusalError:
+    first = choice.replaced[0]
+    return RefusalError(
+        f"{folder} gave {len(choice.replaced):,} ids of {base} to other tokens (id {first}: "
+        f"{choice.base.texts[first]!r} became {choice.map.texts[first]!r}), and --weights keeps "
+        "what the base's ids mean",
+        needed="as BASE the model in which these tokens were replaced",
+        fix="name the grafted model that the adapters were trained on as BASE; or add --remap, "
+        "which leaves BASE its tokens and puts the others behind them",
     )
 
 
