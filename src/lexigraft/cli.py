@@ -746,10 +746,11 @@ def prune(
         "adapters": adapter,
     }
     if undo:
-        given = [name for name, value in options.items() if value]
+        spelled = {"listed": "list", "adapters": "adapter"}
+        given = [f"--{spelled.get(name, name)}" for name, value in options.items() if value]
         if given or dry_run:
             raise LexigraftError(
-                f"--undo together with {'--dry-run' if not given else given[0]}",
+                f"--undo together with {(*given, '--dry-run')[0]}",
                 needed="--undo alone: it writes what the model was",
                 fix=f"lexigraft prune --undo {model} -o {output}",
             )

@@ -554,9 +554,10 @@ CODES: dict[str, Code] = {
     ),
     "LG911": Code(
         "error",
-        "`--for gguf`: the converter will not know the extended tokenizer",
+        "`--for gguf`: the converter will not know the tokenizer",
         "llama.cpp's converter names the pre-tokenizer of a byte-level model by the hash of the "
-        "ids of one fixed text. A new token that occurs in that text changes the hash.",
+        "ids of one fixed text. A new token that occurs in that text changes the hash, and so does "
+        "`prune`, which gives most tokens other ids.",
         "the new token ` multiple` is in the check text.",
         "lexigraft learn BASE --corpus TEXT -o VOCAB, which leaves such tokens out",
         "`get_vocab_base_pre` in llama.cpp's convert_hf_to_gguf.py",

@@ -26,6 +26,7 @@ from lexigraft.families.loader import TransformersLoader
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.rank_files import is_tiktoken
 from lexigraft.families.tokenmap import TokenMap, parse_sentencepiece, tokenizer_data
+from lexigraft.manifest import PruneRecord
 
 MODEL, FAST, SETTINGS = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _BPE = 2  # sentencepiece_model.proto, TrainerSpec.ModelType
@@ -84,6 +85,8 @@ def conversion_findings(facts: Facts, origin: Facts | None) -> Iterator[Finding]
     new = facts.new_ids(origin, "learn")
     if converted.kind == "llama":
         yield from _other_ids(facts, facts.tokens, converted, read_back, new)
+    elif facts.manifest is not None and (pruned := facts.manifest.last("prune")) is not None:
+        yield from _renumbered(facts, pruned)
     elif new is not None:  # else what its own converter knows it by is not known here
         yield from _check_text(facts, facts.tokens, origin, new)
 
@@ -253,6 +256,26 @@ def _check_text(
         needed="the base's ids for that text",
         fix="lexigraft learn BASE --corpus TEXT -o VOCAB, which leaves such tokens out",
     )
+
+
+def _renumbered(facts: Facts, pruned: PruneRecord) -> Iterator[Finding]:
+    """Do the tokens of the text by which the converter knows a tokenizer have other ids since?"""
+    with TransformersLoader() as loader:
+        ids = loader.encode(facts.folder, [check_text()])
+    if ids is None:
+        return  # nothing to compare with; the tokenizer's own findings say why
+    moved = [(old, new) for old, new in pruned.places.items() if old != new and new in ids[0]]
+    if moved:
+        old, new = moved[0]
+        yield finding(
+            "LG911",
+            "tokenizer",
+            f"was pruned: {len(moved)} tokens of llama.cpp's check text have other ids since (the "
+            f"first {new}, in the base {old}); the converter stops with `BPE pre-tokenizer was not "
+            "recognized`",
+            needed="a converter that is told the name of the base's pre-tokenizer",
+            fix="convert it by the command in docs/prune.md, under GGUF",
+        )
 
 
 def _other_ids(
