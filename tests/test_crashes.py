@@ -189,11 +189,13 @@ def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, t
         )
 
 
-@pytest.mark.parametrize("verb", VERBS[:4])
+@pytest.mark.parametrize(
+    "verb", [*VERBS[:4], *(pytest.param(verb, marks=pytest.mark.matrix) for verb in PARTS)]
+)
 def test_a_full_disk_is_one_message_and_nothing_is_left(place, tmp_path, verb):
     """Files of this process may have 20,000 bytes: what a full quota does (EFBIG, as ENOSPC)."""
     before = contents(place)
-    limit = 2_000 if verb == "learn" else 20_000
+    limit = 2_000 if verb in ("learn", "extract") else 20_000
     status, _, errors = done(verb, place, tmp_path / "out", -limit)
     assert status == 2, errors
     assert "full" in errors and "Traceback" not in errors

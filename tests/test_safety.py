@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 
 import parts
-from lexigraft import check, evaluate, graft, learn, merge, train
+from lexigraft import (
+    align,
+    check,
+    evaluate,
+    extract,
+    graft,
+    learn,
+    merge,
+    prune,
+    split,
+    train,
+)
 from lexigraft import cli as command_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import publish
@@ -58,6 +69,10 @@ def calls(base: Path, vocab: Path, adapter: Path, corpus: Path, out: Path) -> di
         "learn": lambda: learn(base, corpus=[corpus], tokens="4", output=out / "learn"),
         "train": lambda: train(base, corpus=[corpus], max_steps=1, output=out / "train"),
         "eval": lambda: evaluate([base], corpus=[corpus], speed_characters=0),
+        "split": lambda: split(base, adapter, output=out / "split"),
+        "extract": lambda: extract(base, base=base, output=out / "extract"),
+        "align": lambda: align([base, shutil.copytree(base, out / "copy")], output=out / "align"),
+        "prune": lambda: prune(base, corpus=[corpus], adapters=[adapter], output=out / "prune"),
     }
 
 
@@ -115,7 +130,7 @@ def test_no_verb_runs_code_of_a_folder_without_the_flag(ground, corpus, tmp_path
         assert not mark.exists(), name
 
 
-def test_inputs_that_are_links_are_read_and_never_written_through(ground, tmp_path):
+def test_inputs_that_are_links_are_read_and_never_written_through(ground, corpus, tmp_path):
     """A hub cache is made of links. What is behind them stays; what is written are files."""
     real = ground.sp
     kept = {p.name: p.read_bytes() for p in real.iterdir()}
@@ -123,11 +138,16 @@ def test_inputs_that_are_links_are_read_and_never_written_through(ground, tmp_pa
     linked.mkdir()
     for path in real.iterdir():
         (linked / path.name).symlink_to(path)
+    adapter = ground.adapter
     graft(linked, ground.copy("vocab"), output=tmp_path / "model")
-    merge(linked, [ground.adapter], output=tmp_path / "merged")
+    merge(linked, [adapter], output=tmp_path / "merged")
+    split(linked, adapter, output=tmp_path / "pair")
+    extract(tmp_path / "merged", base=linked, rank=2, output=tmp_path / "found")
+    align([linked, tmp_path / "model"], output=tmp_path / "aligned")
+    prune(linked, corpus=[corpus], output=tmp_path / "small")
     assert {p.name: p.read_bytes() for p in real.iterdir()} == kept
-    for out in ("model", "merged"):
-        assert not any(p.is_symlink() for p in (tmp_path / out).iterdir())
+    for out in ("model", "merged", "pair", "found", "aligned", "small"):
+        assert not any(p.is_symlink() for p in (tmp_path / out).rglob("*"))
 
 
 def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path):
@@ -153,7 +173,7 @@ def test_no_index_makes_a_verb_write_or_read_outside(ground, corpus, tmp_path, n
     content["weight_map"] = dict.fromkeys(content["weight_map"], name)
     index.write_text(json.dumps(content))
     verbs = calls(ground.shards, ground.copy("vocab"), ground.adapter, corpus, tmp_path / "out")
-    for verb in ("graft", "merge", "train", "eval"):
+    for verb in ("graft", "merge", "train", "eval", "split", "extract", "align", "prune"):
         with pytest.raises(LexigraftError) as fault:
             verbs[verb]()
         assert "bare name" in fault.value.needed, verb
@@ -239,6 +259,10 @@ def test_no_verb_echoes_escape_sequences_of_files(ground, corpus, tmp_path, caps
         "learn a key": ["learn", ground.base, "--corpus", odd_text, "-o", out / "l2"],
         "graft": ["graft", base, vocab, "-o", out / "g"],
         "merge": ["merge", base, adapter, "-o", out / "m"],
+        "split": ["split", base, adapter, "-o", out / "s"],
+        "extract": ["extract", base, "--base", ground.base, "-o", out / "x"],
+        "align": ["align", base, ground.base, "-o", out / "a"],
+        "prune": ["prune", base, "--corpus", corpus, "-o", out / "p"],
         "train": ["train", base, "--corpus", corpus, "-o", out / "t", "--max-steps", "1"],
         "eval": ["eval", base, "--corpus", corpus],
         "report": ["report", run_folder],
