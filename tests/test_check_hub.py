@@ -46,7 +46,10 @@ def ground(source, tmp_path):  # noqa: F811
 
 @dataclass
 class Hub:
-    """Folders served as models of one commit each, and how many bytes of each file were sent."""
+    """Folders served as models (`datasets/...`: as data sets) of one commit each.
+
+    It counts how many bytes of each file were sent.
+    """
 
     models: dict[str, Path]
     sent: dict[str, int] = field(default_factory=dict)
@@ -56,7 +59,7 @@ class Hub:
     def answer(self, ask: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(ask.path).path).strip("/")
         for name, folder in self.models.items():
-            api = f"api/models/{name}"
+            api = f"api/{name}" if name.startswith("datasets/") else f"api/models/{name}"
             files = sorted(p for p in folder.iterdir() if p.is_file())
             if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
                 listed = [{"rfilename": p.name} for p in files]
@@ -70,6 +73,8 @@ class Hub:
                     if file.name == self.broken:
                         return ask.send_error(500)
                     return self._file(ask, name, file, body)
+            if path.startswith((f"{name}/resolve/", f"{api}/tree/")):
+                return self._send(ask, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         return ask.send_error(404)
 
     def _json(self, ask: BaseHTTPRequestHandler, value: object, body: bool) -> None:

@@ -98,6 +98,8 @@ def test_version_and_help():
         "show",
         "report",
         "serve",
+        "card",
+        "upload",
         "run",
         "demo",
     ):

@@ -209,11 +209,12 @@ def test_side_files_are_copied_and_other_weights_are_not(make, tmp_path, capsys)
     out = tmp_path / "model"
     kept = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert kept == {
-        *("README.md", "modeling_own.py", "extra/notes.txt", "config.json", "lexigraft.json"),
+        *("README.base.md", "modeling_own.py", "extra/notes.txt", "config.json", "lexigraft.json"),
         *("generation_config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"),
     }
     said = capsys.readouterr().err
     assert all(name in said for name in ("model.gguf", "consolidated.safetensors", "onnx/"))
+    assert "README.md is about the base" in said  # which the result is not
 
 
 def test_the_manifest_binds_rows_and_tokenizer(make, tmp_path):

@@ -741,7 +741,8 @@ def test_side_files_travel_and_config_changes_key_by_key(tmp_path):
     merge(scene.base, scene.adapter, output=tmp_path / "merged")
     written = json.loads((tmp_path / "merged/config.json").read_text())
     assert written == {**config, "vocab_size": TOKENS + ADDED, "tie_word_embeddings": False}
-    assert (tmp_path / "merged/README.md").read_text() == "the base"
+    assert (tmp_path / "merged/README.base.md").read_text() == "the base"
+    assert not (tmp_path / "merged/README.md").exists()
     assert (tmp_path / "merged/new_tokens.jsonl").read_text() == '{"id": 372}\n'
     assert (tmp_path / "merged/generation_config.json").read_bytes() == (
         scene.base / "generation_config.json"

@@ -9,9 +9,10 @@ import time
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 
 import parts
-from lexigraft import LexigraftError, report, run
+from lexigraft import LexigraftError, card, report, run
 from lexigraft.stages import folder_hash
 
 torch.set_num_threads(1)
@@ -32,8 +33,8 @@ FOLDERS = ["vocab", "model", "adapter", "merged", "control/text/merged"]
 
 
 def contents(folder):
-    """Every file's bytes, but for times, and the path that PEFT keeps in adapter_config.json."""
-    skipped = ("training.json", "adapter_config.json", "events.out")
+    """Every file's bytes, but for times (cards tell them too), and the path that PEFT keeps in adapter_config.json."""
+    skipped = ("training.json", "adapter_config.json", "events.out", "README.md")
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -45,6 +46,7 @@ def write_inputs(root):
     """What RECIPE names: a model, texts, lists."""
     base = parts.write_byte_level(root / "base")
     parts.write_model(base, tokens=382, tied=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
     (root / "c.txt").write_text(parts.corpus_text(documents=60))
     (root / "g.txt").write_text(parts.plain_english()[:20_000])
     (root / "terms.txt").write_text("性\nbursitis\nzzz|zz\n")
@@ -102,6 +104,24 @@ def test_unchanged_stages_are_skipped_and_changed_ones_are_not(project, finished
     (project / "recipe2.yaml").write_text(text.replace("急性冠状动脉炎", "慢性肾炎"))
     changed = run(project / "recipe2.yaml", output=project / "run")
     assert set(STAGES) - set(changed.skipped) == {"samples"}
+
+
+def test_every_model_of_a_run_has_a_card(project, finished):
+    """What was measured, how to do it again, and no folder of this machine."""
+    for name, relation in (("model", "finetune"), ("adapter", "adapter"), ("merged", "finetune")):
+        written = card(project / "run" / name, base_model="owner/tiny", dry_run=True)
+        assert written.metadata["base_model_relation"] == relation
+        assert written.metadata["license"] == "mit"
+        text = (project / "run" / name / "README.md").read_text("utf-8")
+        assert metadata_load(project / "run" / name / "README.md")["tags"] == ["lexigraft"]
+        assert str(project) not in text and "lexigraft learn base --corpus c.txt" in text
+        assert "tokens per byte before" in text
+        told = text.partition("## Bits per byte")[2].partition("##")[0]
+        assert ("control" in told) == (name != "model") and "| base |" in told
+        assert ("Was the training enough?" in text) == (name != "model")
+    (project / "run" / "merged" / "README.md").write_text("mine")
+    run(project / "recipe.yaml", output=project / "run")
+    assert (project / "run" / "merged" / "README.md").read_text() == "mine"
 
 
 def test_report_is_markdown_and_json(project, finished):

@@ -14,9 +14,11 @@ from lexigraft.errors import LexigraftError
 __version__ = "0.1.0"
 
 __all__ = [
+    "EvidenceCallback",
     "LexigraftError",
     "align",
     "blend",
+    "card",
     "check",
     "demo",
     "evaluate",
@@ -35,12 +37,16 @@ __all__ = [
     "split",
     "train",
     "unprune",
+    "upload",
 ]
 
 _HOMES = {
+    "EvidenceCallback": "lexigraft.models.callback",
     "find_learning_rate": "lexigraft.steps.train",
     "import_config": "lexigraft.importing",
     "report": "lexigraft.reporting",
+    "card": "lexigraft.reporting.card",
+    "upload": "lexigraft.uploading",
     "run": "lexigraft.pipeline",
     "demo": "lexigraft.pipeline",
     "graft_distilled": "lexigraft.pipeline",
@@ -50,8 +56,10 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from lexigraft.importing import import_config
+    from lexigraft.models.callback import EvidenceCallback
     from lexigraft.pipeline import demo, graft_distilled, run
     from lexigraft.reporting import report
+    from lexigraft.reporting.card import card
     from lexigraft.serving import serve
     from lexigraft.steps.align import align
     from lexigraft.steps.blend import blend
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
     from lexigraft.steps.show import show
     from lexigraft.steps.split import split
     from lexigraft.steps.train import find_learning_rate, train
+    from lexigraft.uploading import upload
 
 
 def __getattr__(name: str) -> Any:

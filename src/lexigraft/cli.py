@@ -23,7 +23,6 @@ app = typer.Typer(
     name="lexigraft",
     help="Teach a pretrained language model your field's words.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -138,7 +137,9 @@ def _top(
 
 @app.command()
 def learn(
-    base: Annotated[Path, typer.Argument(help="Model folder whose tokenizer is extended.")],
+    base: Annotated[
+        Path, typer.Argument(help="Model folder or hub id whose tokenizer is extended.")
+    ],
     *,
     output: Output,
     corpus: Corpus = _NONE,
@@ -238,7 +239,7 @@ def learn(
 
 @app.command()
 def graft(
-    base: Annotated[Path, typer.Argument(help="Model folder to grow, or a GGUF file.")],
+    base: Annotated[Path, typer.Argument(help="Model folder or hub id to grow, or a GGUF file.")],
     vocab: Annotated[Path, typer.Argument(help="Folder with the extended tokenizer.")],
     *,
     output: Output,
@@ -513,7 +514,9 @@ def _share(text: str) -> float:
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
+    base: Annotated[
+        Path, typer.Argument(help="Grafted model, or the base as it was: folder or hub id.")
+    ],
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, first trained first.")],
     *,
     output: Output,
@@ -567,7 +570,9 @@ def merge(
 
 @app.command()
 def split(
-    model: Annotated[Path, typer.Argument(help="Grafted model, or the base as it was.")],
+    model: Annotated[
+        Path, typer.Argument(help="Grafted model, or the base as it was: folder or hub id.")
+    ],
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     *,
     output: Output,
@@ -845,7 +850,7 @@ def check(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Model folders, side by side.")],
+    models: Annotated[list[Path], typer.Argument(help="Model folders or hub ids, side by side.")],
     *,
     corpus: Corpus,
     general: General = _NONE,
@@ -857,6 +862,12 @@ def evaluate(
     speed_characters: Annotated[
         int, typer.Option(help="Characters to write for the speed; 0 for none.", min=0)
     ] = 200,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Tasks of lm-evaluation-harness to run too, or YAML files."
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -872,6 +883,7 @@ def evaluate(
         max_bytes=max_bytes,
         window_bytes=window_bytes,
         speed_characters=speed_characters,
+        tasks=tasks.split(",") if tasks else [],
         trust_remote_code=trust_remote_code,
     )
     _show(result, as_json)
@@ -940,6 +952,62 @@ def report(
     from lexigraft.reporting import report as verb
 
     _show(verb(run_folder, output=output, lang=lang), as_json)
+
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="The base's id on the hub.",
+        show_default="as the manifest says",
+    ),
+]
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, adapter or vocabulary.")],
+    *,
+    base_model: BaseModel = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md of yours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print it, write nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write README.md, a model card for the hub, of what manifest, training and run say."""
+    from lexigraft.reporting.card import card as verb
+
+    _show(verb(folder, base_model=base_model, force=force, dry_run=dry_run), as_json)
+
+
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, adapter or vocabulary.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the hub.")],
+    *,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it private; stop where it is public.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="Branch to write.")] = "main",
+    base_model: BaseModel = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the files, send nothing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Send a folder that `check` finds sound to the Hugging Face hub, with its card."""
+    from lexigraft.uploading import upload as verb
+
+    result = verb(
+        folder,
+        repository,
+        private=private,
+        revision=revision,
+        base_model=base_model,
+        dry_run=dry_run,
+    )
+    _show(result, as_json)
 
 
 @app.command()

@@ -67,6 +67,11 @@ def note(text: str) -> None:
         print(plain(text), file=sys.stderr, flush=True)  # noqa: T201 - this is the one place
 
 
+def is_watched() -> bool:
+    """Whether somebody looks at progress: neither quiet nor a log file."""
+    return not _quiet and sys.stderr.isatty() and is_first_process()
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
     """A progress bar on standard error; yields `advance(n)`, which counts `n` units more.
@@ -74,7 +79,7 @@ def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
     Bytes (`unit="B"`) are shown with their rate and the time left, anything else as a count.
     Nothing is drawn when quiet or when standard error is no terminal.
     """
-    if _is_hidden():
+    if not is_watched():
         yield _count_silently
         return
     with _drawn(_columns(unit)) as bars:
@@ -90,7 +95,7 @@ def working(label: str) -> Iterator[None]:
     what is called inside take its place while they last. Nothing is drawn where `progress` would
     draw nothing.
     """
-    if _is_hidden():
+    if not is_watched():
         yield
         return
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -99,10 +104,6 @@ def working(label: str) -> Iterator[None]:
     with _drawn([SpinnerColumn(), text, TimeElapsedColumn()]) as bars:
         bars.add_task(plain(label), total=None)
         yield
-
-
-def _is_hidden() -> bool:
-    return _quiet or not sys.stderr.isatty() or not is_first_process()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Texts to learn from and to measure on: what a text spec names, read as documents.
 
 A spec is a file, a folder (searched to any depth), a quoted glob or a data set
-`hf:owner/name[:config][:split]`; `#weight=2,column=findings` behind it says how much its
+`hf:owner/name[@revision][:config][:split]`; `#weight=2,column=findings` behind it says how much its
 occurrences count in `learn`, how often `train` reads it, and which field holds the text. The
 formats are those of `lexigraft.text_formats`. Files are streamed: memory does not grow with the
 corpus.
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import is_there, sha256_bytes, sha256_file, sha256_json
+from lexigraft.hub import HUB
 from lexigraft.text_formats import (
     BOM_DROPPED,
     COMPRESSIONS,
     DOCUMENT_LIMIT,
-    HUB,
     SUFFIXES,
     Part,
     Remarks,
@@ -32,6 +32,7 @@ from lexigraft.text_formats import (
     is_binary,
     read_part,
     split_hub_spec,
+    split_revision,
 )
 
 if TYPE_CHECKING:  # pydantic is slow to import for counting processes, which read and never record
@@ -291,7 +292,9 @@ def _source(file: TextFile) -> TextSource:
 
     path = _local_path(file)
     if path is None:
-        name, sha256, size = file.name, sha256_bytes(_hub_revision(file).encode()), 0
+        pinned = _pinned(file)
+        rest = file.path.partition(":")[2].partition(":")[1:]
+        name, sha256, size = "".join((HUB, pinned, *rest)), sha256_bytes(pinned.encode()), 0
     elif file.path.startswith(HUB):
         _, config, split = split_hub_spec(file.path)
         members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -303,13 +306,13 @@ def _source(file: TextFile) -> TextSource:
     return TextSource(name=name, sha256=sha256, bytes=size, weight=file.weight, column=file.column)
 
 
-def _hub_revision(file: TextFile) -> str:
+def _pinned(file: TextFile) -> str:
     """Name and commit of a data set of the hub."""
     from huggingface_hub import HfApi
 
-    name = split_hub_spec(file.path)[0]
+    name, revision = split_revision(split_hub_spec(file.path)[0])
     try:
-        return f"{name}@{HfApi().dataset_info(name).sha}"
+        return f"{name}@{HfApi().dataset_info(name, revision=revision).sha}"
     except Exception as fault:  # huggingface_hub passes on errors of its HTTP library
         raise LexigraftError(
             f"cannot ask the hub for the revision of {file.path} ({type(fault).__name__})",

@@ -37,7 +37,8 @@ from typing import Any
 from lexigraft.console import note, progress
 from lexigraft.corpus import content_digest, inputs, is_held_out, nothing_to_read, say_remarks
 from lexigraft.errors import LexigraftError
-from lexigraft.text_formats import HUB, Part, Remarks, TextFile, parts_of, read_part
+from lexigraft.hub import HUB
+from lexigraft.text_formats import Part, Remarks, TextFile, parts_of, read_part
 
 # Letters and marks stay out, such as 々 (U+3005), 〇 (U+3007) and the tone marks U+302A-302F: they
 # belong to the word before them. So may symbols such as ＋ and ～: BERT splits at punctuation only.

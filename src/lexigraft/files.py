@@ -21,6 +21,8 @@ from lexigraft.errors import LexigraftError
 LOCK_NAME = ".lexigraft-lock"
 MANIFEST = "lexigraft.json"
 NEW_TOKENS = "new_tokens.jsonl"  # beside it, one line per new token
+CARD, BASE_CARD = "README.md", "README.base.md"  # what a model says of itself, and its base did
+CARD_MARK = "<!-- lexigraft card "  # at the end of a card that we wrote
 # What a rename meets where another run came first: something is there, or no longer there.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 # The largest JSON file we know of is a 33 MB tokenizer.json (Gemma 3); indexes stay below 10 MB.

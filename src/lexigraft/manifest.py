@@ -82,8 +82,8 @@ class TextSource(_Data):
     """A text that was read: its name without path, content hash and size in bytes.
 
     The last two are written where they differ from their defaults, so that the hash of a manifest
-    from before they existed stays the same. Of a data set of the hub, `sha256` is the hash of its
-    name and revision and `bytes` is 0.
+    from before they existed stays the same. Of a data set of the hub, `name` tells its commit,
+    `sha256` is the hash of its name and commit, and `bytes` is 0.
     """
 
     name: str

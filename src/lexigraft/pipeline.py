@@ -14,12 +14,13 @@ from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import readable
-from lexigraft.files import refuse_existing, refuse_overwriting, scratch, sha256_file
+from lexigraft.files import CARD, refuse_existing, refuse_overwriting, scratch, sha256_file
 from lexigraft.hub import local_folder
 from lexigraft.models.gguf_base import gguf_file
 from lexigraft.models.unfinished import partial_of
 from lexigraft.recipe import Recipe, TrainStage
 from lexigraft.reporting import report
+from lexigraft.reporting.card import MEASURED, card, is_own
 from lexigraft.reporting.facts import model_rows
 from lexigraft.reporting.markdown import verdict
 from lexigraft.reporting.tables import model_table, sample_lines, training_lines
@@ -105,7 +106,16 @@ def _run(recipe: Recipe, output: Path, *, force: bool = False) -> RunResult:
     with opened(recipe, output, force=force) as current:
         _stages(current, recipe)
         report(output)
+        _cards(output)
         return RunResult(output, current.state, current.skipped)
+
+
+def _cards(output: Path) -> None:
+    """A card for each model that people go on with; one that was edited stays."""
+    for name in MEASURED:
+        folder = output / name
+        if folder.is_dir() and (is_own(folder / CARD) or not (folder / CARD).exists()):
+            card(folder)
 
 
 def _stages(current: Run, recipe: Recipe) -> None:
@@ -238,16 +248,12 @@ def _merge_once(current: Run, source: Path, adapter: Path, merged: Path, *, name
 
 
 def _check(current: Run, merged: Path) -> None:
-    from lexigraft.steps.check import check
+    from lexigraft.steps.check import check, first_error
 
     result = current.stage("check", {}, {"merged": merged}, lambda _: check(merged))
-    if not result["ok"]:
-        first = next(f for f in result["findings"] if f["severity"] == "error")
-        raise LexigraftError(
-            f"{first['code']} {first['where']}: {first['found']}",
-            needed=first["needed"],
-            fix=f"lexigraft check {merged}",
-        )
+    fault = first_error(result, f"lexigraft check {merged}")
+    if fault is not None:
+        raise fault
 
 
 def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:

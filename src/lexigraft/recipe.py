@@ -169,6 +169,10 @@ class Recipe(_Part):
             # a hub id has the form of a relative path: it is one unless the folder is there
             return at(name) if is_there(folder / name) else name
 
+        return self.placed(at, model)
+
+    def placed(self, at: Callable[[str], str], model: Callable[[str], str]) -> Recipe:
+        """The recipe with its files where `at` says they are, and its models where `model` does."""
         return self.model_copy(
             update={
                 "base": model(self.base),

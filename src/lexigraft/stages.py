@@ -21,12 +21,13 @@ from lexigraft import __version__
 from lexigraft.console import note
 from lexigraft.corpus import sources
 from lexigraft.errors import LexigraftError
-from lexigraft.files import LOCK_NAME, sha256_file, sha256_json
+from lexigraft.files import CARD, LOCK_NAME, sha256_file, sha256_json
 from lexigraft.recipe import Recipe
 from lexigraft.runfile import RUN_FILE, Running, RunState, StageState
 
-# Files whose bytes differ between two equal runs: times and logs.
-_LOGS = ("training.json", "runs", "events.out.tfevents")
+# Files that no stage depends on: times and logs, which differ between equal runs, and cards, which
+# are written when all stages are done.
+_LOGS = ("training.json", "runs", "events.out.tfevents", CARD)
 
 
 class Result(Protocol):

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lexigraft.errors import LexigraftError
+from lexigraft.hub import HUB
 
 COMPRESSIONS = (".gz", ".zst")
 _STREAMED = (".txt", ".jsonl", ".csv", ".tsv")
@@ -38,7 +39,6 @@ SUFFIXES = (
     *(kind + compression for kind in _STREAMED for compression in COMPRESSIONS),
     ".parquet",
 )
-HUB = "hf:"
 DOCUMENT_LIMIT = 2**20
 # A JSON line, a CSV cell and their text are in memory as a whole.
 LINE_LIMIT = 2**27
@@ -552,7 +552,9 @@ def _hub_documents(file: TextFile, remarks: Remarks) -> Iterator[str]:
 
 
 def split_hub_spec(path: str) -> tuple[str, str | None, str]:
-    """Name, config and split of `hf:name[:config][:split]`; the split is `train` by default.
+    """Name (and revision), config and split of `hf:name[@revision][:config][:split]`.
+
+    The split is `train` by default.
 
     >>> split_hub_spec("hf:owner/name::test")
     ('owner/name', None, 'test')
@@ -562,20 +564,36 @@ def split_hub_spec(path: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Name and revision of `name@revision`; a local folder has none, whatever it is called.
+
+    >>> split_revision("owner/name@v2"), split_revision("owner/name")
+    (('owner/name', 'v2'), ('owner/name', None))
+    """
+    if Path(name).exists():
+        return name, None
+    plain, _, revision = name.partition("@")
+    return plain, revision or None
+
+
 def hub_rows(file: TextFile) -> Iterator[dict[str, Any]]:
     """The rows of a data set of the hub, or of a local folder in one of its layouts."""
     import datasets
 
-    name, config, split = split_hub_spec(file.path)
+    place, config, split = split_hub_spec(file.path)
+    name, revision = split_revision(place)
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from datasets.load_dataset(
+            name, config, split=split, revision=revision, streaming=True
+        )
     except LexigraftError:
         raise
     except Exception as fault:  # datasets raises errors of every library below it
         raise LexigraftError(
             f"cannot read {file.path} ({type(fault).__name__}: {str(fault).strip()[:300]})",
-            needed="a data set that `datasets` can stream: hf:OWNER/NAME[:CONFIG][:SPLIT], "
-            "and the network unless it is a local folder",
+            needed="a data set that `datasets` can stream: "
+            "hf:OWNER/NAME[@REVISION][:CONFIG][:SPLIT], and the network unless it is a local "
+            "folder",
             fix="check name, config and split at https://huggingface.co/datasets, unset "
             "HF_HUB_OFFLINE, or export it to .parquet or .jsonl and name that file",
         ) from None

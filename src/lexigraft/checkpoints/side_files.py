@@ -9,8 +9,12 @@ from typing import Any
 
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import INDEX, Checkpoint
+from lexigraft.console import note
 from lexigraft.families.tokenmap import TOKENIZER_FILES
 from lexigraft.files import (
+    BASE_CARD,
+    CARD,
+    CARD_MARK,
     MANIFEST,
     NEW_TOKENS,
     read_json,
@@ -34,10 +38,19 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
     Left out are weights in further formats and whatever else keeps the old vocabulary; of a
     subfolder that holds any, the whole subfolder. Hidden files and
     folders and the manifest stay behind without mention. Symlinks to files are followed.
+    The base's card is kept under another name: README.md would present the result as the base.
     """
     left = []
     for path in sorted(checkpoint.folder.iterdir()):
         if path.name.startswith(".") or _matches(path, (*_TOKENIZER, *_OWN)):
+            continue
+        if path.name == CARD and path.is_file():
+            if (
+                not (path.parent / BASE_CARD).exists()
+                and CARD_MARK.encode() not in path.read_bytes()
+            ):
+                shutil.copyfile(path, target / BASE_CARD)
+                note(f"{CARD} is about the base: kept as {BASE_CARD} (lexigraft card writes one)")
             continue
         if path.is_dir():
             if path.is_symlink() or any(

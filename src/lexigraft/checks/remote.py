@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from lexigraft.checkpoints.gguf_header import read_gguf_header
 from lexigraft.checkpoints.header import HEADER_LIMIT_BYTES
 from lexigraft.errors import LexigraftError
-from lexigraft.hub import SMALL_FILES, snapshot, unreached
+from lexigraft.hub import HUB, SMALL_FILES, snapshot, unreached
 
 # Weights, and formats of which the name alone tells something.
 _STAND_INS = (".safetensors", ".gguf", ".bin", ".pth")
@@ -40,7 +40,7 @@ def headers_of(name: str) -> Iterator[Path]:
         LexigraftError: the hub has no such model, or cannot be reached.
     """
     cached = snapshot(name, SMALL_FILES)
-    repository = name.partition("@")[0]
+    repository = name.removeprefix(HUB).partition("@")[0]
     # A folder of which nothing is wanted is not made: globs of it find nothing.
     with TemporaryDirectory(prefix="lexigraft-") as scratch:
         folder = Path(scratch)

@@ -27,7 +27,6 @@ from lexigraft.families.measure import read_rows
 from lexigraft.families.tokenmap import readable
 from lexigraft.manifest import NEW_TOKENS, NewIds
 from lexigraft.models.bits import POSITIONS, Score, predictions
-from lexigraft.models.packing import Blocks
 
 # Contexts in which a model writes on: enough to tell 80% from 90% over all, and each row a few.
 WRITTEN_PER_ROW = 4
@@ -35,7 +34,6 @@ WRITTEN = 256
 # Positions of training text that are read for rows that held-out text lacks: about as many as a
 # measurement reads.
 TRAINING_POSITIONS = 8192
-_BLOCKS = 2**12  # blocks that are looked at together
 
 
 class NewTokens(NamedTuple):
@@ -196,11 +194,49 @@ class RowEvidence:
     missed: int
 
 
+class TrainingLines:
+    """Lines of training text that end in new tokens which held-out text lacks, one for each."""
+
+    def __init__(self, ids: NewIds, held: Iterable[Sequence[int]]) -> None:
+        """`held` are the lines of held-out text."""
+        at_hand = {token for line in held for token in line if token in ids}
+        self.lines: list[list[int]] = []
+        self._ids = ids
+        self._missing = np.array([token not in at_hand for token in ids])
+        self._room = TRAINING_POSITIONS
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether nothing is missing, or no more may be read."""
+        return self._room <= 0 or not self._missing.any()
+
+    def look(
+        self,
+        inputs: npt.NDArray[Any],
+        targets: npt.NDArray[Any],
+        positions: npt.NDArray[Any],
+    ) -> None:
+        """Take what is missing out of some training text, each array (B, T) as in `Blocks`."""
+        found = places_of(targets, self._ids)
+        for place in np.unique(np.nonzero(found >= 0)[0]).tolist():
+            if self.are_enough:
+                return
+            new = np.unique(found[place][found[place] >= 0])
+            for row in new[self._missing[new]].tolist():
+                # From the start of the document, as far as the block has it.
+                end = int(np.flatnonzero(found[place] == row)[0])
+                begin = end - int(positions[place, end])
+                line = [*inputs[place, begin : end + 1].tolist(), self._ids[row]]
+                self.lines.append(line)
+                self._room -= len(line)
+            self._missing[new] = False
+
+
 def gather(
     model: Any,
     new: NewTokens,
     held: Sequence[Sequence[int]],
-    training: Blocks,
+    training: Sequence[Sequence[int]],
     seen: Sequence[tuple[int, int, float]],
 ) -> list[RowEvidence]:
     """The evidence of every new row, in the order of their ids.
@@ -208,12 +244,12 @@ def gather(
     Args:
         model: as it is after training.
         held: lines of held-out text, each with what stands before a text.
-        training: the blocks that training read: where rows are looked at that `held` lacks.
+        training: `TrainingLines`: where rows are looked at that `held` lacks.
         seen: per row how often it was a target of training, how often an input, and how far it
             has moved.
     """
     at_hand = {token for line in held for token in line if token in new.ids}
-    lines = [*held, *_training_lines(training, new.ids, at_hand)]
+    lines = [*held, *training]
     watcher = Watcher(new, lines, before=1)
     for place, logits in predictions(model, lines):
         watcher(place, logits)
@@ -268,33 +304,6 @@ def places_of(found: npt.NDArray[Any], ids: Sequence[int]) -> npt.NDArray[np.int
         return np.full(found.shape, -1)
     places = np.searchsorted(known, found).clip(max=known.size - 1)
     return np.where(known[places] == found, places, -1)
-
-
-def _training_lines(blocks: Blocks, ids: NewIds, at_hand: set[int]) -> list[list[int]]:
-    """Parts of documents that end in new tokens which are not `at_hand`, one for each."""
-    lines: list[list[int]] = []
-    missing = np.array([token not in at_hand for token in ids])
-    room = TRAINING_POSITIONS
-    for begin in range(0, len(blocks), _BLOCKS):
-        found = places_of(blocks.targets[begin : begin + _BLOCKS], ids)
-        place, _ = np.nonzero(found >= 0)
-        for number in np.unique(place).tolist():
-            new = np.unique(found[number][found[number] >= 0])
-            for row in new[missing[new]].tolist():
-                lines.append(_up_to(blocks, begin + number, ids[row]))
-                room -= len(lines[-1])
-            missing[new] = False
-            if room <= 0 or not missing.any():
-                return lines
-    return lines
-
-
-def _up_to(blocks: Blocks, place: int, token: int) -> list[int]:
-    """The document of a block's first target `token`, from where the block has it to there."""
-    end = int(np.flatnonzero(blocks.targets[place] == token)[0])
-    begin = end - int(blocks.positions[place, end])
-    inputs: list[int] = blocks.inputs[place, begin : end + 1].tolist()
-    return [*inputs, token]
 
 
 def _sample(by_row: Mapping[int, Sequence[Target]]) -> list[Target]:

@@ -26,6 +26,7 @@ from lexigraft.models.bits import score, windows
 from lexigraft.models.evidence import (
     NewTokens,
     RowEvidence,
+    TrainingLines,
     Watcher,
     gather,
     new_tokens,
@@ -110,12 +111,12 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training run, ready but for the model.
+class Subject:
+    """A model folder, and the text that its model is measured on.
 
     Attributes:
         new: the new tokens, which may be none.
-        highest: the highest id in the blocks.
+        start: what stands before a text.
     """
 
     folder: Path
@@ -123,15 +124,29 @@ class Job:
     new: NewTokens
     start: list[int]
     texts: Texts
-    blocks: Blocks
-    highest: int
-    steps: int
-    settings: Settings
 
     @property
     def ids(self) -> NewIds:
         """The new ids."""
         return self.new.ids
+
+    def held_lines(self) -> list[list[int]]:
+        """The lines of held-out domain text, each with what stands before a text."""
+        return [[*self.start, *ids] for ids in self.family.encode_batch(self.texts.held_domain)]
+
+
+@dataclass(frozen=True)
+class Job(Subject):
+    """A training run, ready but for the model.
+
+    Attributes:
+        highest: the highest id in the blocks.
+    """
+
+    blocks: Blocks
+    highest: int
+    steps: int
+    settings: Settings
 
 
 def read_texts(
@@ -170,6 +185,38 @@ def read_texts(
         pick(apart),
         pick(general_apart),
         {name: sources(specs) for name, specs in named.items() if specs},
+    )
+
+
+def measured_subject(
+    folder: Path,
+    corpus: Sequence[str | Path],
+    general: Sequence[str | Path],
+    *,
+    seed: int,
+    measured_bytes: int,
+) -> Subject:
+    """The model in `folder`, to be measured on all of these texts, as far as `measured_bytes` go.
+
+    Raises:
+        LexigraftError: nothing to read.
+    """
+    family = families.load(folder)
+    new = new_tokens(folder, family, new_ids(folder, family))
+    start, _ = start_and_end(family)
+    held = [
+        _measured(
+            Documents((document, 1.0) for document in read_documents(specs)),
+            seed=seed,
+            limit=measured_bytes,
+        )
+        if specs
+        else []
+        for specs in (corpus, general)
+    ]
+    texts = Texts(Documents(), Documents(), held[0], held[1], {})
+    return Subject(
+        folder, family, new, start, _fitted(texts, new, context_limit(folder) - len(start))
     )
 
 
@@ -417,7 +464,7 @@ def _tell_of_rare_ones(job: Job) -> None:
 
 
 @working("measuring held-out text")
-def measure(job: Job, model: Any) -> dict[str, float | None]:
+def measure(job: Subject, model: Any) -> dict[str, float | None]:
     """What `model` makes of held-out text as it is now; None where there is no such text.
 
     Returns:
@@ -439,7 +486,7 @@ def measure(job: Job, model: Any) -> dict[str, float | None]:
 
 
 def base_measure(
-    job: Job, model: Any, base: Path | None, *, trust_remote_code: bool = False
+    job: Subject, model: Any, base: Path | None, *, trust_remote_code: bool = False
 ) -> dict[str, float | None]:
     """`domain_bpb` and `general_bpb` of the base on the same windows; None where it is unknown.
 
@@ -475,7 +522,12 @@ def base_measure(
 
 def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[RowEvidence]:
     """What is known of each new row of a `model` trained so many steps; `moved` as in `NewRows`."""
-    held = [[*job.start, *ids] for ids in job.family.encode_batch(job.texts.held_domain)]
-    return gather(
-        model, job.new, held, job.blocks, list(zip(*occurrences(job, steps), moved, strict=True))
-    )
+    held, blocks = job.held_lines(), job.blocks
+    training = TrainingLines(job.ids, held)
+    for begin in range(0, len(blocks), _CHUNK):
+        if training.are_enough:
+            break
+        part = slice(begin, begin + _CHUNK)
+        training.look(blocks.inputs[part], blocks.targets[part], blocks.positions[part])
+    seen = list(zip(*occurrences(job, steps), moved, strict=True))
+    return gather(model, job.new, held, training.lines, seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lexigraft.console import plain_line
@@ -9,6 +10,7 @@ from lexigraft.models.verdict import verdict_lines
 from lexigraft.reporting.tables import HEADERS, cells, pipes
 
 SHOWN_TOKENS = 12
+BITS = "bpb: bits per UTF-8 byte, comparable across tokenizers, lower is better."
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -82,9 +84,8 @@ def _models(facts: dict[str, Any]) -> list[str]:
         "",
         *pipes(HEADERS, [cells(row) for row in facts["models"]]),
         "",
-        "bpb: bits per UTF-8 byte, comparable across tokenizers, lower is better. "
-        "The controls are the base without new tokens, trained in the same way: once on the same "
-        "text, once on about as many tokens (to the end of a document).",
+        f"{BITS} The controls are the base without new tokens, trained in the same way: once on "
+        "the same text, once on about as many tokens (to the end of a document).",
         "",
         *verdict(facts["models"]),
     ]
@@ -295,14 +296,14 @@ def _repeat(facts: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in repeat["versions"].items())
     return [
         *("## Do it again", "", "recipe.yaml:", ""),
-        *_block(repeat["recipe"].splitlines()),
+        *block(repeat["recipe"].splitlines()),
         *("", "The run, and the same without controls as single commands:", ""),
-        *_block([repeat["run"], "", *repeat["commands"]]),
+        *block([repeat["run"], "", *repeat["commands"]]),
         *("", f"With {versions}."),
     ]
 
 
-def _block(lines: list[str]) -> list[str]:
+def block(lines: Iterable[str]) -> list[str]:
     """Lines as they are, indented: no text in them can end it, as it could a fence."""
     return [f"    {plain_line(line)}".rstrip() for line in lines]
 

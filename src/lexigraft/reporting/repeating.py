@@ -30,11 +30,12 @@ def repetition(state: RunState, folder: Path, manifest: Manifest | None) -> dict
         ),
         "run": _command("run", "recipe.yaml", output=folder),
         "commands": list(_commands(recipe, folder)),
-        "versions": _versions(manifest),
+        "versions": versions_of(manifest),
     }
 
 
-def _versions(manifest: Manifest | None) -> dict[str, str]:
+def versions_of(manifest: Manifest | None) -> dict[str, str]:
+    """What a model was made with, by package; of several versions the last one."""
     found: dict[str, str] = {}
     for record in manifest.records if manifest else ():
         found |= record.versions

@@ -10,8 +10,8 @@ from typing import Any
 from lexigraft.corpus import held_out, read_documents
 from lexigraft.errors import LexigraftError
 from lexigraft.families.segments import Extension, Piece
+from lexigraft.hub import HUB
 from lexigraft.recipe import Recipe
-from lexigraft.text_formats import HUB
 
 SHOWN = 6
 SHORTEST, LONGEST = 6, 160  # characters

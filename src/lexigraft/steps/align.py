@@ -49,7 +49,7 @@ from lexigraft.files import (
     refuse_overwriting,
     write_json,
 )
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import AlignRecord, BaseTokenizer, Manifest, versions
 
 WRITERS = 2
@@ -286,8 +286,10 @@ def _write(job: _Job, number: int, folder: Path) -> None:
     _write_configs(job, model, folder)
     record = AlignRecord(
         models=[
-            BaseTokenizer(name=name, token_map=one.tokens.hash, tokens=one.tokens.tokens)
-            for name, one in zip(job.names, job.models, strict=True)
+            BaseTokenizer(
+                name=recorded_name(one.folder), token_map=one.tokens.hash, tokens=one.tokens.tokens
+            )
+            for one in job.models
         ],
         place=number,
         token_map=job.tokens.hash,

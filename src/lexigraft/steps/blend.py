@@ -52,7 +52,7 @@ from lexigraft.files import (
     refuse_overwriting,
     write_json,
 )
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import BaseTokenizer, BlendRecord, Manifest, versions
 
 WRITERS = 2
@@ -426,7 +426,9 @@ def _moved(value: Any, old: TokenMap, new: TokenMap) -> Any:
 def _write_manifest(job: _Job, folder: Path) -> None:
     def named(model: Model) -> BaseTokenizer:
         return BaseTokenizer(
-            name=model.folder.name, token_map=model.tokens.hash, tokens=model.tokens.tokens
+            name=recorded_name(model.folder),
+            token_map=model.tokens.hash,
+            tokens=model.tokens.tokens,
         )
 
     settings = job.settings

@@ -165,6 +165,16 @@ def check(
     )
 
 
+def first_error(result: Mapping[str, Any], fix: str) -> LexigraftError | None:
+    """The first error of what `CheckResult.to_json` says, for whoever needs a sound folder."""
+    found = next((one for one in result["findings"] if one["severity"] == "error"), None)
+    if found is None:
+        return None
+    return LexigraftError(
+        f"{found['code']} {found['where']}: {found['found']}", needed=found["needed"], fix=fix
+    )
+
+
 @dataclass(frozen=True)
 class _Placed:
     """A finding, and the folder in which it was found."""

@@ -18,6 +18,7 @@ from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.hub import local_folder
 from lexigraft.models.bits import Score, SpareShare, fitting_window, score, up_to, windows
+from lexigraft.models.harness import Harness, Scores
 from lexigraft.models.load import (
     context_limit,
     load_model,
@@ -40,6 +41,7 @@ class ModelScore:
             in the domain text: such an id is sampled so often, and decodes to nothing.
         characters_per_second: domain characters written per second of greedy decoding with a
             cache, batch 1 (see `writing_speed`); None where it was not measured.
+        tasks: task of lm-evaluation-harness -> metric -> value; empty where none was asked for.
     """
 
     path: str
@@ -48,6 +50,7 @@ class ModelScore:
     adoption: float
     without_text: float
     characters_per_second: float | None
+    tasks: Scores
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -58,6 +61,7 @@ class ModelScore:
             "adoption": self.adoption,
             "without_text": self.without_text,
             "characters_per_second": self.characters_per_second,
+            "tasks": self.tasks,
         }
 
 
@@ -84,19 +88,35 @@ class EvalResult:
         }
 
     def lines(self) -> list[str]:
-        """A table, one model per line."""
+        """A table, one model per line; below it a line per model for each task's metrics."""
         width = max(5, *(len(model.path) for model in self.models))
         head = f"{'model':{width}}  domain bpb  general bpb  tokens/byte  new tokens  characters/s"
         unsafe = [model for model in self.models if model.without_text > SAFE]
-        return [
-            head,
-            *(_line(model, width) for model in self.models),
-            *(
-                f"{model.path}: ids without a token take {model.without_text:.1e} of the "
-                "probability, and decode to nothing"
-                for model in unsafe
-            ),
+        rows = [_line(model, width) for model in self.models]
+        rows += [
+            f"{model.path}: ids without a token take {model.without_text:.1e} of the "
+            "probability, and decode to nothing"
+            for model in unsafe
         ]
+        for task, metrics in self.models[0].tasks.items():
+            for metric in metrics:
+                if not _is_error(metric):
+                    rows += ["", f"{task}: {metric}"]
+                    rows += [_task_line(model, width, task, metric) for model in self.models]
+        return [head, *rows]
+
+
+def _is_error(metric: str) -> bool:
+    """Whether it is the standard error of another one (`acc_stderr`, `acc_stderr,FILTER`)."""
+    return metric.partition(",")[0].endswith("_stderr")
+
+
+def _task_line(model: ModelScore, width: int, task: str, metric: str) -> str:
+    name, _, way = metric.partition(",")
+    found = model.tasks[task]
+    error = found.get(f"{name}_stderr" + (f",{way}" if way else ""))
+    shown = f"{model.path:{width}}  {found[metric]:10.4f}"
+    return shown if error is None else f"{shown}  ± {error:.4f}"
 
 
 def _line(model: ModelScore, width: int) -> str:
@@ -119,6 +139,7 @@ def evaluate(
     max_bytes: int | None = None,
     window_bytes: int = 1024,
     speed_characters: int = 200,
+    tasks: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> EvalResult:
     """Bits per byte, tokens per byte, adoption of new tokens and speed of each model.
@@ -133,15 +154,18 @@ def evaluate(
         max_bytes: score at most so much of each text.
         window_bytes: halved until every window fits the shortest context among the models.
         speed_characters: characters of domain text to write for the speed; 0 for none.
+        tasks: of lm-evaluation-harness to run too: names, groups, or YAML files.
         trust_remote_code: run the Python files that a model brings for its architecture.
 
     Raises:
-        LexigraftError: no text, no model, or a window that fits no context.
+        LexigraftError: no text, no model, a window that fits no context, or tasks without the
+            package that has them.
     """
     if not models:
         raise LexigraftError(
             "no model", needed="one or more", fix="lexigraft eval MODEL --corpus F"
         )
+    harness = Harness(tasks) if tasks else None
     folders = [local_folder(model) for model in models]
     readers = [families.load(folder) for folder in folders]
     domain = _documents(corpus, held_out_only, max_bytes)
@@ -159,6 +183,7 @@ def evaluate(
                 reader,
                 texts,
                 speed_characters=speed_characters,
+                harness=harness,
                 trust_remote_code=trust_remote_code,
                 advance=advance,
             )
@@ -189,6 +214,7 @@ def _score_model(
     texts: Sequence[list[str]],
     *,
     speed_characters: int,
+    harness: Harness | None,
     trust_remote_code: bool,
     advance: Callable[[int], None],
 ) -> ModelScore:
@@ -209,7 +235,8 @@ def _score_model(
     domain = scored(texts[0], spare)
     general = scored(texts[1]) if texts[1] else None
     speed = writing_speed(model, reader, texts[0], speed_characters) if speed_characters else None
-    return ModelScore(name, domain, general, domain.adoption, spare.mean, speed)
+    told = harness.scores(model, folder, trust_remote_code=trust_remote_code) if harness else {}
+    return ModelScore(name, domain, general, domain.adoption, spare.mean, speed, told)
 
 
 def writing_speed(model: Any, reader: Family, texts: Sequence[str], characters: int) -> float:

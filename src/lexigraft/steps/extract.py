@@ -37,7 +37,7 @@ from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import first_difference, without
 from lexigraft.files import publish, refuse_existing, refuse_overwriting, scratch
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import (
     MANIFEST,
     NEW_TOKENS,
@@ -550,7 +550,7 @@ def _record(job: _Job) -> ExtractRecord:
     base = job.base
     return ExtractRecord(
         base=BaseTokenizer(
-            name=base.folder.name, token_map=base.tokens.hash, tokens=base.tokens.tokens
+            name=recorded_name(base.folder), token_map=base.tokens.hash, tokens=base.tokens.tokens
         ),
         token_map=job.tuned.tokens.hash,
         tokens=job.tuned.tokens.tokens,

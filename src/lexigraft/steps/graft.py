@@ -58,7 +58,7 @@ from lexigraft.files import (
     scratch,
     write_json,
 )
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.models.gguf_base import gguf_file, write_folder
 
 if TYPE_CHECKING:
@@ -430,7 +430,7 @@ class _Job:
         return before.plus(
             GraftRecord(
                 base=BaseTokenizer(
-                    name=self.checkpoint.folder.resolve().name,
+                    name=recorded_name(self.checkpoint.folder),
                     token_map=self.base.map.hash,
                     tokens=growth.first_id,
                 ),
@@ -468,7 +468,7 @@ class _Job:
             donor=None
             if donor is None
             else DonorRecord(
-                name=donor.folder.resolve().name,
+                name=recorded_name(donor.folder),
                 token_map=donor.token_map.hash,
                 atoms=ATOMS,
                 shared=len(donor.shared),

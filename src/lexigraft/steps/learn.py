@@ -30,7 +30,7 @@ from lexigraft.families.proof import (
 )
 from lexigraft.families.replacing import without_tokens
 from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import (
     NEW_TOKENS,
     BaseTokenizer,
@@ -322,7 +322,7 @@ def learn(
     folder = local_folder(base)
     refuse_existing(output, force=force or dry_run)
     lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
-    earlier = [Path(from_vocab)] if from_vocab is not None else []
+    earlier = [local_folder(from_vocab)] if from_vocab is not None else []
     texts = [*text_files(corpus), *text_files(general), *text_files(contrast)]
     refuse_overwriting(output, [folder, *texts, *lists, *earlier])
     if not corpus and from_vocab is None:
@@ -363,8 +363,8 @@ def learn(
             )  # fmt: skip
 
         def pick(base: Family) -> Picked:
-            if from_vocab is not None:
-                return cut_earlier(base, Path(from_vocab), None if tokens == "auto" else limit)
+            if earlier:
+                return cut_earlier(base, earlier[0], None if tokens == "auto" else limit)
             learning = Learning(
                 base, corpus, contrast, words, tokens=tokens, limit=limit, min_count=min_count,
                 train_bytes=train_bytes, model=_model_size(folder),
@@ -615,7 +615,7 @@ def _record(
     }
     return LearnRecord(
         base=BaseTokenizer(
-            name=whole.folder.name, token_map=whole.map.hash, tokens=whole.map.tokens
+            name=recorded_name(whole.folder), token_map=whole.map.hash, tokens=whole.map.tokens
         ),
         family=base.name,
         token_map=extended.map.hash,

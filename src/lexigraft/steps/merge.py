@@ -193,7 +193,7 @@ def merge(
         several=bool(before),
     )
     source, target = local_folder(base), Path(output)
-    given = None if tokenizer is None else Path(tokenizer)
+    given = None if tokenizer is None else local_folder(tokenizer)
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, *before, folder))

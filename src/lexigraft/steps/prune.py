@@ -71,7 +71,7 @@ from lexigraft.files import (
     sha256_file,
     write_json,
 )
-from lexigraft.hub import local_folder
+from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import BaseTokenizer, Manifest, PruneRecord, versions
 from lexigraft.selection.pruning import (
     Pruning,
@@ -479,7 +479,7 @@ class _Job:
         removed = [i for i in range(tokens) if i not in self.places]
         return PruneRecord(
             base=BaseTokenizer(
-                name=self.checkpoint.folder.resolve().name,
+                name=recorded_name(self.checkpoint.folder),
                 token_map=self.family.map.hash,
                 tokens=tokens,
             ),

@@ -121,7 +121,7 @@ def split(
             a file is missing or damaged.
     """
     source, folder, target = local_folder(model), local_folder(adapter), Path(output)
-    given = None if tokenizer is None else Path(tokenizer)
+    given = None if tokenizer is None else local_folder(tokenizer)
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, folder))

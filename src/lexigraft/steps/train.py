@@ -16,6 +16,7 @@ from lexigraft.console import is_first_process, note, progress, working
 from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
+    BASE_CARD,
     disk_faults,
     existing_parent,
     fsync_tree,
@@ -661,9 +662,9 @@ def _write(job: Job, folder: Path, trained: Any, rows: NewRows | None, result: T
     else:
         write_adapter(folder, trained, rows, str(job.folder))
         families.copy_tokenizer(job.folder, folder)
-    listed = job.folder / NEW_TOKENS
-    if listed.is_file():
-        shutil.copyfile(listed, folder / listed.name)
+    for name in (NEW_TOKENS, BASE_CARD):
+        if (job.folder / name).is_file():
+            shutil.copyfile(job.folder / name, folder / name)
     before = Manifest.read(job.folder) or Manifest()
     before.plus(_record(job, before, rows, result)).write(folder)
     events = folder.parent / "tensorboard"
