@@ -30,6 +30,7 @@ from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import IGNORED, Blocks, collate
+from lexigraft.models.row_optimizer import RowAdamW
 from lexigraft.models.stopping import BestKept, StopRule, best_state
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint, step_of
 
@@ -243,10 +244,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # so that every step's targets are counted
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over what trains and nothing else, in the groups of `parameter_groups`."""
+        """`RowAdamW` over what trains and nothing else, in the groups of `parameter_groups`."""
         if self.optimizer is None:  # type: ignore[has-type]
             groups = parameter_groups(self.model, self._rows, self._schedule)
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            self.optimizer = RowAdamW(groups, weight_decay=0.0)
         return self.optimizer
 
     def create_scheduler(
@@ -328,7 +329,7 @@ def parameter_groups(model: Any, rows: NewRows | None, schedule: Schedule) -> li
     groups = [
         {"params": [p for p in body if p.ndim > 1], "lr": rate, "weight_decay": decay},
         {"params": [p for p in body if p.ndim < 2], "lr": rate},
-        {"params": [*new.values()], "lr": schedule.new_row_learning_rate},
+        {"params": [*new.values()], "lr": schedule.new_row_learning_rate, "shared": True},
         {"params": [*old.values()], "lr": schedule.old_row_learning_rate},
     ]
     return [group for group in groups if group["params"]]
