@@ -49,3 +49,15 @@ def test_tokens_that_a_class_makes_up_are_bounded(source, tmp_path, count):  # n
     made_up = {"tokenizer_class": "T5Tokenizer", "extra_ids": count}
     (sp / "tokenizer_config.json").write_text(json.dumps(made_up))
     assert [f.code for f in check(sp).findings if f.severity == "error"] == ["LG101"]
+
+
+@pytest.mark.parametrize(("first", "stop"), [(360, 2**53), (-(2**53), 366), (366, 360)])
+def test_ids_that_a_manifest_makes_up_are_bounded(source, tmp_path, first, stop):  # noqa: F811
+    """They were held in memory, all of them, and `--deep` and `--for gguf` went through them."""
+    ground = Ground(source, tmp_path)
+    path = ground.model / "lexigraft.json"
+    manifest = json.loads(path.read_text())
+    for record in manifest["records"]:
+        record |= {"first_id": first, "tokens": stop}
+    path.write_text(json.dumps(manifest))
+    assert check(ground.model, deep=True, consumer="gguf").table

@@ -6,7 +6,7 @@ suffices alone. It holds content hashes, and neither time, host nor path. Spec: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,6 +32,8 @@ Model = TypeVar("Model", bound=BaseModel)
 class NewIds(Sequence[int]):
     """The ids that an extension gave tokens: some old ones, then all of [first, stop).
 
+    A file may state any `stop`: the ids are not held in memory.
+
     Args:
         replaced: ids below `first`, ascending.
         first: the base's tokens (max id + 1).
@@ -39,22 +41,36 @@ class NewIds(Sequence[int]):
 
     >>> list(NewIds((3, 7), 10, 12)), 3 in NewIds((3,), 10, 10), 4 in NewIds((3,), 10, 10)
     ([3, 7, 10, 11], True, False)
+    >>> NewIds((3,), 10, 2**60).below(12), NewIds((3,), 10, 12)[-1], NewIds((3,), 10, 12)[:2]
+    ([3, 10, 11], 11, (3, 10))
     """
 
     def __init__(self, replaced: Iterable[int], first: int, stop: int) -> None:
         self.replaced = tuple(replaced)
         self.first = first
-        self._ids = (*self.replaced, *range(first, stop))
-        self._known = frozenset(self._ids)
+        self._known = frozenset(self.replaced)
+        self._rest = range(first, stop)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.replaced) + len(self._rest)
 
     def __getitem__(self, place: Any) -> Any:
-        return self._ids[place]
+        if isinstance(place, slice):
+            return tuple(self)[place]
+        at, before = range(len(self))[place], len(self.replaced)
+        return self.replaced[at] if at < before else self._rest[at - before]
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.replaced
+        yield from self._rest
 
     def __contains__(self, token_id: object) -> bool:
-        return token_id in self._known
+        return token_id in self._known or token_id in self._rest
+
+    def below(self, limit: int) -> list[int]:
+        """Those from 0 on that are smaller than `limit`."""
+        rest = range(max(0, self.first), min(self._rest.stop, limit))
+        return [*(i for i in self.replaced if i < limit), *rest]
 
 
 class _Data(BaseModel):

@@ -220,8 +220,8 @@ def _texts(facts: Facts, tokens: TokenMap, new_ids: Collection[int] | None) -> I
     record = facts.manifest.last("learn") if facts.manifest else None
     new = [
         tokens.texts[i].replace(SPACE, " ").strip()
-        for i in new_ids or ()
-        if i in tokens.texts and i not in tokens.added
+        for i in sorted(tokens.texts.keys() - tokens.added)
+        if new_ids is not None and i in new_ids
     ]
     for text in (
         *HARD_TEXTS,

@@ -115,7 +115,7 @@ def _rows(facts: Facts, tensor: Tensor, new: NewIds | None) -> Iterator[Finding]
     texts = facts.tokens.texts if facts.tokens else {}
     tokens = min(facts.tokens.tokens if facts.tokens else 0, tensor.rows)
     untrained = {int(i) for i in survey(tensor, tokens).untrained if int(i) in texts}
-    copied = _copied(tensor, [i for i in new or () if i < tensor.rows])
+    copied = _copied(tensor, [] if new is None else new.below(tensor.rows))
     alike = sorted(i for ids in copied.values() for i in ids)
     # An old row that new ones were copied from is no untrained one.
     untrained -= {i for i in untrained if read_rows(tensor, i, i + 1).tobytes() in copied}

@@ -26,7 +26,10 @@ def reading_findings(facts: Facts, base: Facts | None) -> Iterator[Finding]:
     tokens = facts.tokens
     if tokens is None or facts.gguf is not None:
         return
-    new = [i for i in facts.new_ids(base, "learn") or () if i in tokens.texts.keys() - tokens.added]
+    known = facts.new_ids(base, "learn")
+    if known is None:
+        return
+    new = [i for i in sorted(tokens.texts.keys() - tokens.added) if i in known]
     family = _loaded(facts) if new else None
     if family is None:
         return
