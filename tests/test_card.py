@@ -80,7 +80,10 @@ def test_the_metadata_is_what_the_hub_reads(model):
 
 
 def test_what_nothing_tells_is_left_out_and_said(model):
-    (model / "README.base.md").write_text("---\nlicense: [\n---\n")  # no YAML
+    card_of_base = model / "README.base.md"
+    card_of_base.write_text("---\nlicense: [mit]\nlanguage: {a: b}\n---\n")  # not as the hub has it
+    assert card(model, dry_run=True).metadata.keys().isdisjoint({"license", "language"})
+    card_of_base.write_text("---\nlicense: [\n---\n")  # no YAML
     told = card(model, dry_run=True)
     assert not (model / "README.md").exists() and told.lines()[0] == told.text
     assert not {"license", "language", "base_model", "base_model_relation"} & told.metadata.keys()

@@ -225,6 +225,9 @@ def test_a_card_of_yours_is_kept_and_a_wrong_name_is_said(model, tmp_path):
     result = upload(model, "owner/new", dry_run=True)
     assert not result.card and result.files["README.md"] == 4
     assert (model / "README.md").read_text() == "mine"
+    for name in ("README.md", "lexigraft.json"):
+        (model / name).unlink()
+    assert "README.md" not in upload(model, "owner/new", dry_run=True).files
     with pytest.raises(LexigraftError, match="no name of a model"):
         upload(model, "only-a-name", dry_run=True)
     (tmp_path / "run.json").write_text("{}")

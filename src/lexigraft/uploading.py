@@ -13,6 +13,7 @@ from lexigraft.console import note
 from lexigraft.errors import LexigraftError
 from lexigraft.files import CARD, read_settings, require_folder
 from lexigraft.hub import REPOSITORY, no_bars_unseen
+from lexigraft.manifest import Manifest
 from lexigraft.reporting.card import ADAPTER, CardResult, card, is_own
 from lexigraft.runfile import RUN_FILE
 from lexigraft.steps.check import check, first_error
@@ -124,6 +125,9 @@ def _card(folder: Path, base_model: str | None, *, dry_run: bool) -> CardResult 
     """The card, written unless it is a dry run; None where the folder has one of its own."""
     if (folder / CARD).exists() and not is_own(folder / CARD):
         note(f"{CARD} is kept as it is; lexigraft card {folder} --dry-run prints another")
+        return None
+    if Manifest.read(folder) is None:
+        note(f"no {CARD}: without a manifest there is nothing to make a card of")
         return None
     told = card(folder, base_model=base_model, dry_run=dry_run)
     for what in told.unknown:

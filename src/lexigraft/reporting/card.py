@@ -47,6 +47,7 @@ _INHERITED = (
     *("license", "license_name", "license_link", "language"),
     *("library_name", "pipeline_tag", "tags"),
 )
+_LISTS = ("language", "tags")
 _TASKS = {"ForCausalLM": "text-generation", "ForMaskedLM": "fill-mask"}
 # Fields of records that are options of their steps, beside `settings`.
 _OPTIONS = ("init", "pad_to", "mode", "method", "rank", "weights", "body_only", "seed")
@@ -237,12 +238,12 @@ def _of_base(folder: Path) -> dict[str, Any]:
         said = metadata_load(path) or {}
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return {key: said[key] for key in _INHERITED if _is_plain(said.get(key))}
+    return {key: said[key] for key in _INHERITED if _is_plain(key, said.get(key))}
 
 
-def _is_plain(value: Any) -> bool:
-    """A text or a list of texts, of sensible size."""
-    texts = value if isinstance(value, list) else [value]
+def _is_plain(key: str, value: Any) -> bool:
+    """A text, or a list of texts where the hub takes one, of sensible size."""
+    texts = value if isinstance(value, list) and key in _LISTS else [value]
     return 0 < len(texts) <= _MOST and all(
         isinstance(text, str) and 0 < len(text) <= _LONGEST for text in texts
     )
