@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from lexigraft.recipe import EvalPart, GraftPart, LearnPart, Recipe, TrainStage
+from lexigraft.recipe import EvalPart, GraftPart, LearnPart, Recipe, ReportPart, TrainStage
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def test_every_file_that_the_laws_name_exists():
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("part", [Recipe, LearnPart, GraftPart, TrainStage, EvalPart])
+@pytest.mark.parametrize("part", [Recipe, LearnPart, GraftPart, TrainStage, EvalPart, ReportPart])
 def test_every_key_of_a_recipe_is_explained(part):
     text = (ROOT / "docs" / "recipe.md").read_text()
     keys = {

@@ -64,7 +64,10 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the model folder's own Python code."),
 ]
-Lang = Annotated[Literal["en", "zh"], typer.Option(help="Language of the page.")]
+Lang = Annotated[
+    Literal["en", "zh"] | None,
+    typer.Option(help="Language of the page.", show_default="as the recipe says, or en"),
+]
 Corpus = Annotated[
     list[str],
     typer.Option(help="Text of your field: file, folder or quoted glob. Repeatable."),
@@ -944,7 +947,7 @@ def report(
         Path | None,
         typer.Option("-o", "--output", help="Page to write.", show_default="RUN/report.html"),
     ] = None,
-    lang: Lang = "en",
+    lang: Lang = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -1014,7 +1017,7 @@ def upload(
 def serve(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     port: Annotated[int, typer.Option(help="Where to listen; 0: any.", min=0, max=65535)] = 8000,
-    lang: Lang = "en",
+    lang: Lang = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -139,6 +139,12 @@ class EvalPart(_Part):
     speed_characters: int | None = Field(default=None, ge=0)
 
 
+class ReportPart(_Part):
+    """Options of the report that `run` writes at its end."""
+
+    lang: Literal["en", "zh"] = "en"
+
+
 class Recipe(_Part):
     """Everything that `run` needs to know."""
 
@@ -152,6 +158,7 @@ class Recipe(_Part):
     eval: EvalPart = EvalPart()
     control: bool = True
     samples: list[str] = []
+    report: ReportPart = ReportPart()
 
     @property
     def stages(self) -> list[TrainStage]:

@@ -111,7 +111,7 @@ class Serving:
             self.server.server_close()
 
 
-def serve(run: str | Path, *, port: int = 8000, lang: Language = "en") -> Serving:
+def serve(run: str | Path, *, port: int = 8000, lang: Language | None = None) -> Serving:
     """Listen on the loopback address with the report of a run, and both tokenizers to try.
 
     Where torch is installed and models are there, the page lets them write on too.
@@ -119,13 +119,14 @@ def serve(run: str | Path, *, port: int = 8000, lang: Language = "en") -> Servin
     Args:
         run: a run folder, finished or not.
         port: where to listen; 0 for one that is free.
-        lang: of the page.
+        lang: of the page; default: as the recipe of the run says.
 
     Raises:
         LexigraftError: no run folder, or the port is taken.
     """
     folder = require_folder(Path(run), "a run")
     state = state_of(folder)
+    lang = lang or state.recipe.report.lang
     facts = run_facts(state, folder)
     extension, _ = opened(state, folder)
     models = _models(Path(state.recipe.base), folder)

@@ -133,7 +133,9 @@ def opened(recipe: Recipe, output: Path, *, force: bool) -> Iterator[Run]:
     try:
         with FileLock(output / LOCK_NAME, timeout=0):
             state = RunState.read(output) or RunState(recipe=recipe)
-            state.recipe = recipe
+            if state.recipe != recipe:
+                state.recipe = recipe
+                state.save(output)
             yield Run(output, state)
     except Timeout:
         raise LexigraftError(

@@ -58,6 +58,9 @@ def _other_ids(facts: Facts, data: Any) -> Iterator[Finding]:
                 ),
                 needed="added tokens that follow the vocabulary one after another",
                 fix=f"copy {FAST} again from the model, or fill the hole with named tokens",
+                text=repr(text),
+                id=stated,
+                given=given,
             )
             return
 
@@ -84,6 +87,11 @@ def _unlisted(facts: Facts, data: Any) -> Iterator[Finding]:
             needed="every added token in both files",
             fix=f"set tokenizer_class to PreTrainedTokenizerFast in {facts.folder / SETTINGS}, or "
             "save the tokenizer with save_pretrained",
+            count=len(lost),
+            file=FAST,
+            text=repr(lost[0]["content"]),
+            id=lost[0]["id"],
+            kind=kind,
         )
 
 
@@ -96,6 +104,8 @@ def _mislabelled(facts: Facts, data: Any) -> Iterator[Finding]:
             f"says tokenizer_class = {kind}, but {FAST} is a byte-level tokenizer",
             needed="PreTrainedTokenizerFast",
             fix=f"set tokenizer_class to PreTrainedTokenizerFast in {facts.folder / SETTINGS}",
+            kind=kind,
+            file=FAST,
         )
 
 
@@ -133,6 +143,8 @@ def _special_words(facts: Facts) -> Iterator[Finding]:
             "skip_special_tokens=True leaves them out of every text that is decoded",
             needed='"special": false for words',
             fix="lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+            count=len(words),
+            text=repr(words[0]),
         )
 
 
@@ -157,6 +169,9 @@ def _unknown_roles(facts: Facts) -> Iterator[Finding]:
                 needed=f"a token of the vocabulary as {key}",
                 fix=f"set {key} in {facts.folder / SETTINGS} to one, or lexigraft learn BASE "
                 "--corpus TEXT --special LIST -o VOCAB",
+                text=repr(text),
+                key=key,
+                tokens=tokens,
             )
             return
 
@@ -176,6 +191,8 @@ def _template(facts: Facts) -> Iterator[Finding]:
                 + ": it is read in pieces",
                 needed="markers that are tokens" if some else "",
                 fix="copy the template and the tokenizer from one model" if some else "",
+                text=lost[0],
+                count=len(lost),
             )
             return
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lexigraft.checks.codes import CODES, Severity
@@ -37,6 +38,8 @@ class Finding:
         needed: what would be right.
         fix: one command or action.
         edit: what `check --fix` does; None where it takes more than an edit.
+        values: the figures and names in `found`, for programs and for other languages; with the
+            codes that a folder by itself can have.
     """
 
     code: str
@@ -46,6 +49,7 @@ class Finding:
     needed: str
     fix: str
     edit: Edit | None = None
+    values: Mapping[str, str | int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -64,10 +68,17 @@ class Finding:
 
 
 def finding(
-    code: str, where: str, found: str, *, needed: str = "", fix: str = "", edit: Edit | None = None
+    code: str,
+    where: str,
+    found: str,
+    *,
+    needed: str = "",
+    fix: str = "",
+    edit: Edit | None = None,
+    **values: str | int,
 ) -> Finding:
-    """A finding with the severity of its code."""
-    return Finding(code, CODES[code].severity, where, found, needed, fix, edit)
+    """A finding with the severity of its code; `values` are what `found` tells."""
+    return Finding(code, CODES[code].severity, where, found, needed, fix, edit, values)
 
 
 def from_error(code: str, where: str, fault: LexigraftError) -> Finding:

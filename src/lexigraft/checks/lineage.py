@@ -27,6 +27,8 @@ def manifest_findings(facts: Facts) -> Iterator[Finding]:
             f"says {rows.rows:,} rows, the weights have {facts.rows:,}",
             needed="the weights that were written with this manifest",
             fix="copy the weights and the manifest from one folder",
+            stated=rows.rows,
+            rows=facts.rows,
         )
     yield from _settings(facts, facts.manifest)
 
@@ -48,6 +50,9 @@ def _token_map(facts: Facts, record: Any) -> Iterator[Finding]:
         + ": these rows belong to other words",
         needed="the tokenizer that these rows were made for",
         fix="copy the tokenizer files of the step that wrote this folder into it again",
+        hash=facts.tokens.hash[:12],
+        tokens=facts.tokens.tokens,
+        wanted=record.token_map[:12],
     )
 
 
@@ -68,6 +73,8 @@ def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
             f"was written with manifest {named[:12]}, which is no earlier state of {MANIFEST}",
             needed="tokenizer and manifest of one lineage",
             fix="copy the tokenizer files and the manifest from one folder",
+            hash=named[:12],
+            manifest=MANIFEST,
         )
 
 

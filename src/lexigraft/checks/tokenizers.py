@@ -39,16 +39,21 @@ def _compare(facts: Facts, first: str, other: str) -> Iterator[Finding]:
     extra = [i for i in _model_ids(two) if i not in one.texts]
     if not (differing or missing or extra):
         return
-    odd = _odd_one(facts, first, other)
+    odd, differs = _odd_one(facts, first, other), (differing or missing or extra)[0]
     yield finding(
         "LG102",
         odd or other,
-        _difference(facts, first, other, (differing or missing or extra)[0])
+        _difference(facts, first, other, differs)
         + (f": {odd} is the odd one out" if odd else "")
         + f" (loaders read {first} first)",
         needed="the same token for every id in every file",
         fix=f"mv {facts.folder / (odd or other)} {facts.folder / (odd or other)}.stale",
         edit=Edit(odd) if odd else None,
+        id=differs,
+        first=first,
+        text=repr(one.texts.get(differs)),
+        other=other,
+        named=repr(two.texts.get(differs)),
     )
 
 
@@ -123,6 +128,11 @@ def _added_tokens(facts: Facts, names: list[str]) -> Iterator[Finding]:
             f"{names[0]} gives it {whole.texts[wrong[0]]!r}",
             needed="one meaning for each id",
             fix=f"copy {ADDED} again from the model that {names[0]} belongs to",
+            id=wrong[0],
+            first=names[0],
+            text=repr(whole.texts[wrong[0]]),
+            other=ADDED,
+            named=repr(added.texts[wrong[0]]),
         )
     yield from _hole(facts, model_file)
     repeated = [i for i in sorted(added.texts) if model.texts.get(i) == added.texts[i]]
@@ -131,6 +141,9 @@ def _added_tokens(facts: Facts, names: list[str]) -> Iterator[Finding]:
             "LG104",
             ADDED,
             f"repeats {len(repeated)} tokens of {model_file}, the first is id {repeated[0]}",
+            count=len(repeated),
+            file=model_file,
+            id=repeated[0],
         )
 
 
@@ -150,6 +163,11 @@ def _hole(facts: Facts, model_file: str) -> Iterator[Finding]:
         f"{model.tokens:,} tokens and no file has id {lost}: {model_file} is older than {ADDED}",
         needed=f"a {model_file} with {first:,} tokens, or added tokens from id {lost} on",
         fix=f"copy {model_file} from the folder that {ADDED} came from",
+        added=ADDED,
+        text=repr(added.texts[first]),
+        id=first,
+        tokens=model.tokens,
+        lost=lost,
     )
 
 
@@ -168,6 +186,11 @@ def _settings(facts: Facts, first: str) -> Iterator[Finding]:
                 f"gives id {token_id} the text {text!r}, {first} gives it {other!r}",
                 needed="one meaning for each id",
                 fix=f"copy {SETTINGS} again from the model that {first} belongs to",
+                id=token_id,
+                first=first,
+                text=repr(other),
+                other=SETTINGS,
+                named=repr(text),
             )
             return
         if other is None and first == "tokenizer.json":
@@ -177,6 +200,9 @@ def _settings(facts: Facts, first: str) -> Iterator[Finding]:
                 f"adds {text!r} as id {token_id}, which {first} does not have",
                 needed="every added token in both files",
                 fix=f"copy {first} and {SETTINGS} from one folder",
+                text=repr(text),
+                id=token_id,
+                file=first,
             )
             return
 
@@ -202,4 +228,5 @@ def _many_added(facts: Facts, first: str) -> Iterator[Finding]:
             "transformers 4.57 may take minutes to load them",
             needed="words in the model's own vocabulary",
             fix="lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
+            count=len(words),
         )

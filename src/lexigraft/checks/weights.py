@@ -45,6 +45,8 @@ def _empty(checkpoint: Checkpoint) -> Iterator[Finding]:
             needed="whole tensors",
             fix="python zero_to_fp32.py in the training folder, or save with "
             "stage3_gather_16bit_weights_on_model_save",
+            shape=str(list(empty[0].shape)),
+            count=len(empty),
         )
 
 
@@ -68,6 +70,8 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
                     ("weight_map",),
                     {name: tensor.path.name for name, tensor in checkpoint.tensors.items()},
                 ),
+                count=len(unnamed),
+                tensor=unnamed[0],
             )
         elif isinstance(stated, int | float) and stated != checkpoint.bytes:
             yield finding(
@@ -77,6 +81,8 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
                 needed=f"total_size = {checkpoint.bytes:,}",
                 fix=f"set total_size to {checkpoint.bytes} in {checkpoint.folder / where}",
                 edit=Edit(where, ("metadata", "total_size"), checkpoint.bytes),
+                stated=str(stated),
+                bytes=checkpoint.bytes,
             )
     for path in sorted(checkpoint.folder.iterdir()):
         if _SHARD.fullmatch(path.name) and path.name not in checkpoint.headers:
@@ -128,6 +134,10 @@ def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
             needed=f"at least {tokens:,} rows",
             fix=f"lexigraft graft BASE {facts.folder} -o MODEL "
             "(BASE is this model before its tokenizer was extended)",
+            rows=rows,
+            tokens=tokens,
+            stated=said,
+            last=tokens - 1,
         )
     elif stated:
         path, size = next(iter(stated.items()))
@@ -139,12 +149,17 @@ def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
             needed=f"{path} = {rows:,}",
             fix=f"set {path} to {rows} in {facts.folder / 'config.json'}",
             edit=Edit("config.json", tuple(path.split(".")), rows),
+            key=path,
+            stated=size,
+            rows=rows,
         )
     elif tokens is not None and rows > tokens:
         yield finding(
             "LG303",
             _first_tensor(facts),
             f"{rows - tokens:,} rows beyond the {tokens:,} tokens: normal padding",
+            padding=rows - tokens,
+            tokens=tokens,
         )
 
 
@@ -165,6 +180,7 @@ def _tying(facts: Facts) -> Iterator[Finding]:
             vocabulary.heads[0],
             "is stored although tie_word_embeddings is true: loaders use it only if it differs "
             f"from {vocabulary.embeds[0]}",
+            embedding=vocabulary.embeds[0],
         )
     if not tied and not vocabulary.heads and _has_head(config):
         yield finding(
@@ -198,6 +214,9 @@ def _special_ids(facts: Facts, rows: int) -> Iterator[Finding]:
                     f"{key} = {beyond[0]}, but there are {rows:,} rows",
                     needed=f"an id below {rows:,}",
                     fix=f"set {key} in {facts.folder / file} to the tokenizer's id",
+                    key=key,
+                    id=beyond[0],
+                    rows=rows,
                 )
         if key in SPECIAL:
             yield from _other_meaning(facts, key, {i for ids in named.values() for i in ids})
@@ -235,4 +254,9 @@ def _other_meaning(facts: Facts, key: str, ids: set[int]) -> Iterator[Finding]:
         f"{key.removesuffix('_id')} is {text!r} (id {wanted})",
         needed=f"{key} = {wanted}",
         fix=f"set {key} to {wanted} in {facts.folder / 'config.json'}",
+        key=key,
+        id=other,
+        text=repr(facts.tokens.texts.get(other)),
+        wanted=wanted,
+        named=repr(text),
     )

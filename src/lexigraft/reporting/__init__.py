@@ -38,7 +38,7 @@ class ReportResult:
 
 @working("drawing the report")
 def report(
-    run: str | Path, *, output: str | Path | None = None, lang: Language = "en"
+    run: str | Path, *, output: str | Path | None = None, lang: Language | None = None
 ) -> ReportResult:
     """Write what happened in the run folder `run` as one HTML page, as Markdown and as JSON.
 
@@ -46,7 +46,8 @@ def report(
         run: a folder that `run` or `demo` wrote, finished or not.
         output: the page, a name in .html; Markdown and JSON lie beside it. Default:
             RUN/report.html.
-        lang: of the page: `en` or `zh`. Markdown and JSON are in English.
+        lang: of the page: `en` or `zh`. Default: as the recipe of the run says. Markdown and JSON
+            are in English.
 
     Raises:
         LexigraftError: the folder is no run folder, or `output` has another ending.
@@ -59,10 +60,11 @@ def report(
             needed="a name that ends in .html; .md and .json are written beside it",
             fix=f"-o {page_file.with_suffix('.html')}",
         )
-    facts = run_facts(state_of(folder), folder)
+    state = state_of(folder)
+    facts = run_facts(state, folder)
     text = markdown(facts)
     forms = {
-        ".html": page(facts, lang),
+        ".html": page(facts, lang or state.recipe.report.lang),
         ".md": f"{text}\n",
         ".json": json.dumps(facts, indent=2, ensure_ascii=False) + "\n",
     }

@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from lexigraft.console import plain, plain_line
+from lexigraft.reporting import chinese
 from lexigraft.reporting.charts import charts
 from lexigraft.reporting.words import Language, Words, reasons, speaker, unknown
 
@@ -42,6 +43,8 @@ _NUMERIC = ("id", "count", "decimal", "distance", "share")
 _ORIGINS = ("merge", "term", "character", "bridge", "special")
 _VERDICTS = ("learned", "rare", "spelled", "unmoved")
 _TONES = {"sufficient": "good", "not yet": "warn", "harmful": "bad"}
+# A sentence and its language: what has no Chinese words is told in English.
+Told = tuple[str, str]
 _RAW = re.compile(r"<[0-9A-F]+>")
 
 
@@ -79,15 +82,18 @@ def page(facts: Mapping[str, Any], language: Language = "en", live: Live | None 
         tip=lambda token: tip(tokens.get(token), token, t),
         saved=_saved(facts),
         special=_special(facts),
+        why=_why(facts, language),
+        limits=_limits(facts, language),
         sizes=_sizes(facts, t),
-        term_lines=_terms(facts, t),
+        term_lines=_terms(facts, t, language),
         reasons=reasons(facts, language) if facts["training"] else [],
         unknown=unknown(facts, language) if facts["training"] else [],
         tone=_TONES.get(facts["training"].get("verdict", {}).get("verdict", ""), ""),
         log=_log(facts),
         models=_models(facts, t),
         proofs=list(_proofs(facts, t)),
-        check_lines=_check(facts),
+        findings=_findings(facts, language),
+        check_lines=_check(facts, language),
         lineage=_lineage(facts),
         times=_times(facts, t),
         number=_number,
@@ -270,13 +276,34 @@ def _sizes(facts: Mapping[str, Any], t: Words) -> list[tuple[str, str]]:
     ]
 
 
-def _terms(facts: Mapping[str, Any], t: Words) -> list[tuple[str, ...]]:
+def _why(facts: Mapping[str, Any], language: Language) -> Told:
+    """Why there are so many new tokens; an empty text of runs from before sizes were chosen."""
+    size = facts["learn"].get("size") or {}
+    if language == "zh" and "because" in size:
+        return chinese.size_sentence(size["because"]), "zh-Hans"
+    return size.get("why", ""), "en"
+
+
+def _limits(facts: Mapping[str, Any], language: Language) -> list[Told]:
+    """What is to be known of this kind of tokenizer."""
+    own = chinese.LIMITS.get(facts["learn"].get("family", "")) if language == "zh" else None
+    limits = facts["learn"].get("limits", [])
+    return [(limit, "en") if own is None else (own, "zh-Hans") for limit in limits]
+
+
+def _terms(facts: Mapping[str, Any], t: Words, language: Language) -> list[tuple[str, ...]]:
+    def fate(row: Mapping[str, Any]) -> str:
+        if row["reason"] is None:
+            return t("terms.reached", n=f"{row['reached']:,}")
+        least = facts["learn"].get("min_count", 0)
+        return chinese.term_reason(row, least) if language == "zh" else str(row["reason"])
+
     return [
         (
             plain_line(row["variant"]),
             f"{row['occurrences']:,}",
             "–" if row["token_id"] is None else str(row["token_id"]),
-            plain_line(row["reason"] or t("terms.reached", n=f"{row['reached']:,}")),
+            plain_line(fate(row)),
         )
         for row in facts["terms"]
     ]
@@ -310,9 +337,23 @@ def _models(facts: Mapping[str, Any], t: Words) -> list[list[str]]:
     ]
 
 
-def _check(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _findings(facts: Mapping[str, Any], language: Language) -> list[dict[str, str]]:
+    """Each finding of `check`, with its sentences in the language of the page where it has them."""
+    told = []
+    for finding in facts["check"].get("findings", []):
+        own = chinese.finding_sentence(finding) if language == "zh" else None
+        found, fix = own or (finding["found"], finding["fix"])
+        lang = "en" if own is None else "zh-Hans"
+        told.append({**finding, "found": found, "fix": fix, "lang": lang})
+    return told
+
+
+def _check(facts: Mapping[str, Any], language: Language) -> list[tuple[str, ...]]:
+    def cell(text: str) -> str:
+        return plain_line(chinese.CELLS.get(text, text) if language == "zh" else text)
+
     return [
-        (plain_line(row["part"]), row["unit"], _count(row["count"]), plain_line(row["detail"]))
+        (cell(row["part"]), cell(row["unit"]), _count(row["count"]), cell(row["detail"]))
         for row in facts["check"].get("table", [])
     ]
 

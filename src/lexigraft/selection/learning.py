@@ -179,7 +179,7 @@ class Learning:
         size = self._size(choice)
         if size is not None and size.k < len(choice.merges):
             choice = chosen(size.k)
-            size = replace(self._size(choice) or size, why=size.why)
+            size = replace(self._size(choice) or size, because=size.because)
         times = round(1 / text.counted.share)  # a share is 1, 1/2, 1/4 ...
         if times > 1:
             counts = {token: count * times for token, count in choice.counts.items()}

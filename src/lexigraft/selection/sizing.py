@@ -157,12 +157,51 @@ def expected_occurrences(
 
 
 @dataclass(frozen=True)
+class Because:
+    """What decided how many tokens there are, with all that a sentence about it names.
+
+    Attributes:
+        rule: `asked`; `few`: fewer than `asked` occur often enough; `all` that do; `share` of the
+            base's tokens; or `speed`: more would make the model slower.
+        k: the number.
+        asked: the number asked for; None where it was chosen.
+        share: the largest share of the base's tokens.
+        ratio: tokens of the held-out text as a share of the base's.
+        knee: where the curve bends.
+        more: so many further tokens would save `further` of these.
+    """
+
+    rule: str
+    k: int
+    asked: int | None
+    share: float
+    ratio: float
+    knee: int
+    more: int
+    further: float
+
+    def sentence(self) -> str:
+        """For people, in English."""
+        begin = {
+            "asked": f"{self.k:,} tokens, as asked for",
+            "few": f"{self.k:,} tokens of {self.asked or 0:,} asked for: no more occur often enough",
+            "all": f"{self.k:,} tokens: all that occur often enough",
+            "share": f"{self.k:,} tokens: {self.share:.0%} of the base",
+            "speed": f"{self.k:,} tokens: more would make the model slower, not faster",
+        }[self.rule]
+        told = f"; the text is {self.ratio:.3f} of its length, the curve bends at {self.knee:,}"
+        if self.more:
+            told += f", and {self.more:,} more tokens would save another {self.further:.1%}"
+        return begin + told
+
+
+@dataclass(frozen=True)
 class Size:
     """How many tokens were chosen, and why.
 
     Attributes:
         k: the number.
-        why: a sentence for people.
+        because: what decided it.
         knee: where the curve bends.
         best_speed_k: where the model is fastest; None if its size is unknown.
         speed: the estimated speed-up at `k`; None if the model's size is unknown.
@@ -174,7 +213,7 @@ class Size:
     """
 
     k: int
-    why: str
+    because: Because
     knee: int
     best_speed_k: int | None
     speed: float | None
@@ -184,9 +223,14 @@ class Size:
     low: float | None
     curve: list[tuple[int, float]]
 
+    @property
+    def why(self) -> str:
+        """A sentence for people."""
+        return self.because.sentence()
+
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain values."""
-        return asdict(self)
+        return {**asdict(self), "why": self.why}
 
 
 def choose_size(
@@ -227,35 +271,25 @@ def choose_size(
     fastest = int(np.argmax(speeds)) if speeds is not None else None
     if requested is not None:
         k = min(requested, candidates)
-        why = f"{k:,} tokens, as asked for"
-        if k < requested:
-            why = f"{k:,} tokens of {requested:,} asked for: no more occur often enough"
+        rule = "asked" if k == requested else "few"
     else:
-        limits = [
-            (candidates, "all that occur often enough"),
-            (cap, f"{max_share:.0%} of the base"),
-        ]
+        limits = [(candidates, "all"), (cap, "share")]
         if fastest is not None:
-            limits.append((fastest, "more would make the model slower, not faster"))
-        k, reason = min(limits, key=lambda limit: limit[0])
-        why = f"{k:,} tokens: {reason}"
-    bend = knee(after)
-    ratio = float(after[k] / after[0])
-    why += f"; the text is {ratio:.3f} of its length, the curve bends at {bend:,}"
-    if k < candidates:
-        more = min(FURTHER, candidates - k)
-        why += f", and {more:,} more tokens would save another {further_gain(after, k):.1%}"
+            limits.append((fastest, "speed"))
+        k, rule = min(limits, key=lambda limit: limit[0])
+    bend, ratio, further = knee(after), float(after[k] / after[0]), further_gain(after, k)
+    more = min(FURTHER, candidates - k)
     median = low = None
     if counts is not None and counted_bytes and train_bytes:
         median, low = expected_occurrences(np.asarray(counts)[:k], counted_bytes, train_bytes)
     return Size(
         k=k,
-        why=why,
+        because=Because(rule, k, requested, max_share, ratio, bend, more, further),
         knee=bend,
         best_speed_k=fastest,
         speed=float(speeds[k]) if speeds is not None else None,
         ratio=ratio,
-        further=further_gain(after, k),
+        further=further,
         median=median,
         low=low,
         curve=curve(after, text_bytes),

@@ -1,0 +1,182 @@
+"""The Chinese pages say what the English ones say, and their commands are real."""
+
+import ast
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import typer
+import yaml
+
+from lexigraft.recipe import Recipe
+from lexigraft.reporting import chinese
+from lexigraft.selection import sizing, terms
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "lexigraft"
+BLOCK = "\f"  # stands where a fenced block was
+HAN = re.compile(r"[\u4e00-\u9fff]")
+
+
+def without_comments(block):
+    """What a block does: comments are in the language of the page."""
+    return [re.sub(r"(^|\s)#\s.*", "", line).split() for line in block.splitlines()]
+
+
+def sections(text):
+    """Per section: the level of its heading and all that both languages must have alike."""
+    blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", BLOCK, text, flags=re.DOTALL)
+    found = []
+    for part in re.split(r"^(?=#+ )", prose, flags=re.MULTILINE)[1:]:
+        count = part.count(BLOCK)
+        links = re.findall(r"\]\(([^)]+)\)", part)
+        words = re.sub(r"\]\([^)]+\)|<!--.*?-->", "", part)
+        found.append(
+            {
+                "level": len(part) - len(part.lstrip("#")),
+                "blocks": [(kind, without_comments(block)) for kind, block in blocks[:count]],
+                "links": Counter(links),
+                "code": {" ".join(code.split()) for code in re.findall(r"`([^`]+)`", words)},
+                "figures": Counter(re.findall(r"\d(?:[\d,.]*\d)?", words)),
+                "items": len(re.findall(r"^- ", part, re.MULTILINE)),
+                "bold items": re.findall(r"^- \*\*`([^`]+)`", part, re.MULTILINE),
+                "cells": [line.count("|") for line in part.splitlines() if line.startswith("|")],
+            }
+        )
+        blocks = blocks[count:]
+    return found
+
+
+def test_both_readmes_say_the_same():
+    """Change one and not the other, and this fails: headings, code, links, figures, tables."""
+    english = (ROOT / "README.md").read_text()
+    chinese = (ROOT / "README.zh-CN.md").read_text()
+    assert "(README.zh-CN.md)" in english[:200] and "(README.md)" in chinese[:200]
+    english = english.replace("(README.zh-CN.md)", "(README.md)")
+    ours, theirs = sections(english), sections(chinese)
+    assert len(ours) == len(theirs) > 4
+    for here, there in zip(ours, theirs, strict=True):
+        for what, value in here.items():
+            assert value == there[what], what
+    assert len(HAN.findall(chinese)) > 1000
+
+
+def test_the_glossary_has_every_term_once_in_both_languages():
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    terms = [row for row in rows if row[0] != "term"]
+    assert len(terms) > 50 and len({row[0] for row in terms}) == len(terms)
+    for name, chinese, meaning, in_chinese in terms:
+        assert meaning.endswith(".") and in_chinese.endswith("。") and HAN.search(in_chinese), name
+        assert HAN.search(chinese) or chinese == name, name
+    for word in ("base", "row", "piece", "padding row", "tied", "drift", "reachable", "bridge",
+                 "bits per byte (bpb)", "manifest", "adoption", "graft"):  # fmt: skip
+        assert word in {row[0] for row in terms}
+
+
+def pages():
+    return sorted((ROOT / "docs" / "zh").glob("*.md"))
+
+
+def test_chinese_pages_are_chinese_and_their_links_lead_somewhere():
+    assert len(pages()) >= 4
+    for page in pages():
+        text = page.read_text()
+        assert len(HAN.findall(text)) > 500, page.name
+        for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_commands_of_chinese_pages_parse():
+    from lexigraft.cli import app
+
+    group = typer.main.get_command(app)
+    for page in pages():
+        blocks = re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
+        lines = [shlex.split(line, comments=True) for b in blocks for line in b.splitlines()]
+        assert len(lines) >= 5, page.name
+        for program, verb, *words in lines:
+            assert program == "lexigraft"
+            group.get_command(None, verb).make_context(verb, words, resilient_parsing=False)
+
+
+def test_recipes_of_chinese_pages_are_recipes():
+    for page in pages():
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            assert Recipe.parse(yaml.safe_load(block), where=page.name).report.lang == "zh"
+
+
+def calls_of(module, name):
+    """Per call of `name` in a module of ours: the constants among its arguments, its keywords."""
+    for node in ast.walk(ast.parse((SRC / module).read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == name:
+            constants = {n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)}
+            yield constants, {keyword.arg for keyword in node.keywords}
+
+
+def test_every_finding_of_a_folder_by_itself_has_chinese_sentences():
+    """Those that the report of a run can show: what `check MERGED` finds in readable files."""
+    seen = set()
+    for module in ("weights", "tokenizers", "added", "lineage"):
+        for codes, values in calls_of(f"checks/{module}.py", "finding"):
+            for code in codes:
+                if code.startswith("LG6"):  # needs --base
+                    continue
+                seen.add(code)
+                ways = [
+                    chinese.fields(found) | chinese.fields(fix)
+                    for found, fix in chinese.FINDINGS[code]
+                ]
+                assert any(names <= values for names in ways), (code, values)
+    assert seen == chinese.FINDINGS.keys()
+
+
+def test_reasons_of_terms_have_chinese_words():
+    least, split = 5, {"冠 状"}
+    asked = {"B12": 9, "心x": 9, "a-b": 9, "冠 状": 9, "心" * 40: 9, "心": 9, "冠状": 1, "切开": 9}
+    kinds = set()
+    for spelling, occurrences in asked.items():
+        reason = terms.reasons(
+            spelling, occurrences=occurrences, least=least,
+            pieces=lambda text: [1] if text == "心" else [1, 2],
+            splits=lambda text: text in split or text == "切开",
+        )  # fmt: skip
+        told = chinese.term_reason({"reason": reason, "occurrences": occurrences}, least)
+        assert HAN.search(told) and "{" not in told
+        kinds.add(reason.partition(":")[0])
+    others = {"is banned", "the base reads it as one token in running text", "dropped", "no room"}
+    assert kinds | others == chinese.TERMS.keys()
+    source = (SRC / "selection" / "wanted.py").read_text()
+    assert [kind for kind in others if f'"{kind}' not in source] == []
+    assert "1 次" in chinese.term_reason({"reason": "too rare: x", "occurrences": 1}, least)
+    assert chinese.term_reason({"reason": "something of another version"}, 5).startswith("some")
+
+
+def test_the_chosen_size_is_told_in_chinese():
+    saved = [40] * 10 + [1] * 90
+    told = set()
+    for asked, share, model in (
+        (5, 0.5, None), (500, 0.5, None), (None, 0.5, None), (None, 0.1, None),
+        (None, 0.5, sizing.ModelSize(hidden=1000, parameters=100_000, matrices=2)),
+    ):  # fmt: skip
+        because = sizing.choose_size(
+            saved, base_tokens=2_000, text_bytes=5_000, vocabulary=300, requested=asked,
+            max_share=share, model=model,
+        ).to_json()["because"]  # fmt: skip
+        sentence = chinese.size_sentence(because)
+        assert f"{because['k']:,} " in sentence and f"{because['ratio']:.3f}" in sentence
+        assert ("再加" in sentence) == (because["more"] > 0)
+        told.add(because["rule"])
+    assert told == chinese.SIZES.keys()
+
+
+def test_limits_are_told_of_families_that_exist():
+    named = {
+        name
+        for path in (SRC / "families").glob("*.py")
+        for name in re.findall(r'^    name = "(.+)"$', path.read_text(), re.MULTILINE)
+    }
+    assert chinese.LIMITS.keys() < named
+    assert all(HAN.search(text) and text.endswith("。") for text in chinese.LIMITS.values())
