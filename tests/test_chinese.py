@@ -63,14 +63,31 @@ def test_both_readmes_say_the_same():
     assert len(HAN.findall(chinese)) > 1000
 
 
+def test_one_command_writes_the_table_of_the_demo_into_both(monkeypatch):
+    """The rows that stand in README.md, put into both again, change neither."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from demo_table import READMES, with_table
+
+    english = (ROOT / "README.md").read_text()
+    table = re.search(
+        r"<!-- demo table -->.*?^\|---.*?$\n(.*?)\n\n", english, re.DOTALL | re.MULTILINE
+    )
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table[1].splitlines()]
+    assert len(rows) == 5
+    for name, words in READMES.items():
+        text = (ROOT / name).read_text()
+        assert with_table(text, rows, words) == text
+        assert with_table(text, rows[:-1], words) != text
+
+
 def test_the_glossary_has_every_term_once_in_both_languages():
     text = (ROOT / "docs" / "glossary.md").read_text()
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
-    terms = [row for row in rows if row[0] != "term"]
-    assert len(terms) > 50 and len({row[0] for row in terms}) == len(terms)
-    for name, chinese, meaning, in_chinese in terms:
+    listed = [row for row in rows if row[0] != "term"]
+    assert len(listed) > 50 and len({row[0] for row in listed}) == len(listed)
+    for name, translated, meaning, in_chinese in listed:
         assert meaning.endswith(".") and in_chinese.endswith("。") and HAN.search(in_chinese), name
-        assert HAN.search(chinese) or chinese == name, name
+        assert HAN.search(translated) or translated == name, name
     for word in ("base", "row", "piece", "padding row", "tied", "drift", "reachable", "bridge",
                  "bits per byte (bpb)", "manifest", "adoption", "graft"):  # fmt: skip
         assert word in {row[0] for row in terms}

@@ -38,8 +38,10 @@ TERMS: Mapping[str, str] = {
 
 # name of a tokenizer family -> what its `limits` say.
 LIMITS: Mapping[str, str] = {
-    "tiktoken BPE": "rank 文件中 rank 就是编号，新 token 排在特殊 token 之后。不支持靠数行数来给特殊 token "
-    "编号的读取程序（Meta llama-models 的 Tokenizer、transformers 的 TikTokenConverter），它们会把特殊 token "
+    "tiktoken BPE": "rank 文件中 rank 就是编号，新 token 排在特殊 token 之后。"
+    "不支持靠数行数来给特殊 token "
+    "编号的读取程序（Meta llama-models 的 Tokenizer、transformers 的 TikTokenConverter），"
+    "它们会把特殊 token "
     "挪位；按编号识别特殊 token 的程序不受影响（tiktoken、Qwen 的分词器）。",
     "Unigram": "SentencePiece 沿着整段文本以 float32 累加得分：各项性质是在有限长度的片段上证明的；"
     "在远长于此的文本中，无论基座还是扩充后的分词器，两种切分几乎同分时由舍入误差决定。",
@@ -56,7 +58,8 @@ FINDINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "LG103": [
         (
-            "{added} 给 {text} 的编号是 {id}，而该文件只有 {tokens:,} 个 token，编号 {lost} 在任何文件中都没有："
+            "{added} 给 {text} 的编号是 {id}，而该文件只有 {tokens:,} 个 token，编号 {lost} "
+            "在任何文件中都没有："
             "它比 {added} 旧",
             "从 {added} 的来源目录重新复制该文件",
         )
@@ -74,14 +77,17 @@ FINDINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "LG107": [
         (
-            "added_tokens_decoder 缺少 {file} 中的 {count} 个附加 token，第一个是 {text}（编号 {id}）："
+            "added_tokens_decoder 缺少 {file} 中的 {count} 个附加 token，第一个是 {text}（编号 "
+            "{id}）："
             "transformers 的 {kind} 会把它们当作普通文本",
-            "把其中的 tokenizer_class 改为 PreTrainedTokenizerFast，或用 save_pretrained 重新保存分词器",
+            "把其中的 tokenizer_class 改为 PreTrainedTokenizerFast，或用 save_pretrained "
+            "重新保存分词器",
         )
     ],
     "LG108": [
         (
-            "有 {count:,} 个特殊 token 是普通词，第一个是 {text}：解码时 skip_special_tokens=True 会把它们丢掉",
+            "有 {count:,} 个特殊 token 是普通词，第一个是 {text}：解码时 "
+            "skip_special_tokens=True 会把它们丢掉",
             "lexigraft learn BASE --corpus TEXT --terms WORDS -o VOCAB",
         )
     ],
@@ -105,8 +111,10 @@ FINDINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     ],
     "LG112": [
         (
-            "把 {text} 指定为 {key}，但分词器文件中没有它：加载时会在 {tokens:,} 个 token 之后新增一个",
-            "把其中的 {key} 改为词表中的 token，或执行 lexigraft learn BASE --corpus TEXT --special LIST -o VOCAB",
+            "把 {text} 指定为 {key}，但分词器文件中没有它：加载时会在 {tokens:,} 个 token "
+            "之后新增一个",
+            "把其中的 {key} 改为词表中的 token，或执行 lexigraft learn BASE --corpus TEXT "
+            "--special LIST -o VOCAB",
         )
     ],
     "LG113": [("模板写出的 {count} 个标记都不是 token，例如 {text}，会被拆开读", "")],
@@ -136,19 +144,22 @@ FINDINGS: Mapping[str, Sequence[tuple[str, str]]] = {
     "LG305": [
         (
             "没有输出头，而 tie_word_embeddings 是 false：加载时会用随机数填充",
-            "若该模型本来共享权重，把 config.json 中的 tie_word_embeddings 改为 true；否则重新下载权重",
+            "若该模型本来共享权重，把 config.json 中的 tie_word_embeddings 改为 true；"
+            "否则重新下载权重",
         )
     ],
     "LG306": [
         (
-            "tie_word_embeddings 是 true，却另存了输出头：只有当它与 {embedding} 不同时，加载才会用到它",
+            "tie_word_embeddings 是 true，却另存了输出头：只有当它与 {embedding} 不同时，"
+            "加载才会用到它",
             "",
         )
     ],
     "LG307": [
         (
             "形状是 {shape}（共 {count} 个空张量）：保存时没有收集 ZeRO-3 的分片",
-            "在训练目录执行 python zero_to_fp32.py，或保存时打开 stage3_gather_16bit_weights_on_model_save",
+            "在训练目录执行 python zero_to_fp32.py，或保存时打开 "
+            "stage3_gather_16bit_weights_on_model_save",
         )
     ],
     "LG308": [

@@ -184,7 +184,8 @@ class Because:
         """For people, in English."""
         begin = {
             "asked": f"{self.k:,} tokens, as asked for",
-            "few": f"{self.k:,} tokens of {self.asked or 0:,} asked for: no more occur often enough",
+            "few": f"{self.k:,} tokens of {self.asked or 0:,} asked for: no more occur often "
+            "enough",
             "all": f"{self.k:,} tokens: all that occur often enough",
             "share": f"{self.k:,} tokens: {self.share:.0%} of the base",
             "speed": f"{self.k:,} tokens: more would make the model slower, not faster",
