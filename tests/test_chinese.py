@@ -90,7 +90,7 @@ def test_the_glossary_has_every_term_once_in_both_languages():
         assert HAN.search(translated) or translated == name, name
     for word in ("base", "row", "piece", "padding row", "tied", "drift", "reachable", "bridge",
                  "bits per byte (bpb)", "manifest", "adoption", "graft"):  # fmt: skip
-        assert word in {row[0] for row in terms}
+        assert word in {row[0] for row in listed}
 
 
 def pages():

@@ -18,6 +18,7 @@ import typer
 from lexigraft import LexigraftError, report, reporting, run, serve
 from lexigraft.models.evidence import RowEvidence
 from lexigraft.models.verdict import Thresholds, judge, row_verdict
+from lexigraft.reporting.page import page
 from lexigraft.reporting.words import WORDS, reasons, unknown
 from test_pipeline import RECIPE, write_inputs
 
@@ -97,6 +98,37 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(run_folder, tmp_path, l
     shown = re.sub(r"<(style|script).*?</\1>", "", text, flags=re.DOTALL)
     assert not re.search(r"\{\w+\}", shown)  # every place of the words is filled
     assert ARABIC.split(" ", maxsplit=1)[0] in text and "冠" in text and 'dir="rtl"' in text
+
+
+def test_the_chinese_page_tells_nothing_in_english(run_folder, tmp_path):
+    """Sizes, terms, limits and findings are sentences of `reporting.chinese`; old runs keep theirs."""
+    facts = report(run_folder).facts
+    assert facts["check"]["findings"] and facts["terms"] and facts["learn"]["size"]["because"]
+    text = page(facts, "zh")
+    assert 'lang="en"' not in text and "选取" in text.split('id="size"')[1]
+    for finding in facts["check"]["findings"]:
+        assert finding["found"] not in text and finding["code"] in text
+    assert all(row["reason"] is None or row["reason"] not in text for row in facts["terms"])
+    del facts["learn"]["size"]["because"]
+    for finding in facts["check"]["findings"]:
+        del finding["values"]
+    assert page(facts, "zh").count('lang="en"') == 1 + len(facts["check"]["findings"])
+
+
+def test_a_recipe_names_the_language_of_its_page(run_folder, tmp_path):
+    """Also one that is changed after the run: no stage is done again for it."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    recipe = run_folder.parent / "recipe.yaml"
+    changed = recipe.with_name("zh.yaml")
+    changed.write_text(f"{recipe.read_text()}report: {{lang: zh}}\n")
+    result = run(changed, output=tmp_path / "run")
+    assert result.skipped == list(result.state.stages)
+    assert 'lang="zh-Hans"' in (tmp_path / "run" / "report.html").read_text()
+    assert 'lang="zh-Hans"' in report(tmp_path / "run").files[0].read_text()
+    assert '<html lang="en"' in report(tmp_path / "run", lang="en").files[0].read_text()
+    changed.write_text(f"{recipe.read_text()}report: {{lang: fr}}\n")
+    with pytest.raises(LexigraftError, match=r"report\.lang"):
+        run(changed, output=tmp_path / "run")
 
 
 def test_hostile_text_is_shown_and_does_nothing(run_folder):

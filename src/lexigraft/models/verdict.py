@@ -16,6 +16,15 @@ if TYPE_CHECKING:  # which needs torch; reports read verdicts without it
     from lexigraft.models.evidence import RowEvidence
 
 SUFFICIENT, NOT_YET, HARMFUL = "sufficient", "not yet", "harmful"
+# What a verdict may call unknown, filled with its thresholds.
+UNKNOWN = {
+    "domain": "bits per byte of the field's text (give --held-out text)",
+    "base": "bits per byte of the base (name it with --base)",
+    "general": "whether general text got worse (give --general text)",
+    "falling": "whether more text would help (measure more often, --measurements)",
+    "adoption": "whether new tokens are adopted: the model wrote the text of one at fewer than "
+    "{decided} places",
+}
 
 
 @dataclass(frozen=True)
@@ -307,16 +316,13 @@ def _unknown(
     end = log[-1]
     found = []
     if end["domain_bpb"] is None:
-        found.append("bits per byte of the field's text (give --held-out text)")
+        found.append("domain")
     elif base.get("domain_bpb") is None:
-        found.append("bits per byte of the base (name it with --base)")
+        found.append("base")
     if end["general_bpb"] is None:
-        found.append("whether general text got worse (give --general text)")
+        found.append("general")
     if end["domain_bpb"] is not None and fall_per_doubling(log) is None:
-        found.append("whether more text would help (measure more often, --measurements)")
+        found.append("falling")
     if rows and adoption(rows)[1] < limits.decided:
-        found.append(
-            f"whether new tokens are adopted: the model wrote the text of one at fewer than "
-            f"{limits.decided} places"
-        )
-    return found
+        found.append("adoption")
+    return [UNKNOWN[key].format(decided=limits.decided) for key in found]

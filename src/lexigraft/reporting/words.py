@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lexigraft.models.verdict import HARMFUL, fall_per_doubling
+from lexigraft.models.verdict import HARMFUL, UNKNOWN, fall_per_doubling
 
 Language = Literal["en", "zh"]
 Words = Callable[..., str]  # t(key, **values)
@@ -406,13 +406,13 @@ def _some(names: Sequence[str], limits: Mapping[str, Any]) -> str:
     return f"{shown} 等 {len(names):,} 个" if rest > 0 else shown
 
 
-# What a verdict may call unknown, by how its sentence begins.
+# What a verdict may call unknown.
 _UNKNOWN = {
-    "bits per byte of the field's": "领域文本的比特/字节（请用 --held-out 给出文本）",
-    "bits per byte of the base": "基座的比特/字节（请用 --base 指定）",
-    "whether general text": "通用文本是否变差（请用 --general 给出文本）",
-    "whether more text": "更多文本是否有用（请增加测量次数 --measurements）",
-    "whether new tokens": "新 token 是否被采用：模型写出其文字的地方太少",
+    "domain": "领域文本的比特/字节（请用 --held-out 给出文本）",
+    "base": "基座的比特/字节（请用 --base 指定）",
+    "general": "通用文本是否变差（请用 --general 给出文本）",
+    "falling": "更多文本是否有用（请增加测量次数 --measurements）",
+    "adoption": "新 token 是否被采用：模型写出其文字的地方不足 {decided} 处",
 }
 
 
@@ -421,7 +421,6 @@ def unknown(facts: Mapping[str, Any], language: Language) -> list[str]:
     found: list[str] = facts["training"]["verdict"]["unknown"]
     if language == "en":
         return found
-    return [
-        next((words for begin, words in _UNKNOWN.items() if text.startswith(begin)), text)
-        for text in found
-    ]
+    limits = facts["training"]["verdict"]["thresholds"]
+    told = {UNKNOWN[key].format(**limits): _UNKNOWN[key].format(**limits) for key in UNKNOWN}
+    return [told.get(text, text) for text in found]
