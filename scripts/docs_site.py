@@ -30,12 +30,13 @@ _CODE = ROOT / "src"
 # file of the repository -> page of the site, for those outside docs/
 OUTSIDE = {
     "README.md": "index.md",
+    "README.zh-CN.md": "zh/index.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
     **{
         name: name
-        for folder in ("bench/results", "examples")
+        for folder in ("bench/results", "examples", "notebooks")
         for name in sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir())
     },
 }
