@@ -8,6 +8,7 @@ import torch
 
 torch.set_num_threads(1)
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+EACH_TIME = "merging"  # the quickest: the others learn, and ask transformers in a child process
 
 
 def cells(path):
@@ -31,7 +32,14 @@ def test_a_notebook_is_plain_and_holds_no_outputs(path):
         assert cell["metadata"] == {} and cell["source"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem == EACH_TIME else pytest.mark.matrix)
+        for path in NOTEBOOKS
+    ],
+    ids=names,
+)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys):
     """Its cells in their order, in an empty folder, as a kernel would."""
     monkeypatch.chdir(tmp_path)
