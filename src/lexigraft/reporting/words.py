@@ -27,7 +27,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "新增 {added} 个 token；领域文本所需 token 减少 {share}，通用文本的切分保持不变。",
     ),
     "lede.special": (
-        "{special} new special tokens stand behind them.",
+        " {special} new special tokens stand behind them.",
         "另有 {special} 个新的特殊 token。",
     ),
     # headline numbers
@@ -175,6 +175,7 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "log.old": ("of old tokens", "旧 token 部分"),
     "log.new": ("of new tokens", "新 token 部分"),
     "log.leak": ("leak", "泄漏"),
+    "colon": (": ", "："),
     "needed": ("needed: {text}", "要求：{text}"),
     "next": ("next: {text}", "建议：{text}"),
     "unknown": ("unknown: {text}", "未测：{text}"),
@@ -394,7 +395,7 @@ def _few(tokens: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> tupl
     return (
         f"{len(known):,} 个新 token 中有 {len(few):,} 个在训练中被预测不足 {least} 次",
         f"除 {share:.0%} 以外都达到 {least} 次",
-        f"补充含有 {_some([token['shown'] for token in few], limits)} 的文本，"
+        f"补充含有{_some([token['shown'] for token in few], limits)}的文本，"
         f"或不再学习它们（lexigraft learn --min-count {least}）",
     )
 
