@@ -12,7 +12,8 @@ antlr4-python3-runtime==4.9.3 einops av`, then `--llamafactory FOLDER`.
 A tool that is not installed is named, and its cells say so. MedicalGPT, Chinese-LLaMA-Alpaca,
 tokenizer-extension and Unsloth's start of rows are no packages that run here: what they do is
 written in bench/peers.py after the files and versions named there. No times are taken. Prints
-Markdown tables and writes them, with the machine, to bench/results/comparison.md.
+Markdown tables and writes them, with the machine, to bench/results/comparison.md, and the first
+table of each part into docs/comparison.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from lexigraft.steps.graft import graft
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "comparison.md"
+PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
+BEGIN, END = "<!-- printed by bench/comparison.py -->", "<!-- end -->"
 PEERS = [sys.executable, str(Path(__file__).parent / "peers.py")]
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "peft", "mergekit", "axolotl",
@@ -83,7 +86,8 @@ def tokens(options: argparse.Namespace, folder: Path) -> list[str]:
         "",
         f"Learned from {size:.1f} MB of {corpus}, measured on its held-out documents and on "
         f"{general}. drift: general sentences with other ids although no new token is in them; "
-        "longer: that get longer; dead: new tokens that never come out of the learning text.",
+        "longer: that get longer; dead: new tokens that never come out of the learning text. Added "
+        "tokens are cut out of a text before the tokenizer reads it, inside other words too.",
         "",
         "| base | tool | added | domain tokens/byte | drift | longer | dead | ids kept "
         "| new engine differences |",
@@ -205,8 +209,9 @@ def merges() -> list[str]:
         f"## {len(rows)} merges",
         "",
         "The cases of `bench/merge_cases.py`, each held against base and adapter, unmerged. stale: "
-        "the weights are right and lie beside the base's tokenizer; stops: no result, an error; "
-        "refused: lexigraft's word for what would need a guess.",
+        "the weights are right and lie beside the base's tokenizer; wrong: the folder loads, and "
+        "computes something else than base and adapter did; stops: no result, an error. lexigraft "
+        "refuses an adapter whose tokenizer has other ids.",
         "",
         "| tool | right | right, stale tokenizer | wrong, without a word | stops or refused |",
         "|---|---:|---:|---:|---:|",
@@ -237,19 +242,32 @@ def main() -> None:
     if options.llamafactory:
         sys.path.append(str(options.llamafactory.resolve()))
     wanted = options.only or ("tokens", "starts", "merges")
-    lines = machine(PACKAGES)
+    head = machine(PACKAGES)
+    parts = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if "tokens" in wanted:
-            lines += tokens(options, folder / "tokens")
+            parts.append(tokens(options, Path(name) / "tokens"))
         if "starts" in wanted:
-            lines += starts(options, folder / "starts")
+            parts.append(starts(options, Path(name) / "starts"))
         if "merges" in wanted:
-            lines += merges()
-    command = shlex.join(["python", "bench/comparison.py", *sys.argv[1:]])
-    text = "\n".join(["# Beside the other tools", "", f"`{command}`", "", *lines, ""])
+            parts.append(merges())
+    given = ["FOLDER" if part == str(options.llamafactory) else part for part in sys.argv[1:]]
+    command = f"`{shlex.join(['python', 'bench/comparison.py', *given])}`"
+    lines = [line for part in parts for line in part]
+    text = "\n".join(["# Beside the other tools", "", command, "", *head, *lines, ""])
     print(text)
     options.results.write_text(text, "utf-8")
+    if options.results == RESULTS:
+        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+        shown = "\n".join([BEGIN, command, *(line for part in parts for line in first_table(part))])
+        PAGE.write_text(before + shown + "\n" + END + rest.partition(END)[2], "utf-8")
+
+
+def first_table(part: list[str]) -> list[str]:
+    """A part up to the end of its first table."""
+    first = next(place for place, line in enumerate(part) if line.startswith("|"))
+    rest = (place for place in range(first, len(part)) if not part[place].startswith("|"))
+    return part[: next(rest, len(part))]
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def test_every_example_is_named_in_the_docs():
     assert [path.name for path in EXAMPLES if f"`examples/{path.name}`" not in text] == []
 
 
+def test_the_comparison_shows_what_its_command_printed():
+    page = (ROOT / "docs" / "comparison.md").read_text("utf-8")
+    printed = (ROOT / "bench" / "results" / "comparison.md").read_text("utf-8").splitlines()
+    shown = page.partition("<!-- printed by bench/comparison.py -->\n")[2].partition(
+        "<!-- end -->"
+    )[0]
+    assert "| lexigraft |" in shown
+    assert [line for line in shown.splitlines() if line not in printed] == []
+
+
 class Links(HTMLParser):
     """What a page names itself, what it leads to, and what a browser fetches for it."""
 
