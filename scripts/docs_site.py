@@ -221,6 +221,8 @@ def _signature(node: ast.FunctionDef) -> Iterator[str]:
     if arguments.kwonlyargs:
         yield "    *,"
         yield from _parameters(arguments.kwonlyargs, arguments.kw_defaults)
+    if arguments.kwarg:
+        yield f"    **{ast.unparse(arguments.kwarg)},"
     yield f") -> {ast.unparse(node.returns) if node.returns else 'None'}"
 
 
