@@ -270,7 +270,14 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-SMALL = {"--drop": "10%", "--tokens": "6", "--replace": "6", "--keep": "395", "--id": "385", "--max-bytes": "4000"}
+SMALL = {
+    "--drop": "10%",
+    "--tokens": "6",
+    "--replace": "6",
+    "--keep": "395",
+    "--id": "385",
+    "--max-bytes": "4000",
+}
 BRIEF = {
     "learn": ["--workers", "1"],
     "train": ["--max-steps", "2", "--block-size", "64", "--measurements", "1"],
