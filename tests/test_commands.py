@@ -50,7 +50,8 @@ def blocks(page):
 
 def commands(block):
     """The commands of a console block, each as its words."""
-    lines = block.text.replace("\\\n", " ").splitlines()
+    text = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block.text, flags=re.MULTILINE | re.DOTALL)
+    lines = text.replace("\\\n", " ").splitlines()
     if any(line.startswith("$ ") for line in lines):
         lines = [line[2:] for line in lines if line.startswith("$ ")]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -222,6 +223,9 @@ MAKERS = {
     "everyday.txt": text(parts.ENGLISH.read_text("utf-8")),
     "heldout.txt": text(parts.corpus_text(1, documents=6)),
     "other.txt": text(parts.corpus_text(2, documents=60).replace("itis", "ia").replace("炎", "病")),
+    "en.txt": text(parts.corpus_text(5, documents=20)),
+    "zh.txt": text(parts.corpus_text(6, documents=20)),
+    "wikitext.txt": text(parts.plain_english()[:20_000]),
     "neighbour.txt": text(parts.corpus_text(4, documents=20)),
     "entries.txt": text("\n\n".join(f"冠状动脉 潜伏性感染 {n}" for n in range(60))),
     "terms.txt": text("冠状动脉\n心肌梗死\t3\n 心肌梗死\n\ncarditis\n"),
