@@ -117,15 +117,15 @@ def write_texts(corpora: Path, work: Path) -> list[Path]:
 
 
 def write_base(tokenizer: Path, folder: Path) -> Path:
-    """A tokenizer beside a model with as many rows."""
+    """A tokenizer beside a model whose rows are a multiple of 64."""
     shutil.copytree(tokenizer, folder)
     if tokenizer.name == "t5_unigram_sp":  # whose files do not say what class reads them
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=families.load(folder).map.tokens, hidden_size=8, intermediate_size=8,
-        num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=None,
+        vocab_size=-(-families.load(folder).map.tokens // 64) * 64, hidden_size=8,
+        intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ from pydantic import (
 
 from lexigraft import files
 from lexigraft.errors import LexigraftError
-from lexigraft.files import read_json, sha256_json, write_json
+from lexigraft.files import read_json, read_settings, sha256_json, write_json
 
 MANIFEST, NEW_TOKENS = files.MANIFEST, files.NEW_TOKENS
 
@@ -403,6 +403,12 @@ class Manifest(_Data):
     def write(self, folder: Path) -> None:
         """Write `lexigraft.json` into `folder`."""
         write_json(folder / MANIFEST, self.model_dump())
+
+    def begin(self, folder: Path) -> None:
+        """Write it into a folder whose tokenizer settings may still name an earlier lineage."""
+        self.write(folder)
+        path = folder / "tokenizer_config.json"
+        write_json(path, {**read_settings(path), "lexigraft": {"manifest": self.hash}})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

@@ -297,7 +297,7 @@ def _write(job: _Job, number: int, folder: Path) -> None:
         tied=job.tied,
         versions=versions(["lexigraft", "numpy"]),
     )
-    Manifest(records=[record]).write(folder)
+    Manifest(records=[record]).begin(folder)
     require_consistent(folder, rows=job.rows, tokens=job.tokens.tokens)
 
 

@@ -448,4 +448,4 @@ def _write_manifest(job: _Job, folder: Path) -> None:
         tied=job.tied,
         versions=versions(["lexigraft", "numpy"]),
     )
-    Manifest(records=[record]).write(folder)
+    Manifest(records=[record]).begin(folder)

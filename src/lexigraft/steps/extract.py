@@ -252,9 +252,10 @@ def _prepare(tuned: Model, base: Model, *, rank: int | None, max_error: float, s
     replaced = manifest.replaced(base.tokens.hash, tuned.tokens.hash)
     place = first_difference(without(base.tokens, replaced), tuned.tokens)
     if place is not None:
+        other = repr(tuned.tokens.texts[place]) if place in tuned.tokens.texts else "no token"
         raise LexigraftError(
-            f"id {place} is {base.tokens.texts[place]!r} in {base.folder} but "
-            f"{tuned.tokens.texts.get(place)!r} in {tuned.folder}",
+            f"id {place} is {base.tokens.texts[place]!r} in {base.folder} but {other} in "
+            f"{tuned.folder}",
             needed="a fine-tune whose tokenizer is that of BASE or extends it: rows belong to ids",
             fix="name the model that TUNED was made from; if tokens were replaced on the way "
             f"(learn --replace), copy that model's {MANIFEST} into {tuned.folder}",

@@ -318,7 +318,7 @@ def prune(
             with publish(target, force=force) as partial:
                 job.write(partial, tokenizer)
                 record = job.record(pruned, settings, _sources(corpus, general))
-                _write_manifest(partial, Manifest(records=[record]))
+                Manifest(records=[record]).begin(partial)
                 for adapter, name in zip(opened, names, strict=True):
                     (partial / name).mkdir(parents=True)
                     remap_adapter(adapter, job.moving, tokenizer, partial / name)
@@ -664,12 +664,6 @@ def _by_reason(pruning: Pruning) -> dict[str, int]:
 def _sources(corpus: Sequence[str | Path], general: Sequence[str | Path]) -> dict[str, Any]:
     given = {"corpus": corpus, "general": general}
     return {name: sources(specs) for name, specs in given.items() if specs}
-
-
-def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    manifest.write(partial)
-    path = partial / "tokenizer_config.json"
-    write_json(path, {**read_settings(path), "lexigraft": {"manifest": manifest.hash}})
 
 
 def _undo_record(folder: Path) -> PruneRecord:

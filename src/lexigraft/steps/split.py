@@ -88,7 +88,7 @@ class SplitResult:
             *plan,
             *self.sources,
             f"{done} {self.base}: {self.rows:,} rows for {self.tokens:,} tokens, {tie}; "
-            f"{self.tensors} tensors changed",
+            f"tensors that change: {self.tensors}",
             f"{done} {self.adapter}: LoRA on {self.layers} linear layers, rank {self.rank}, alpha "
             f"{self.alpha}{folded}",
         ]
