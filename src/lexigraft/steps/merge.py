@@ -50,7 +50,7 @@ from lexigraft.files import (
     sha256_file,
 )
 from lexigraft.hub import local_folder
-from lexigraft.manifest import MANIFEST, Manifest, MergeRecord, versions
+from lexigraft.manifest import MANIFEST, ExtractRecord, Manifest, MergeRecord, versions
 
 # What the rows of a vocabulary that no adapter was trained on are a multiple of.
 ROW_STEP = 64
@@ -277,7 +277,7 @@ def _require_order(base: Path, adapters: Sequence[Path], *, side_by_side: bool) 
     manifest = Manifest.read(base)
     for place, folder in enumerate(adapters):
         own = Manifest.read(folder)
-        lacking = _merged_into(own) - _merged_into(manifest)
+        lacking = _merged_into(_since_extracted(own)) - _merged_into(manifest)
         if lacking and not side_by_side:
             lacking -= {_digest(earlier) for earlier in adapters[:place]}
         if own is None or not lacking:
@@ -294,6 +294,13 @@ def _require_order(base: Path, adapters: Sequence[Path], *, side_by_side: bool) 
             fix=f"lexigraft merge {base} {later[0] if later else 'THAT_ADAPTER'} {folder} "
             "-o MERGED",
         )
+
+
+def _since_extracted(manifest: Manifest | None) -> Manifest | None:
+    """An adapter's manifest without what lies before `extract`, which holds all of that itself."""
+    records = manifest.records if manifest else []
+    places = [place for place, r in enumerate(records) if isinstance(r, ExtractRecord)]
+    return Manifest(records=records[places[-1] + 1 :]) if places else manifest
 
 
 def _merged_into(manifest: Manifest | None) -> set[str]:
