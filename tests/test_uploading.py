@@ -255,6 +255,18 @@ def test_hub_ids_are_taken_and_recorded_with_their_commit(grafted_models, tmp_pa
 
 
 @pytest.mark.matrix
+def test_learn_downloads_no_weights(grafted_models, tmp_path):
+    """Words of a 70B model are learned where there is no room for it."""
+    (tmp_path / "c.txt").write_text(parts.corpus_text(documents=20), "utf-8")
+    options = {"corpus": [str(tmp_path / "c.txt")], "tokens": 5, "output": str(tmp_path / "vocab")}
+    with serving(o__base=grafted_models / "base_tied") as hub:
+        (done,) = told(tmp_path / "home", hub.url, ["learn", ["o/base"], options])
+    assert "fault" not in done
+    assert list((tmp_path / "home").rglob("config.json"))
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.matrix
 def test_every_verb_takes_hub_ids(grafted_models, tmp_path):
     """With and without a revision and `hf:`; the manifests tell the commit."""
     (tmp_path / "c.txt").write_text(parts.corpus_text(documents=20), "utf-8")

@@ -21,8 +21,8 @@ SMALL_FILES = (
 )
 
 
-def local_folder(name: str | Path) -> Path:
-    """The folder that `name` means: a path, or a hub id.
+def local_folder(name: str | Path, *, weights: bool = True) -> Path:
+    """The folder that `name` means: a path, or a hub id, of which weights are fetched if needed.
 
     A hub id is `owner/model` or `owner/model@revision`; with `hf:` before it, it is one even where
     a folder of that name is here.
@@ -32,7 +32,7 @@ def local_folder(name: str | Path) -> Path:
     """
     if not is_hub_id(name):
         return require_folder(Path(name).expanduser(), "a model or tokenizer")
-    return snapshot(str(name), [*SMALL_FILES, "*.safetensors"])
+    return snapshot(str(name), [*SMALL_FILES, *(["*.safetensors"] if weights else [])])
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -319,10 +319,10 @@ def learn(
         {"--min-count": min_count, "--train-bytes": train_bytes, "--replace": replace}
     )
     tokens = _with_replaced(tokens, replace, from_vocab)
-    folder = local_folder(base)
+    folder = local_folder(base, weights=replace is not None)
     refuse_existing(output, force=force or dry_run)
     lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
-    earlier = [local_folder(from_vocab)] if from_vocab is not None else []
+    earlier = [local_folder(from_vocab, weights=False)] if from_vocab is not None else []
     texts = [*text_files(corpus), *text_files(general), *text_files(contrast)]
     refuse_overwriting(output, [folder, *texts, *lists, *earlier])
     if not corpus and from_vocab is None:
