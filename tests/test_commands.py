@@ -176,9 +176,8 @@ def notes(world, path):
 def stale(world, path):
     """tokenizer.model was extended, and the old tokenizer.json left beside it."""
     parts.write_sentencepiece(path)
-    old = (path / "tokenizer.json").read_bytes()
-    extend.extend(path, path, 12)
-    (path / "tokenizer.json").write_bytes(old)
+    longer = extend.extend(path, path.with_name("longer"), 12)
+    shutil.copyfile(longer / "tokenizer.model", path / "tokenizer.model")
 
 
 def raised(world, path):
@@ -234,7 +233,7 @@ MAKERS = {
     "keep.txt": text("脑出血\n"),
     "never.txt": text("the\n"),
     "marks.txt": text("<|diagnosis|>\n"),
-    "unwanted.txt": text(" the\n#300\n"),
+    "unwanted.txt": text(" garden\n another\n"),
     "notes": notes,
     "domain.model": lambda world, path: path.write_bytes(
         (
@@ -350,9 +349,10 @@ def walk(found, world):
             Path(place[1]).write_text(block.text, "utf-8")
             supply(block.text, world)
         elif block.language == "python":
-            for output in re.findall(r'output="([\w-]+)"', block.text):
+            made = re.findall(r'output="([\w-]+)"', block.text)
+            for output in made:
                 shutil.rmtree(output, ignore_errors=True)
-            supply(re.sub(r'output="[\w-]+"', "", block.text), world)
+            supply(re.sub("|".join(made), "", block.text) if made else block.text, world)
             exec(block.text, {})
         elif block.language == "console":
             for words in commands(block):
