@@ -92,8 +92,10 @@ def test_the_json_has_the_documented_keys(place, result):
     data = result.to_json()
     for model, folder in zip(data["models"], ("base", "model"), strict=True):
         assert model["path"] == str(place / folder)
-        keys = {"path", "domain", "general", "adoption", "without_text", "characters_per_second"}
-        assert set(model) == keys
+        assert set(model) == {
+            "path", "domain", "general", "adoption", "without_text", "characters_per_second",
+            "tasks",
+        }  # fmt: skip
         assert set(model["domain"]) == set(model["general"]) == {"bpb", "tokens", "bytes"}
         assert model["characters_per_second"] > 0
     head, *lines = result.lines()

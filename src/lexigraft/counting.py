@@ -37,6 +37,7 @@ from typing import Any
 from lexigraft.console import note, progress
 from lexigraft.corpus import content_digest, inputs, is_held_out, nothing_to_read, say_remarks
 from lexigraft.errors import LexigraftError
+from lexigraft.files import python_child
 from lexigraft.hub import HUB
 from lexigraft.text_formats import Part, Remarks, TextFile, parts_of, read_part
 
@@ -399,7 +400,7 @@ class _Process:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path)],
+                python_child(_START, json.dumps(sys.path)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )

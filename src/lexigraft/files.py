@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ JSON_LIMIT_BYTES = 512 * 2**20
 # in files up to a size: larger ones are vocabularies and indexes, which nothing walks through.
 JSON_DEPTH = 100
 _DEPTH_LIMIT_BYTES = 2**20
+
+
+def python_child(code: str, *arguments: str) -> list[str]:
+    """The command of a child process that runs Python `code`.
+
+    With `-c` Python looks for modules in the current folder first, which may be a stranger's.
+    """
+    safe = "import sys; sys.path[:] = [place for place in sys.path if place]\n"
+    return [sys.executable, "-c", safe + code, *arguments]
 
 
 def sha256_bytes(data: bytes) -> str:

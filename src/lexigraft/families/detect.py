@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from lexigraft.families import refusals
 from lexigraft.families.layouts import ids_are_unreadable, tokenizer_class
 from lexigraft.families.rank_files import rank_file
 from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, parse_sentencepiece, tokenizer_data
-from lexigraft.files import require_folder, sha256_file
+from lexigraft.files import python_child, require_folder, sha256_file
 
 if TYPE_CHECKING:
     from lexigraft.families import Family
@@ -242,7 +241,7 @@ def _opening(path: str, _content: str) -> Future[str | None]:
 
 
 def _open_in_child(path: str) -> str | None:
-    command = [sys.executable, "-c", _OPEN_IN_CHILD, path]
+    command = python_child(_OPEN_IN_CHILD, path)
     try:
         child = subprocess.run(command, capture_output=True, timeout=_CHILD_SECONDS, check=False)
         fault = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from typing import IO, Any
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, copy_tokenizer
 from lexigraft.families.proof import proof_texts
+from lexigraft.files import python_child
 
 MOST_TEXTS = 1_000
 MOST_CHARACTERS = 1_000_000
@@ -34,7 +34,6 @@ _CHILD = """
 import json, os, sys, time
 answers = os.fdopen(os.dup(1), "w", encoding="ascii")
 os.dup2(2, 1)
-sys.path = [place for place in sys.path if place]  # nothing from the current folder
 sys.modules["torch"] = None
 from transformers import AutoTokenizer
 
@@ -116,7 +115,7 @@ class TransformersLoader:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
+            python_child(_CHILD),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
