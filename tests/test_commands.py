@@ -30,7 +30,6 @@ from lexigraft.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-EACH_TIME = {"docs/howto/mend.md"}  # and the first block of the README; the others are the matrix
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -366,13 +365,10 @@ def test_the_first_commands_of_the_readme_run(world, tmp_path, monkeypatch):
     assert Path("MERGED", "config.json").is_file()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=() if name_of(page) in EACH_TIME else pytest.mark.matrix)
-        for page in PAGES
-        if any(block.language == "console" for block in shown(page))
-    ],
+    [page for page in PAGES if any(block.language == "console" for block in shown(page))],
     ids=name_of,
 )
 def test_the_commands_of_a_page_run(page, world, tmp_path, monkeypatch):

@@ -360,6 +360,7 @@ def test_B68_a_row_that_is_no_number_stops_the_blend(tmp_path):
     assert not list(tmp_path.glob("b.*"))
 
 
+@pytest.mark.matrix
 def test_B70_every_format_of_the_base_holds_the_union(siblings, tmp_path):
     base = parts.write_sentencepiece(tmp_path / "base")
     parts.write_model(base, tokens=400)

@@ -354,6 +354,7 @@ def test_extract_finds_these_rows_by_the_manifest(place, tmp_path):
     assert "lexigraft.json" in fault.value.fix
 
 
+@pytest.mark.matrix
 def test_align_and_blend_go_by_the_texts_of_these_ids(place, tmp_path):
     folder, _ = place
     models = [folder / "base", folder / "model"]
@@ -394,6 +395,7 @@ def test_weighted_adapters_want_the_model_in_which_ids_were_given_away(place, tm
     np.testing.assert_allclose(rows.read(EMBED)[places], other.read(EMBED)[list(ids)], atol=1e-6)
 
 
+@pytest.mark.matrix
 def test_rows_of_given_ids_are_distilled(place, tmp_path):
     """`graft --init distill`: these rows learn from the reading in old tokens, and no other moves."""
     folder, _ = place
@@ -411,6 +413,7 @@ def test_rows_of_given_ids_are_distilled(place, tmp_path):
     assert check(tmp_path / "out", base=folder / "base", deep=True).ok
 
 
+@pytest.mark.matrix
 def test_prune_takes_a_model_whose_ids_were_given_away(place, tmp_path):
     folder, _ = place
     small = prune(
