@@ -40,6 +40,10 @@ NewRows = Callable[[int, int], Array]  # (start, stop) -> that stretch of the ne
 _PART_VALUES = 2**17
 
 
+# What the rows of a joined vocabulary are a multiple of, where they become more.
+ROW_STEP = 64
+
+
 @dataclass(frozen=True)
 class Growth:
     """From how many rows to how many.

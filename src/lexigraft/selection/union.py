@@ -40,6 +40,16 @@ class Union:
     left_out: tuple[str, ...] = ()
 
 
+def left_out_lines(tokens: Sequence[str], whose: str = "the base") -> list[str]:
+    """What a person reads of the tokens that a union had to leave out; no line where none were."""
+    if not tokens:
+        return []
+    return [
+        f"{len(tokens):,} tokens are left out, for the merges of {whose} leave no way to them: "
+        + ", ".join(map(repr, tokens[:5]))
+    ]
+
+
 @working("joining the vocabularies")
 def write_union(base: Path, others: Sequence[Path], target: Path) -> Union:
     """Write into `target` the base's tokenizer with every token of `others` that can be reached.

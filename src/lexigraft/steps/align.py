@@ -29,7 +29,7 @@ from lexigraft.blending.inputs import (
 from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.config import edit_config
 from lexigraft.checkpoints.fit import require_consistent
-from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.growth import ROW_STEP, Growth, survey
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import grown_shape
@@ -53,8 +53,6 @@ from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import AlignRecord, BaseTokenizer, Manifest, versions
 
 WRITERS = 2
-# What rows are a multiple of where they become more.
-ROW_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,9 @@ class AlignResult:
             for name, entries in (self.plan or {}).items()
             for entry in entries
         ]
-        lost = (
-            [
-                f"{len(self.left_out):,} tokens are left out, for the merges of the first model "
-                f"leave no way to them: {', '.join(map(repr, self.left_out[:5]))}"
-            ]
-            if self.left_out
-            else []
-        )
+        from lexigraft.selection.union import left_out_lines
+
+        lost = left_out_lines(self.left_out, "the first model")
         done = "would write" if self.plan is not None else "wrote"
         tie = "tied" if self.tied else "with a head of its own"
         return [

@@ -106,14 +106,9 @@ class BlendResult:
             f"{entry['bytes_written']:,} bytes"
             for entry in self.plan or ()
         ]
-        lost = (
-            [
-                f"{len(self.left_out):,} tokens are left out, for the base's merges leave no way "
-                f"to them: {', '.join(map(repr, self.left_out[:5]))}"
-            ]
-            if self.left_out
-            else []
-        )
+        from lexigraft.selection.union import left_out_lines
+
+        lost = left_out_lines(self.left_out)
         tie = "tied" if self.tied else "with a head of its own"
         done = "would write" if self.plan is not None else "wrote"
         return [

@@ -31,7 +31,7 @@ from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.weighted import Weighted, weighted_plan
 from lexigraft.checkpoints.fit import open_whole
-from lexigraft.checkpoints.growth import Growth
+from lexigraft.checkpoints.growth import ROW_STEP, Growth
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.console import note, working
 from lexigraft.errors import LexigraftError, RefusalError
@@ -51,9 +51,6 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import MANIFEST, ExtractRecord, Manifest, MergeRecord, versions
-
-# What the rows of a vocabulary that no adapter was trained on are a multiple of.
-ROW_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -366,7 +363,7 @@ def _prepare_together(
     body_only: bool,
 ) -> Job:
     """Adapters side by side; the tokenizer of the result is written into `union_folder`."""
-    from lexigraft.selection.union import write_union  # imports what `learn` needs
+    from lexigraft.selection.union import left_out_lines, write_union  # imports what `learn` needs
 
     checkpoint, whole = open_whole(base)
     adapters = [Adapter.open(folder) for folder in folders]
@@ -410,11 +407,8 @@ def _prepare_together(
         parts.append(Weighted(weight, own, matched, expansion))
         tokenizers.append(source)
     union = write_union(base, [t for t in tokenizers if t != base], union_folder)
-    if union.left_out:
-        note(
-            f"{len(union.left_out):,} tokens are left out, for the base's merges leave no way to "
-            f"them: {', '.join(map(repr, union.left_out[:5]))}"
-        )
+    for line in left_out_lines(union.left_out):
+        note(line)
     same = all(part.tokens.hash == union.map.hash for part in parts)
     step = 1 if same or union.map.tokens <= vocabulary.rows else ROW_STEP
     growth = Growth.to(vocabulary.rows, base_map.tokens, union.map.tokens, step)
