@@ -8,17 +8,17 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from launching import Silent, serve_locally
 from test_check import TOKENS
 from test_check_gallery import Ground, grow_rows, source, written_gguf  # noqa: F401
 
@@ -113,26 +113,15 @@ class Hub:
 def serving(**models: Path) -> Iterator[Hub]:
     hub = Hub({name.replace("__", "/"): folder for name, folder in models.items()})
 
-    class Answers(BaseHTTPRequestHandler):
+    class Answers(Silent, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.answer(self, body=True)
 
         def do_HEAD(self) -> None:
             hub.answer(self, body=False)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with serve_locally(Answers) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def checked(hub: Hub, cache: Path, *jobs: dict[str, object]) -> list[dict]:

@@ -8,17 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 import parts
+from launching import Silent, serve_locally
 from lexigraft import LexigraftError, card, upload
 from lexigraft.manifest import Manifest
 from test_check_hub import COMMIT, serving
@@ -110,7 +110,7 @@ class Store:
 def storing() -> Iterator[Store]:
     store = Store()
 
-    class Answers(BaseHTTPRequestHandler):
+    class Answers(Silent, BaseHTTPRequestHandler):
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length) if length else self._chunks()
@@ -134,19 +134,8 @@ def storing() -> Iterator[Store]:
 
         do_GET = do_POST = do_PUT = _answer  # noqa: N815
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    store.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with serve_locally(Answers) as store.url:
         yield store
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def told(place: Path, url: str, *jobs: object, **settings: str) -> list[dict]:
