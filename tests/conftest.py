@@ -17,6 +17,24 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def extended(tmp_path_factory):
+    """corpus.txt, general.txt; a tied base of 382 tokens and as many rows; vocab: 40 new tokens."""
+    from lexigraft import learn
+
+    folder = tmp_path_factory.mktemp("extended")
+    (folder / "corpus.txt").write_text(parts.corpus_text(documents=60), "utf-8")
+    everyday = parts.plain_english().splitlines()[:300]
+    (folder / "general.txt").write_text("\n\n".join(everyday), "utf-8")
+    base = parts.write_byte_level(folder / "base")
+    parts.write_model(base, tokens=382, tied=True, eos=380)
+    learn(
+        base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
+        output=folder / "vocab",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def grafted_models(tmp_path_factory):
     """corpus.txt; `base_tied` and `base_untied`; the same two grafted: `tied` and `untied`.
 

@@ -1,6 +1,7 @@
 """A plain Trainer finds of its new rows what `train` finds, for the same run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import parts
-from lexigraft import EvidenceCallback, LexigraftError, card, graft, learn, train
+from lexigraft import EvidenceCallback, LexigraftError, card, graft, train
 from lexigraft.corpus import held_out
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
@@ -28,22 +29,15 @@ ALIKE = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A grafted model without padding rows, a text to train on, and two to measure on."""
+def place(extended, tmp_path_factory):
+    """What `extended` holds, two texts to measure on, and a grafted model without padding rows."""
     folder = tmp_path_factory.mktemp("callback")
-    everyday = parts.plain_english().splitlines()[:300]
-    (folder / "corpus.txt").write_text(parts.corpus_text(documents=60), "utf-8")
+    shutil.copytree(extended, folder, dirs_exist_ok=True)
     (folder / "held.txt").write_text(parts.corpus_text(seed=1, documents=4), "utf-8")
-    (folder / "general.txt").write_text("\n\n".join(everyday), "utf-8")
+    everyday = (folder / "general.txt").read_text("utf-8").split("\n\n")
     apart = [line for line in dict.fromkeys(everyday) if held_out(line)]
     (folder / "apart.txt").write_text("\n\n".join(apart), "utf-8")
-    base = parts.write_byte_level(folder / "base")
-    parts.write_model(base, tokens=382, tied=True, eos=380)
-    learn(
-        base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
-        output=folder / "vocab",
-    )  # fmt: skip
-    graft(base, folder / "vocab", output=folder / "model", pad_to=1)
+    graft(folder / "base", folder / "vocab", output=folder / "model", pad_to=1)
     return folder
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import parts
-from lexigraft import evaluate, families, graft, learn, merge, train
+from lexigraft import evaluate, families, graft, merge, train
 from lexigraft.families.measure import new_ids
 from lexigraft.files import read_json
 from lexigraft.models.evidence import RowEvidence, Watcher, new_tokens, shares, written
@@ -23,20 +22,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A base without padding rows, its extension, and an adapter of some training."""
+def place(extended, tmp_path_factory):
+    """What `extended` holds, its grafted model, an adapter of some training, and the merge."""
     folder = tmp_path_factory.mktemp("evidence")
-    (folder / "corpus.txt").write_text(parts.corpus_text(documents=60), "utf-8")
-    (folder / "general.txt").write_text(
-        "\n\n".join(parts.plain_english().splitlines()[:300]), "utf-8"
-    )
-    base = parts.write_byte_level(folder / "base")
-    parts.write_model(base, tokens=382, tied=True, eos=380)
-    learn(
-        base, corpus=[folder / "corpus.txt"], tokens=40, min_count=5, allow_more=True,
-        output=folder / "vocab",
-    )  # fmt: skip
-    graft(base, folder / "vocab", output=folder / "model")
+    shutil.copytree(extended, folder, dirs_exist_ok=True)
+    graft(folder / "base", folder / "vocab", output=folder / "model")
     train(
         folder / "model", corpus=[folder / "corpus.txt"], general=[folder / "general.txt"],
         output=folder / "adapter", block_size=64, max_bytes=24_000, measured_bytes=4000,
