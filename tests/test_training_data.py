@@ -14,6 +14,7 @@ import torch
 
 import parts
 from lexigraft import LexigraftError, families, train
+from lexigraft.corpus import held_out, read_documents
 from lexigraft.files import read_json
 from lexigraft.models import packing
 from lexigraft.models.bits import windows
@@ -150,6 +151,19 @@ def test_packed_blocks_are_kept_under_all_that_decides_them(place, tmp_path):
 def test_less_than_a_window_is_measured_where_no_more_is_asked_for(place):
     texts = read_texts([place / "corpus.txt"], (), (), seed=0, measured_bytes=200)
     assert 100 < sum(len(window.encode()) for window in texts.held_domain) <= 200
+
+
+def test_of_one_long_general_text_pieces_are_held_out(place, tmp_path):
+    chapter = tmp_path / "chapter.txt"
+    chapter.write_text(" ".join(f"Sentence {i} of a long chapter." for i in range(4000)))
+    assert not any(map(held_out, read_documents([chapter])))
+    texts = read_texts([place / "corpus.txt"], [chapter], (), seed=0, measured_bytes=2**20)
+    replayed, measured = "".join(texts.general), "".join(texts.held_general)
+    assert len(replayed) + len(measured) == len(chapter.read_text())
+    assert 0.02 < len(measured) / len(replayed) < 0.1
+    assert not set(texts.general) & set(texts.held_general)
+    alone = read_texts([place / "corpus.txt"], (), [chapter], seed=0, measured_bytes=2**20)
+    assert "".join(alone.held_domain) == chapter.read_text()
 
 
 def test_a_document_that_is_trained_on_is_not_measured_on(place, tmp_path):

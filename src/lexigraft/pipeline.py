@@ -402,7 +402,10 @@ def _measured_texts(recipe: Recipe) -> dict[str, list[str]]:
             fix="name such text in the recipe under eval: {corpus: [...]}",
         )
     if texts["general"] and not any(map(held_out, read_documents(texts["general"]))):
-        note("no document of general is held out (there are too few): forgetting is not measured")
+        note(
+            "no document of general is held out (there are too few), so it is not compared at the "
+            "end; name such text in the recipe under eval: {general: [...]}"
+        )
         texts["general"] = []
     return texts
 

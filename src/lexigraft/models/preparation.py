@@ -51,7 +51,7 @@ _SHOWN = 60  # characters of a document, in a message
 _KEY = "key.json"
 _PACKED = 8  # bytes of packed blocks per byte of text: three numbers of 4 bytes for each token
 _FIRST = 64  # documents that tell how long tokens are
-_CHUNK = 2**12  # blocks that are looked at together
+_CHUNK = 2**18  # tokens that are looked at together
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,10 @@ def read_texts(
     )
     for name, texts in (("corpus", apart), ("general", general_apart)):
         if not texts and (name == "corpus" or general):
-            note(f"no document of --{name} is held out (too few documents), so none is measured")
+            note(
+                f"nothing of --{name} is held out, so nothing of it is measured: it has too few "
+                "documents (blank lines part them)"
+            )
     named = {"corpus": corpus, "general": general, "held_out": held_out}
     pick = partial(_measured, seed=seed, limit=measured_bytes)
     return Texts(
@@ -235,22 +238,29 @@ def _split(
 ) -> tuple[Documents, Documents]:
     """Documents to train on, general ones in pieces, and those held out unless all are trained on.
 
+    Of general text some pieces are held out where no whole document is.
+
     Raises:
         LexigraftError: one to train on is among those that are `given` to be measured on.
     """
     apart = Documents(near=near)
     shared: dict[bytes, str] = {}
 
-    def kept() -> Iterator[tuple[str, float]]:
-        for document, weight in weighted_documents(specs):
-            if not whole and is_held_out(document):
-                apart.add(document)
+    def kept(texts: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+        for text, weight in texts:
+            if not whole and is_held_out(text):
+                apart.add(text)
                 continue
-            if given and (mark := _fingerprint(document)) in given:
-                shared[mark] = document
-            yield document, weight
+            if given and (mark := _fingerprint(text)) in given:
+                shared[mark] = text
+            yield text, weight
 
-    found = Documents(pieces(kept()) if name == "general" else kept(), near)
+    if name == "general":
+        found = Documents(pieces(kept(weighted_documents(specs))), near)
+        if not apart:  # a few long documents: then some of their pieces
+            found = Documents(kept(pieces(weighted_documents(specs))), near)
+    else:
+        found = Documents(kept(weighted_documents(specs)), near)
     if shared:
         first = " ".join(next(iter(shared.values())).split())[:_SHOWN]
         raise LexigraftError(
@@ -417,8 +427,13 @@ def _planned_bytes(texts: Texts, family: Family, settings: Settings) -> int:
 def _chunks(*arrays: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
     """Mapped arrays piece by piece, so that what is computed of them needs little memory."""
     for found in arrays:
-        for begin in range(0, len(found), _CHUNK):
-            yield found[begin : begin + _CHUNK]
+        for part in _parts(found):
+            yield found[part]
+
+
+def _parts(blocks: NDArray[np.int32]) -> Iterator[slice]:
+    step = max(1, _CHUNK // blocks.shape[1])
+    return (slice(begin, begin + step) for begin in range(0, len(blocks), step))
 
 
 def _require_new_tokens(blocks: Blocks, ids: NewIds) -> None:
@@ -524,10 +539,9 @@ def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[R
     """What is known of each new row of a `model` trained so many steps; `moved` as in `NewRows`."""
     held, blocks = job.held_lines(), job.blocks
     training = TrainingLines(job.ids, held)
-    for begin in range(0, len(blocks), _CHUNK):
+    for part in _parts(blocks.targets):
         if training.are_enough:
             break
-        part = slice(begin, begin + _CHUNK)
         training.look(blocks.inputs[part], blocks.targets[part], blocks.positions[part])
     seen = list(zip(*occurrences(job, steps), moved, strict=True))
     return gather(model, job.new, held, training.lines, seen)

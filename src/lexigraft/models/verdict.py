@@ -20,7 +20,7 @@ SUFFICIENT, NOT_YET, HARMFUL = "sufficient", "not yet", "harmful"
 UNKNOWN = {
     "domain": "bits per byte of the field's text (give --held-out text)",
     "base": "bits per byte of the base (name it with --base)",
-    "general": "whether general text got worse (give --general text)",
+    "general": "whether general text got worse (give --general text, more than a page of it)",
     "falling": "whether more text would help (measure more often, --measurements)",
     "adoption": "whether new tokens are adopted: the model wrote the text of one at fewer than "
     "{decided} places",
@@ -118,7 +118,7 @@ def judge(
     found = [
         *_general(log, base, thresholds),
         *_domain(log, base, thresholds),
-        *_occurrences(rows, thresholds),
+        *_occurrences(log, rows, thresholds),
         *_unmoved(rows, thresholds),
         *_adoption(rows, thresholds),
     ]
@@ -226,7 +226,9 @@ def fall_per_doubling(log: Sequence[Mapping[str, float | None]]) -> float | None
     return (1 - after / before) / math.log2(size / middle)
 
 
-def _occurrences(rows: Sequence[RowEvidence], limits: Thresholds) -> list[Reason]:
+def _occurrences(
+    log: Sequence[Mapping[str, float | None]], rows: Sequence[RowEvidence], limits: Thresholds
+) -> list[Reason]:
     for least, share in (
         (limits.floor, limits.floor_share),
         (limits.support, limits.support_share),
@@ -240,11 +242,15 @@ def _occurrences(rows: Sequence[RowEvidence], limits: Thresholds) -> list[Reason
                     f"{len(few):,} of {len(rows):,} new tokens were predicted fewer than {least} "
                     "times in training",
                     f"{least} times, for all but {share:.0%} of them",
-                    f"add text that holds {_weakest(few, limits)}, or learn them no longer "
-                    f"(lexigraft learn --min-count {least})",
+                    f"train on more text that holds {_weakest(few, limits)}, or learn only words "
+                    f"that this much can teach (lexigraft learn --train-bytes {_bytes_read(log)})",
                 )
             ]
     return []
+
+
+def _bytes_read(log: Sequence[Mapping[str, float | None]]) -> int:
+    return int(log[-1]["text_bytes"] or 0)
 
 
 def _unmoved(rows: Sequence[RowEvidence], limits: Thresholds) -> list[Reason]:

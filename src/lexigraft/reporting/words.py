@@ -329,7 +329,7 @@ def _in_chinese(reason: Mapping[str, str], facts: Mapping[str, Any]) -> tuple[st
     end, start = log[-1], log[0]
     rule = reason["rule"]
     if rule == "occurrences":
-        return _few(tokens, limits)
+        return _few(tokens, limits, end["text_bytes"])
     if rule == "moved":
         still = [token["shown"] for token in tokens if token["moved"] == 0]
         return (
@@ -383,7 +383,9 @@ def _worse(
     )
 
 
-def _few(tokens: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> tuple[str, str, str]:
+def _few(
+    tokens: Sequence[Mapping[str, Any]], limits: Mapping[str, Any], size: int
+) -> tuple[str, str, str]:
     """New tokens that were too rarely a target: below the floor, else below the support."""
     known = [token for token in tokens if token["targets"] is not None]
     for key in ("floor", "support"):
@@ -395,8 +397,8 @@ def _few(tokens: Sequence[Mapping[str, Any]], limits: Mapping[str, Any]) -> tupl
     return (
         f"{len(known):,} 个新 token 中有 {len(few):,} 个在训练中被预测不足 {least} 次",
         f"除 {share:.0%} 以外都达到 {least} 次",
-        f"补充含有{_some([token['shown'] for token in few], limits)}的文本，"
-        f"或不再学习它们（lexigraft learn --min-count {least}）",
+        f"用更多含有{_some([token['shown'] for token in few], limits)}的文本训练，"
+        f"或只学这么多文本教得会的词（lexigraft learn --train-bytes {size}）",
     )
 
 
@@ -411,7 +413,7 @@ def _some(names: Sequence[str], limits: Mapping[str, Any]) -> str:
 _UNKNOWN = {
     "domain": "领域文本的比特/字节（请用 --held-out 给出文本）",
     "base": "基座的比特/字节（请用 --base 指定）",
-    "general": "通用文本是否变差（请用 --general 给出文本）",
+    "general": "通用文本是否变差（请用 --general 给出文本，不能太短）",
     "falling": "更多文本是否有用（请增加测量次数 --measurements）",
     "adoption": "新 token 是否被采用：模型写出其文字的地方不足 {decided} 处",
 }
