@@ -250,7 +250,7 @@ def graft(
         str,
         typer.Option(
             help="How new rows start: auto, mean, char-weighted, exponential, first, last, "
-            "half-first, outward, mean-all, gaussian, random, or module:function; "
+            "half-first, outward, legible, mean-all, gaussian, random, or module:function; "
             "EMBEDDING,HEAD for two. distill: auto, then learned from --corpus."
         ),
     ] = "auto",
