@@ -20,7 +20,14 @@ from lexigraft.models import packing
 from lexigraft.models.bits import windows
 from lexigraft.models.packing import IGNORED, pack, packed
 from lexigraft.models.preparation import occurrences, prepare, read_texts
-from lexigraft.models.reading import Documents, in_order, pieces, reading, shuffled
+from lexigraft.models.reading import (
+    Documents,
+    held_out_general,
+    in_order,
+    pieces,
+    reading,
+    shuffled,
+)
 from test_train import make_place, settings  # noqa: F401 - the fixture `place`
 
 torch.set_num_threads(1)
@@ -162,6 +169,7 @@ def test_of_one_long_general_text_pieces_are_held_out(place, tmp_path):
     assert len(replayed) + len(measured) == len(chapter.read_text())
     assert 0.02 < len(measured) / len(replayed) < 0.1
     assert not set(texts.general) & set(texts.held_general)
+    assert sorted(held_out_general([chapter])) == sorted(texts.held_general)
     alone = read_texts([place / "corpus.txt"], (), [chapter], seed=0, measured_bytes=2**20)
     assert "".join(alone.held_domain) == chapter.read_text()
 

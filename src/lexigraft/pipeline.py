@@ -389,6 +389,8 @@ def _measured_texts(recipe: Recipe) -> dict[str, list[str]]:
         LexigraftError: the recipe names no text to measure on, and its corpus is too small to
             hold any of its documents out.
     """
+    from lexigraft.models.reading import held_out_general  # imports torch
+
     texts = {
         "corpus": recipe.eval.corpus or recipe.corpus,
         "general": recipe.eval.general or recipe.general,
@@ -401,10 +403,10 @@ def _measured_texts(recipe: Recipe) -> dict[str, list[str]]:
             needed="text of the field that is not trained on, to measure the result",
             fix="name such text in the recipe under eval: {corpus: [...]}",
         )
-    if texts["general"] and not any(map(held_out, read_documents(texts["general"]))):
+    if texts["general"] and not held_out_general(texts["general"]):
         note(
-            "no document of general is held out (there are too few), so it is not compared at the "
-            "end; name such text in the recipe under eval: {general: [...]}"
+            "nothing of general is held out (there is too little), so it is not measured; name "
+            "such text in the recipe under eval: {general: [...]}"
         )
         texts["general"] = []
     return texts

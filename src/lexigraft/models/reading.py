@@ -17,7 +17,7 @@ from typing import overload
 
 import numpy as np
 
-from lexigraft.corpus import content_digest
+from lexigraft.corpus import content_digest, held_out, read_documents
 from lexigraft.families import Family
 from lexigraft.models.bits import windows
 
@@ -114,6 +114,15 @@ def pieces(documents: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]
     for document, weight in documents:
         for piece in windows(document, GENERAL_PIECE_BYTES):
             yield piece, weight
+
+
+def held_out_general(specs: Sequence[str | Path]) -> list[str]:
+    """General documents that `train` holds out; of a few long ones, those of their pieces."""
+    whole = [document for document in read_documents(specs) if held_out(document)]
+    if whole:
+        return whole
+    cut = pieces((document, 1.0) for document in read_documents(specs))
+    return [piece for piece, _ in cut if held_out(piece)]
 
 
 def reading(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -25,6 +25,7 @@ from lexigraft.models.load import (
     require_row,
     start_and_end,
 )
+from lexigraft.models.reading import held_out_general
 
 # Of the probability: what ids without a token may take before a reader is told.
 SAFE = 1e-6
@@ -168,8 +169,12 @@ def evaluate(
     harness = Harness(tasks) if tasks else None
     folders = [local_folder(model) for model in models]
     readers = [families.load(folder) for folder in folders]
-    domain = _documents(corpus, held_out_only, max_bytes)
-    apart = _documents(general, held_out_only, max_bytes) if general else []
+    domain = _documents(corpus, _held_out if held_out_only else read_documents, max_bytes)
+    apart = (
+        _documents(general, held_out_general if held_out_only else read_documents, max_bytes)
+        if general
+        else []
+    )
     size = fitting_window([*domain, *apart], folders, readers, window_bytes)
     texts = [
         [w for document in found for w in windows(document, size)] for found in (domain, apart)
@@ -192,12 +197,16 @@ def evaluate(
     return EvalResult(found, size)
 
 
+def _held_out(specs: Sequence[str | Path]) -> Iterable[str]:
+    return filter(held_out, read_documents(specs))
+
+
 def _documents(
-    specs: Sequence[str | Path], held_out_only: bool, max_bytes: int | None
+    specs: Sequence[str | Path],
+    read: Callable[[Sequence[str | Path]], Iterable[str]],
+    max_bytes: int | None,
 ) -> list[str]:
-    documents = read_documents(specs)
-    kept = (document for document in documents if not held_out_only or held_out(document))
-    found = list(up_to(kept, 2**62 if max_bytes is None else max_bytes))
+    found = list(up_to(read(specs), 2**62 if max_bytes is None else max_bytes))
     if not found:
         raise LexigraftError(
             f"no document of {', '.join(map(str, specs))} is held out",
