@@ -91,7 +91,7 @@ def site_links(markdown: str, source: str | None, page: str) -> str:
 
 
 def command_line() -> str:
-    """Every verb with its arguments and options, as cli.py declares them."""
+    """Every verb with its arguments and options, as the package `cli` declares them."""
     verbs = {verb.name or verb.callback.__name__: verb.callback for verb in app.registered_commands}
     parts = ["# Command line", "", f"{app.info.help} `lexigraft VERB --help` prints the same."]
     parts += ["", "| verb | does |", "|---|---|"]
