@@ -34,9 +34,9 @@ print(time.perf_counter() - begin, "torch" in sys.modules, *(f.code for f in res
 def confusion(source: Path, place: Path, step: int) -> tuple[Counter[tuple[str, str]], list[str]]:
     """(expected, found) codes -> how many folders; and the healthy ones that were accused."""
     counts: Counter[tuple[str, str]] = Counter()
-    for name, (code, make) in list(gallery.BROKEN.items())[::step]:
-        found = [f.code for f in make(gallery.Ground(source, place / name)).findings]
-        counts[code, " ".join(found) or "nothing"] += 1
+    for name, (codes, make) in list(gallery.BROKEN.items())[::step]:
+        found = sorted(f.code for f in make(gallery.Ground(source, place / name)).findings)
+        counts[" ".join(sorted(codes)), " ".join(found) or "nothing"] += 1
     accused = []
     for name, make in list(gallery.HEALTHY.items())[::step]:
         result = make(gallery.Ground(source, place / name))

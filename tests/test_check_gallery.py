@@ -6,8 +6,11 @@ All are made of two tiny real models and one adapter, saved once; files are edit
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import test_check as small
 from lexigraft import merge
 from lexigraft.checks import probe
 from lexigraft.checks.consumers import CONSUMERS
+from lexigraft.checks.findings import Finding
 from lexigraft.errors import LexigraftError
 from lexigraft.families.llama_cpp import check_text
 from lexigraft.families.tokenmap import TokenMap
@@ -28,11 +32,12 @@ from lexigraft.manifest import Manifest, Probe
 from lexigraft.steps.check import CheckResult, check, mend
 from parts import write_byte_level, write_model, write_sentencepiece
 from test_check import ADDED, TOKENS, add_pieces, edit, extend, grow_rows, write_manifest
+from test_commands import parse
 
 ROWS = TOKENS + ADDED
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Broken = Callable[["Ground"], CheckResult]
-BROKEN: dict[str, tuple[str, Broken]] = {}
+BROKEN: dict[str, tuple[tuple[str, ...], Broken]] = {}
 HEALTHY: dict[str, Broken] = {}
 
 
@@ -164,9 +169,11 @@ def index_of(folder: Path, **values: object) -> None:
     edit(folder / "model.safetensors.index.json", **values)
 
 
-def broken(code: str) -> Callable[[Broken], Broken]:
+def broken(code: str, *also: str) -> Callable[[Broken], Broken]:
+    """A folder with the fault `code`; `also`: what else is true of such a folder."""
+
     def keep(make: Broken) -> Broken:
-        BROKEN[make.__name__] = (code, make)
+        BROKEN[make.__name__] = ((code, *also), make)
         return make
 
     return keep
@@ -202,9 +209,10 @@ def a_token_whose_id_is_text(ground):
     return check(ground.base)
 
 
-@broken("LG102")
+@broken("LG102", "LG303")
 def a_stale_tokenizer_json_beside_a_grown_model_file(ground):
     add_pieces(ground.sp / "tokenizer.model", ["▁hospital", "▁patient"])
+    grow_rows(ground.sp, TOKENS + 2)
     return check(ground.sp)
 
 
@@ -512,15 +520,14 @@ def the_origin_case(ground):
     return check(ground.sp, adapter=ground.adapter)
 
 
-@broken("LG402")
+@broken("LG402", "LG303")
 def an_adapter_whose_trainer_cut_padding_off(ground):
     extend(ground.sp, ground.sp)
     (ground.sp / "tokenizer.model").unlink()
     grow_rows(ground.sp, ROWS)
     edit(ground.sp / "config.json", vocab_size=ROWS)
     grow_rows(ground.sp, 384)
-    result = check(ground.sp, adapter=ground.adapter)
-    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+    return check(ground.sp, adapter=ground.adapter)
 
 
 @broken("LG403")
@@ -544,11 +551,10 @@ def an_adapter_without_its_tokenizer(ground):
     return check(ground.sp, adapter=ground.adapter)
 
 
-@broken("LG406")
+@broken("LG406", "LG303")
 def new_tokens_on_padding_rows(ground):
     grow_rows(ground.sp, ROWS)
-    result = check(ground.sp, adapter=ground.adapter)
-    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+    return check(ground.sp, adapter=ground.adapter)
 
 
 @broken("LG407")
@@ -603,13 +609,11 @@ def rows_trained_for_ids_without_a_token(ground):
 # -- manifests and bases
 
 
-@broken("LG412")
+@broken("LG412", "LG406", "LG406", "LG303")
 def adapters_of_two_extensions(ground):
     grow_rows(ground.sp, ROWS)
     other = write_adapter(ground.sp.parent / "o", extend(ground.sp, ground.sp.parent / "v", skip=ADDED), ROWS)  # fmt: skip
-    result = check(ground.sp, adapter=[ground.adapter, other])
-    kept = [f for f in result.findings if f.code not in ("LG303", "LG406")]
-    return CheckResult(result.path, kept, [])
+    return check(ground.sp, adapter=[ground.adapter, other])
 
 
 @broken("LG501")
@@ -624,11 +628,10 @@ def a_tokenizer_that_was_swapped(ground):
     return check(ground.model)
 
 
-@broken("LG503")
+@broken("LG503", "LG303")
 def rows_that_the_manifest_does_not_know(ground):
     grow_rows(ground.model, ROWS + 2)
-    result = check(ground.model)
-    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+    return check(ground.model)
 
 
 @broken("LG504")
@@ -772,18 +775,18 @@ def a_sentencepiece_tokenizer_without_its_model_file(ground):
     return check(ground.sp, consumer="gguf")
 
 
-@broken("LG913")
+@broken("LG913", "LG301", "LG912")
 def a_vocabulary_beside_the_config_of_its_base(ground):
     folder = ground.copy("vocab")
     shutil.copyfile(ground.base / "config.json", folder / "config.json")
-    return only_of(check(folder, base=ground.sp, consumer="gguf"), "LG913")
+    return check(folder, base=ground.sp, consumer="gguf")
 
 
-@broken("LG913")
+@broken("LG913", "LG912", "LG303")
 def padding_that_the_converter_will_not_name(ground):
     (ground.sp / "tokenizer.model").unlink()
     grow_rows(ground.sp, 384)
-    return only_of(check(ground.sp, consumer="gguf"), "LG913")
+    return check(ground.sp, consumer="gguf")
 
 
 @broken("LG914")
@@ -820,21 +823,24 @@ def an_adapter_of_a_high_rank_for_vllm(ground):
     return check(adapter, consumer="vllm")
 
 
-@broken("LG923")
+@broken("LG923", "LG303")
 def an_adapter_on_more_rows_than_vllm_serves(ground):
     """Of a table of 262,144 rows only the header says so: the file has a hole."""
     rows = 262_144
     adapter = write_adapter(ground.base.parent / "a", None, None)
-    write_hollow(ground.base / "model.safetensors", EMBED, rows)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    write_hollow(ground.base / "model.safetensors", {EMBED: rows, layer: 32})
     edit(ground.base / "config.json", vocab_size=rows)
-    return only_of(check(ground.base, adapter=adapter, consumer="vllm"), "LG923")
+    return check(ground.base, adapter=adapter, consumer="vllm")
 
 
-def write_hollow(path: Path, name: str, rows: int) -> None:
-    """A safetensors file of one table, whose data takes no room on the disk."""
-    end = rows * 32 * 4
-    entry = {"dtype": "F32", "shape": [rows, 32], "data_offsets": [0, end]}
-    header = json.dumps({name: entry}).encode()
+def write_hollow(path: Path, rows: dict[str, int]) -> None:
+    """A safetensors file of tables 32 wide, whose data takes no room on the disk."""
+    entries, end = {}, 0
+    for name, count in rows.items():
+        begin, end = end, end + count * 32 * 4
+        entries[name] = {"dtype": "F32", "shape": [count, 32], "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with path.open("r+b") as stream:
         stream.truncate(8 + len(header) + end)
@@ -845,23 +851,23 @@ def rows_that_are_no_multiple_for_vllm(ground):
     return check(ground.base, consumer="vllm")
 
 
-@broken("LG931")
+@broken("LG931", "LG934")
 def a_class_of_transformers_5(ground):
     edit(ground.base / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
-    return only_of(check(ground.base, consumer="transformers-4"), "LG931")
+    return check(ground.base, consumer="transformers-4")
 
 
-@broken("LG932")
+@broken("LG932", "LG934")
 def special_tokens_as_a_list(ground):
     edit(ground.base / "tokenizer_config.json", extra_special_tokens=["<|im_end|>"])
-    return only_of(check(ground.base, consumer="transformers-4"), "LG932")
+    return check(ground.base, consumer="transformers-4")
 
 
-@broken("LG933")
+@broken("LG933", "LG934")
 def positions_that_transformers_4_does_not_read(ground):
     rotary = {"rope_type": "default", "rope_theta": 500000.0}
     edit(ground.base / "config.json", rope_parameters=rotary)
-    return only_of(check(ground.base, consumer="transformers-4"), "LG933")
+    return check(ground.base, consumer="transformers-4")
 
 
 @broken("LG934")
@@ -878,11 +884,6 @@ def a_model_file_alone_for_tgi(ground):
 @broken("LG942")
 def an_adapter_with_tables_for_tgi(ground):
     return check(ground.adapter, consumer="tgi")
-
-
-def only_of(result: CheckResult, code: str) -> CheckResult:
-    """The findings of one code, where others follow from the same fault."""
-    return CheckResult(result.path, [f for f in result.findings if f.code == code], result.table)
 
 
 # -- weights themselves
@@ -941,12 +942,11 @@ def an_old_row_that_a_loop_overwrote(ground):
     return result
 
 
-@broken("LG707")
+@broken("LG707", "LG303")
 def padding_rows_of_noise(ground):
     grow_rows(ground.sp, 384)
     change(ground.sp, lm_head__weight=some_rows(lambda rows: rows[360:].mul_(1e3)))
-    result = check(ground.sp, deep=True)
-    return CheckResult(result.path, [f for f in result.findings if f.code != "LG303"], [])
+    return check(ground.sp, deep=True)
 
 
 def grafted(ground: Ground) -> Path:
@@ -986,12 +986,20 @@ def a_layer_that_the_merged_adapter_does_not_change(ground):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_each_broken_folder_gives_exactly_its_finding(ground, name):
-    code, make = BROKEN[name]
+    codes, make = BROKEN[name]
     result = make(ground)
-    assert [f.code for f in result.findings] == [code], result.lines()
-    [found] = result.findings
-    assert result.ok == (found.severity != "error")
-    assert found.severity == "note" or (found.needed and found.fix)
+    assert Counter(f.code for f in result.findings) == Counter(codes), result.lines()
+    assert result.ok == all(f.severity != "error" for f in result.findings)
+    for found in result.findings:
+        assert found.severity == "note" or (found.needed and found.fix)
+        if command := command_of(found):
+            parse(command[1:])
+
+
+def command_of(found: Finding) -> list[str]:
+    """The words of the `lexigraft` command that a fix ends with; none where it has no command."""
+    command = re.search(r"(?<!of )\blexigraft [a-z].*?(?=,? \(|, |$)", found.fix)
+    return shlex.split(command[0]) if command else []
 
 
 def test_adapters_of_a_stack_are_each_held_against_those_before_it(ground, tmp_path):
@@ -1029,12 +1037,12 @@ MENDED = {
 
 @pytest.mark.parametrize("name", MENDED)
 def test_fix_mends_a_copy_and_leaves_the_folder_alone(ground, tmp_path, name):
-    code, make = BROKEN[name]
+    codes, make = BROKEN[name]
     make(ground)
     folder = ground.copy(MENDED[name])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     result = mend(folder, tmp_path / "mended", deep=True)
-    assert [one.code for one in result.mended] == [code]
+    assert [one.code for one in result.mended] == list(codes)
     assert result.ok and all(f.severity == "note" for f in result.after.findings), result.lines()
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     for path in (tmp_path / "mended").glob("*.safetensors"):
@@ -1069,7 +1077,7 @@ def test_fix_says_when_nothing_can_be_mended(ground, tmp_path):
 
 
 def test_the_gallery_has_every_code():
-    raised = {code for code, _ in BROKEN.values()}
+    raised = {codes[0] for codes, _ in BROKEN.values()}
     assert small.CODES.keys() - raised <= {"LG104"}  # in the healthy ones
     assert len(BROKEN) >= 40 and len(HEALTHY) >= 15
 
