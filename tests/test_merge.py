@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import TokenMap
 from lexigraft.manifest import Manifest
+from lexigraft.steps.check import check
 
 torch.set_num_threads(1)
 
@@ -979,6 +981,74 @@ def test_a_base_of_another_size_is_an_error(tmp_path):
     )
     adapter_parts.extended_tokenizer(scene.base, other)
     refused(other, scene.adapter, tmp_path / "merged", "the base has")
+
+
+def wider(*names):
+    """A change of an adapter's tensors: those whose names end so get one number more per row."""
+
+    def change(tensors):
+        return {
+            n: torch.cat([t, t[..., :1]], -1) if n.endswith(names) else t
+            for n, t in tensors.items()
+        }
+
+    return change
+
+
+def test_all_that_does_not_fit_is_told_at_once_by_merge_and_by_check(tmp_path):
+    scene = adapter_parts.scene(tmp_path, "plain", tied=False, modules_to_save=["model.norm"])
+    adapter_parts.edit_tensors(
+        scene.adapter, lambda t: renamed(t, "layers.1.mlp.down_proj", "layers.7.mlp.down_proj")
+    )
+    spoilt = ("0.self_attn.q_proj.lora_A.weight", "norm.weight", "embed_tokens.weight")
+    adapter_parts.edit_tensors(scene.adapter, wider(*spoilt))
+    fault = refused(scene.base, scene.adapter, tmp_path / "merged", "found:  4 faults: ")
+    for found in (
+        r"layers\.7\.mlp\.down_proj\.lora_A\.weight fits no tensor of .*",
+        r"layers\.0\.self_attn\.q_proj changes a matrix of shape \[32, 33\], .* \[32, 32\]",
+        r"norm\.weight has shape \[33\], model\.norm\.weight of the base \[32\]",
+        r"embed_tokens\.weight has shape \[384, 33\], .* \[372, 32\]",
+    ):
+        assert re.search(found, fault.found), fault.found
+    (finding,) = [f for f in check(scene.base, adapter=scene.adapter).findings if f.code == "LG408"]
+    assert (finding.found, finding.needed) == (fault.found, fault.needed)
+
+    # Numbers of rows are dimensions too, and long lists are cut.
+    head = "base_model.model.lm_head.weight"
+    adapter_parts.edit_tensors(scene.adapter, lambda t: t | {head: t[head][:-20]})
+    adapter_parts.edit_tensors(scene.adapter, wider("v_proj.lora_A.weight"))
+    fault = refused(
+        scene.base, scene.adapter, tmp_path / "merged", "found:  8 faults: .*; and 3 more\n"
+    )
+    assert "a row for every token" in fault.needed
+    assert "the same number in each" in fault.needed
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("kind", "options", "spoilt", "faults"),
+    [
+        ("gpt2", {"bias": "all"}, ("0.attn.c_attn.base_layer.bias", "ln_f.bias"), 2),
+        ("gpt2", {"use_dora": True}, ("c_attn.lora_A.weight",), 2),
+        ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}, ("lora_A.weight",), 4),
+        ("ia3", {}, ("down_proj.ia3_l",), 2),
+    ],
+    ids=["biases", "dora", "experts", "ia3"],
+)
+def test_what_does_not_fit_is_told_at_once_in_every_form(tmp_path, kind, options, spoilt, faults):
+    from peft import IA3Config
+
+    if kind == "gpt2":
+        base, adapter = gpt2_with_adapter(tmp_path, **options)
+    else:
+        names = {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        config = IA3Config(**names, task_type="CAUSAL_LM") if kind == "ia3" else None
+        family = "qwen2" if kind == "ia3" else kind
+        base, adapter = other_with_adapter(tmp_path, family, config=config, **options)
+    adapter_parts.edit_tensors(adapter, wider(*spoilt))
+    fault = refused(base, adapter, tmp_path / "merged", f"found:  {faults} faults: ")
+    found = [f.found for f in check(base, adapter=adapter).findings if f.code == "LG408"]
+    assert found == [fault.found]
 
 
 def test_rows_that_are_not_numbers_are_an_error(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 
 from lexigraft.adapters.config import AdapterConfig
 from lexigraft.adapters.folder import Adapter
+from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.rebuild import lost_source, rebuilt_rows
 from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice
@@ -56,6 +57,7 @@ def expand(
     *,
     changes: Mapping[str, Change],
     tokenizer: TokenizerChoice,
+    misfits: Misfits,
     trim: bool = False,
     rounding: Rounding | None = None,
 ) -> Expansion:
@@ -67,19 +69,22 @@ def expand(
         vocabulary: its vocabulary tensors.
         changes: what the adapter does, by name.
         tokenizer: the result's.
+        misfits: those that `match` found; numbers of rows are added, and all are raised.
         trim: leave out padding rows of the base that the adapter was trained without.
         rounding: is told what rounding sums to a 16-bit type costs.
 
     Raises:
-        LexigraftError: row counts contradict each other or the tokenizer, or a row has no source.
+        LexigraftError: row counts contradict each other or the tokenizer, there were misfits
+            before, or a row has no source.
     """
-    head, known = vocabulary.head_name, _rows_of_full(adapter, changes)
-    growth = _growth(adapter, vocabulary, tokenizer, known)
+    head, known = vocabulary.head_name, _rows_of_full(adapter, changes, misfits)
+    growth = _growth(adapter, vocabulary, tokenizer, known, misfits)
+    _note_unknown_ids(adapter, changes, tokenizer, misfits)
+    _note_foreign_rows(adapter, changes, tokenizer, misfits)
+    misfits.require_none()
     if trim:
         _require_spare_rows(adapter, checkpoint, growth, known)
         growth = replace(growth, rows=known)
-    _require_known_ids(adapter, changes, tokenizer)
-    _require_own_rows(adapter, changes, tokenizer)
     # An older tokenizer knows less than the base: its adapter's further rows are padding.
     trained = tokenizer.trained
     full_rows = known if trained is None or trained >= tokenizer.base.tokens else trained
@@ -132,24 +137,26 @@ def expand_moved(
     changes: Mapping[str, Change],
     own: TokenMap,
     base: TokenMap,
+    misfits: Misfits,
 ) -> Expansion:
     """The vocabulary tensors of an adapter that was trained with a sibling of the base's tokenizer.
 
-    Rows go by the ids of `own`: see `moved_rows`.
+    Rows go by the ids of `own`: see `moved_rows`. `misfits` are treated as by `expand`.
 
     Raises:
         RefusalError: a form that needs rows which nobody holds.
         LexigraftError: row counts contradict each other or `own`, or a row has no source.
     """
-    known = _rows_of_full(adapter, changes)
+    known = _rows_of_full(adapter, changes, misfits)
     highest = _highest_id(changes)
     if (known and known < own.tokens) or highest >= own.tokens:
-        raise LexigraftError(
-            f"{adapter.weights} has {known or highest + 1:,} rows for a tokenizer of "
-            f"{own.tokens:,} tokens",
-            needed="the tokenizer that the adapter was trained with",
-            fix="name it with --tokenizer FOLDER",
+        misfits.add(
+            str(adapter.weights),
+            f"has {known or highest + 1:,} rows for a tokenizer of {own.tokens:,} tokens",
+            "the tokenizer that the adapter was trained with",
+            "name it with --tokenizer FOLDER",
         )
+    misfits.require_none()
     places = aligned(own, base)
     written, tied = _settle_ties(vocabulary, changes, adapter.config)
     lacks = bool(own.texts.keys() - places.keys())
@@ -173,21 +180,26 @@ def _stored(name: str, checkpoint: Checkpoint, vocabulary: VocabularyTensors) ->
     return name if name in checkpoint.tensors else vocabulary.embeds[0]
 
 
-def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change]) -> int:
+def _rows_of_full(adapter: Adapter, changes: Mapping[str, Change], misfits: Misfits) -> int:
     """The rows of the adapter's whole matrices and of its LoRA; 0 where it holds none."""
     counts = {name: change.rows for name, change in changes.items() if change.rows}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name}: {count:,}" for name, count in sorted(counts.items()))
-        raise LexigraftError(
-            f"vocabulary tensors of {adapter.weights} have different numbers of rows ({found})",
-            needed="the same number in each",
-            fix="save the adapter again with model.save_pretrained",
+        misfits.add(
+            f"vocabulary tensors of {adapter.weights}",
+            f"have different numbers of rows ({found})",
+            "the same number in each",
+            "save the adapter again with model.save_pretrained",
         )
-    return next(iter(counts.values()), 0)
+    return min(counts.values(), default=0)
 
 
 def _growth(
-    adapter: Adapter, vocabulary: VocabularyTensors, tokenizer: TokenizerChoice, known: int
+    adapter: Adapter,
+    vocabulary: VocabularyTensors,
+    tokenizer: TokenizerChoice,
+    known: int,
+    misfits: Misfits,
 ) -> Growth:
     first, tokens, before = tokenizer.base.tokens, tokenizer.map.tokens, vocabulary.rows
     if before < first:
@@ -197,17 +209,19 @@ def _growth(
             fix="lexigraft check BASE",
         )
     if known > before and tokenizer.trained is None:
-        raise LexigraftError(
-            f"{adapter.folder} has {known:,} rows and no tokenizer; the base has {before:,}",
-            needed="the tokenizer that the adapter was trained with, to know what the new rows are",
-            fix="add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
+        misfits.add(
+            str(adapter.folder),
+            f"has {known:,} rows and no tokenizer; the base has {before:,}",
+            "the tokenizer that the adapter was trained with, to know what the new rows are",
+            "add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
         )
     needed = tokenizer.trained if tokenizer.trained is not None else first
     if known and known < needed:
-        raise LexigraftError(
-            f"{adapter.weights} has {known:,} rows for a tokenizer of {needed:,} tokens",
-            needed="a row for every token",
-            fix="name the tokenizer that the adapter was trained with: --tokenizer FOLDER",
+        misfits.add(
+            str(adapter.weights),
+            f"has {known:,} rows for a tokenizer of {needed:,} tokens",
+            "a row for every token",
+            "name the tokenizer that the adapter was trained with: --tokenizer FOLDER",
         )
     return Growth(
         before,
@@ -254,22 +268,22 @@ def _highest_id(changes: Mapping[str, Change]) -> int:
     return max((max(change.ids, default=-1) for change in changes.values()), default=-1)
 
 
-def _require_known_ids(
-    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice
+def _note_unknown_ids(
+    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice, misfits: Misfits
 ) -> None:
     limit = tokenizer.base.tokens if tokenizer.trained is None else tokenizer.trained
     highest = _highest_id(changes)
     if highest >= limit:
-        raise LexigraftError(
-            f"{adapter.folder} trained the row of id {highest:,}; its tokenizer has "
-            f"{limit:,} tokens",
-            needed="the tokenizer that the adapter was trained with",
-            fix="add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
+        misfits.add(
+            str(adapter.folder),
+            f"trained the row of id {highest:,}; its tokenizer has {limit:,} tokens",
+            "the tokenizer that the adapter was trained with",
+            "add --tokenizer FOLDER, or copy its tokenizer files into the adapter folder",
         )
 
 
-def _require_own_rows(
-    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice
+def _note_foreign_rows(
+    adapter: Adapter, changes: Mapping[str, Change], tokenizer: TokenizerChoice, misfits: Misfits
 ) -> None:
     """An older adapter must leave the rows alone that belong to other words by now."""
     foreign = tokenizer.foreign
@@ -277,12 +291,12 @@ def _require_own_rows(
         whole = change.full is not None or change.added is not None
         lost = foreign if whole else sorted(set(foreign).intersection(change.ids))
         if lost:
-            raise LexigraftError(
-                f"{adapter.folder} trained rows of {name} whose ids have other tokens in the base "
-                f"since ({len(lost):,} ids, the first {lost[0]}: now "
-                f"{tokenizer.map.texts[lost[0]]!r})",
-                needed="an adapter that trained no row of an id that was replaced",
-                fix="merge it into the model that it was trained on, or train it again on this one",
+            misfits.add(
+                str(adapter.folder),
+                f"trained rows of {name} whose ids have other tokens in the base since "
+                f"({len(lost):,} ids, the first {lost[0]}: now {tokenizer.map.texts[lost[0]]!r})",
+                "an adapter that trained no row of an id that was replaced",
+                "merge it into the model that it was trained on, or train it again on this one",
             )
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.folder import Addition, Expert, LowRank
+from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.pure import PREFIX
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
@@ -41,6 +42,7 @@ def expert_additions(
     low_ranks: Mapping[str, LowRank],
     tensors: Mapping[str, Tensor],
     config: AdapterConfig,
+    misfits: Misfits,
 ) -> Iterator[tuple[str, Addition]]:
     """Each matrix of an expert that changes, and how.
 
@@ -48,10 +50,11 @@ def expert_additions(
         low_ranks: stored module -> factors, for which `is_of_experts`.
         tensors: those of the base.
         config: which parameters were trained.
+        misfits: is told of factors that do not fit the base.
 
     Raises:
         RefusalError: the base stores its experts otherwise, or the factors can be read two ways.
-        LexigraftError: the factors do not fit the base or the config.
+        LexigraftError: the factors do not fit the config.
     """
     found = []
     for stored, low_rank in low_ranks.items():
@@ -70,7 +73,7 @@ def expert_additions(
     if found and square:
         raise refusal(config.path, "LoRA on experts that are square, of which way is not known")
     for name, low_rank, projections in found:
-        yield from _of_parameter(name, low_rank, projections, config)
+        yield from _of_parameter(name, low_rank, projections, config, misfits)
 
 
 def stacked(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[Tensor, ...]]]:
@@ -136,7 +139,11 @@ def _zeros(rows: int, width: int) -> Compute:
 
 
 def _of_parameter(
-    name: str, low_rank: LowRank, projections: list[list[Tensor]], config: AdapterConfig
+    name: str,
+    low_rank: LowRank,
+    projections: list[list[Tensor]],
+    config: AdapterConfig,
+    misfits: Misfits,
 ) -> Iterator[tuple[str, Addition]]:
     count = len(projections[0]) if projections else 0
     if not count:
@@ -144,12 +151,12 @@ def _of_parameter(
     rows = sum(matrices[0].rows for matrices in projections)
     shape = (rows, projections[0][0].shape[1])
     if low_rank.shape != shape or low_rank.a.rows % count:
-        raise LexigraftError(
-            f"LoRA of {name} has the factors {list(low_rank.a.shape)}, {list(low_rank.b.shape)}; "
-            f"the base has {count} experts of shape {list(shape)}",
-            needed="the base that this adapter was trained on",
-            fix="name that base: base_model_name_or_path in adapter_config.json says which",
+        misfits.add(
+            f"LoRA of {name}",
+            f"has the factors {list(low_rank.a.shape)} and {list(low_rank.b.shape)}, "
+            f"the base {count} experts of shape {list(shape)}",
         )
+        return
     scaling = config.scaling(name, low_rank.a.rows // count)
     first = 0
     for matrices in projections:

@@ -9,6 +9,7 @@ from functools import cached_property
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.experts import expert_additions, is_of_experts
 from lexigraft.adapters.folder import Adapter, Addition, LowRank, Scale
+from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -27,8 +28,6 @@ _OLDER_NAMES = (
 )
 # Experts and router, in memory and as Mixtral and its kin are stored.
 _MIXTURE = (".mlp.", ".block_sparse_moe.")
-_THE_BASE = "the base that this adapter was trained on"
-_NAME_IT = "name that base: base_model_name_or_path in adapter_config.json says which"
 
 
 @dataclass(frozen=True)
@@ -57,22 +56,39 @@ class Matched:
         return {**self.linear, **self.biases, **self.scaled, **self.replaced}
 
 
-def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors) -> Matched:
+def match(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    vocabulary: VocabularyTensors,
+    misfits: Misfits | None = None,
+) -> Matched:
     """Find the tensor of the base for each tensor of the adapter.
 
     Args:
         adapter: the adapter.
         checkpoint: the base.
         vocabulary: the base's vocabulary tensors.
+        misfits: is told of tensors that fit nothing in the base or have another shape; what is
+            returned then lacks some of them. Without it they are raised.
 
     Raises:
         RefusalError: a weight that is quantised, or a combination of forms that has no one meaning.
-        LexigraftError: a tensor fits nothing in the base, or has another shape.
+        LexigraftError: a tensor is changed twice; without `misfits`, some do not fit, all in one.
     """
+    found = Misfits() if misfits is None else misfits
+    matched = _match(adapter, checkpoint, vocabulary, found)
+    if misfits is None:
+        found.require_none()
+    return matched
+
+
+def _match(
+    adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensors, misfits: Misfits
+) -> Matched:
     # A tied head is not stored, but an adapter may hold it.
     unstored = {vocabulary.head_name} if vocabulary.tied else set()
     vocabulary_names = {*vocabulary.names, *unstored}
-    find = _Finder(checkpoint, unstored)
+    find = _Finder(checkpoint, unstored, misfits)
     added = _additions(adapter, checkpoint, find, vocabulary_names)
     labels = {t: tensor for t, tensor in adapter.full.items() if _is_of_labels(t, adapter, find)}
     full = find.all({t: tensor for t, tensor in adapter.full.items() if t not in labels})
@@ -84,11 +100,11 @@ def match(adapter: Adapter, checkpoint: Checkpoint, vocabulary: VocabularyTensor
     linear = {n: addition for n, addition in added.items() if n not in vocabulary_names}
     replaced = {n: tensor for n, tensor in full.items() if n not in vocabulary_names}
     for name, tensor in replaced.items():
-        _require_shape(tensor, checkpoint.tensors[name].shape, name)
+        _compare_shape(tensor, checkpoint.tensors[name], misfits)
         _require_float(checkpoint.tensors[name])
     for name, change in changes.items():
         base = checkpoint.tensors.get(name, checkpoint.tensors[vocabulary.embeds[0]])
-        _require_width(change, base, name)
+        _compare_width(change, base, misfits)
     return Matched(linear, biases, scaled, replaced, changes, labels)
 
 
@@ -113,28 +129,31 @@ def _is_of_labels(target: str, adapter: Adapter, find: _Finder) -> bool:
 class _Finder:
     checkpoint: Checkpoint
     unstored: set[str]
+    misfits: Misfits
 
     def all(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`targets` under the names that they have in the base."""
         found: dict[str, Tensor] = {}
         for target, tensor in targets.items():
             name = self.name(target, tensor.name)
+            if name is None:
+                continue
             if name in found:
                 raise _claimed_twice(name, tensor, found[name])
             found[name] = tensor
         return found
 
-    def name(self, target: str, key: str) -> str:
-        """The tensor of the base called `target`; `key` is what the adapter's file calls it."""
+    def name(self, target: str, key: str) -> str | None:
+        """The tensor of the base called `target`; `key` is what the adapter's file calls it.
+
+        None, and a misfit, where there is none.
+        """
         names = dict.fromkeys(name for name in _spellings(target) if self._has(name))
         if target in names or len(names) == 1:
             return next(iter(names))
-        raise LexigraftError(
-            f"{key} in the adapter fits no tensor of {self.checkpoint.folder} (looked for "
-            f"{target})",
-            needed=_THE_BASE,
-            fix=_NAME_IT,
-        )
+        folder = self.checkpoint.folder
+        self.misfits.add(key, f"fits no tensor of {folder} (looked for {target})")
+        return None
 
     def has(self, target: str) -> bool:
         """True when the base has a tensor called `target`."""
@@ -177,18 +196,20 @@ def _additions(
 ) -> dict[str, Addition]:
     config = adapter.config
     experts = {m: low_rank for m, low_rank in adapter.low_rank.items() if is_of_experts(m, config)}
-    found = dict(expert_additions(experts, checkpoint.tensors, config))
-    for name in found:
-        _require_float(checkpoint.tensors[name])
+    found = dict(expert_additions(experts, checkpoint.tensors, config, find.misfits))
+    for matrix in found:
+        _require_float(checkpoint.tensors[matrix])
     for module, low_rank in adapter.low_rank.items():
         if module in experts:
             continue
         name = find.name(f"{module}.weight", low_rank.a.name)
+        if name is None:
+            continue
         transposed = False
         if name not in vocabulary:  # whose rows may be more or fewer
             weight = checkpoint.tensors[name]
             _require_float(weight)
-            transposed = _is_transposed(low_rank, weight, config, checkpoint)
+            transposed = _is_transposed(low_rank, weight, config, find)
         if name in found:
             raise _claimed_twice(name, low_rank.a, found[name].low_rank.a)
         scaling = config.scaling(module, low_rank.rank)
@@ -212,10 +233,10 @@ def _biases(
                 needed="a base whose layer has a bias: PEFT does not merge this either",
                 fix="train without lora_bias, or keep base and adapter apart",
             )
-        name = find.name(f"{module}.bias", bias.name)
-        _require_shape(bias, checkpoint.tensors[name].shape, name)
-        _require_float(checkpoint.tensors[name])
-        found[name] = addition
+        for name, tensor in find.all({f"{module}.bias": bias}).items():
+            _compare_shape(tensor, checkpoint.tensors[name], find.misfits)
+            _require_float(checkpoint.tensors[name])
+            found[name] = addition
     return found
 
 
@@ -225,16 +246,18 @@ def _scales(
     found: dict[str, Scale] = {}
     for module, vector in adapter.scales.items():
         name = find.name(f"{module}.weight", vector.name)
+        if name is None:
+            continue
         if name in vocabulary:
             raise refusal(vector.path, f"(IA)3 on a vocabulary tensor ({module})")
         weight = checkpoint.tensors[name]
         scale = Scale(vector, adapter.config.transposed or has_conv1d(checkpoint))
         rows, width = weight.shape[::-1] if scale.transposed else weight.shape
         if vector.shape not in ((rows, 1), (1, width)):
-            raise _other_base(vector, name, weight.shape)
-        names = [name]
+            _note_other_shape(vector, weight, find.misfits)
+        names = {name: vector}
         if vector.shape == (rows, 1) and find.has(f"{module}.bias"):
-            names.append(find.name(f"{module}.bias", vector.name))
+            names |= find.all({f"{module}.bias": vector})
         for scaled in names:
             _require_float(checkpoint.tensors[scaled])
             if scaled in found:
@@ -243,26 +266,23 @@ def _scales(
     return found
 
 
-def _is_transposed(
-    low_rank: LowRank, weight: Tensor, config: AdapterConfig, checkpoint: Checkpoint
-) -> bool:
+def _is_transposed(low_rank: LowRank, weight: Tensor, config: AdapterConfig, find: _Finder) -> bool:
     """True when the base stores this weight (in, out).
 
     PEFT turns fan_in_fan_out on and off by the class of each layer and saves only the last state:
     the config's word counts where neither the shape nor the architecture tells.
     """
-    shape = low_rank.shape
-    may_be = not low_rank.of_embedding and (config.transposed or has_conv1d(checkpoint))
+    shape, conv1d = low_rank.shape, has_conv1d(find.checkpoint)
+    may_be = not low_rank.of_embedding and (config.transposed or conv1d)
     if weight.shape not in ({shape, shape[::-1]} if may_be else {shape}):
-        raise LexigraftError(
-            f"LoRA of {low_rank.module} changes a matrix of shape {list(shape)}, the base "
-            f"has {list(weight.shape)}",
-            needed=_THE_BASE,
-            fix=_NAME_IT,
+        find.misfits.add(
+            f"LoRA of {low_rank.module}",
+            f"changes a matrix of shape {list(shape)}, the base has {list(weight.shape)}",
         )
+        return False
     if not may_be or shape[0] != shape[1]:
         return weight.shape != shape
-    if not has_conv1d(checkpoint):
+    if not conv1d:
         raise refusal(config.path, f"fan_in_fan_out on the square matrix {low_rank.module}")
     return True
 
@@ -281,7 +301,7 @@ def _vocabulary_changes(
 ) -> dict[str, Change]:
     copies = find.all(adapter.copies)
     rows = find.all({f"{module}.weight": tensor for module, tensor in adapter.rows.items()})
-    modules = {rows_name: module for module, rows_name in zip(adapter.rows, rows, strict=True)}
+    modules = {tensor.name: module for module, tensor in adapter.rows.items()}
     for name, tensor in copies.items():
         if name not in vocabulary or name not in {*rows, *added}:
             raise refusal(adapter.weights, f"a copy of a weight that it does not change ({name})")
@@ -298,8 +318,9 @@ def _vocabulary_changes(
     for name in sorted(vocabulary & {*full, *rows, *added}):
         change = Change(full.get(name, copies.get(name)), added=added.get(name))
         if name in rows:
-            ids = adapter.config.ids_of(modules[name]) or _shared_ids(adapter)
-            single = single_rows(modules[name], rows[name], ids, adapter.config.path)
+            module = modules[rows[name].name]
+            ids = adapter.config.ids_of(module) or _shared_ids(adapter)
+            single = single_rows(module, rows[name], ids, adapter.config.path)
             change = Change(change.full, single.ids, single.values)
         changes[name] = change
     return changes
@@ -311,28 +332,27 @@ def _shared_ids(adapter: Adapter) -> tuple[int, ...] | None:
     return lists.pop() if len(lists) == 1 else None
 
 
-def _require_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
-    if tensor.shape != shape:
-        raise _other_base(tensor, name, shape)
+def _compare_shape(tensor: Tensor, base: Tensor, misfits: Misfits) -> None:
+    if tensor.shape != base.shape:
+        _note_other_shape(tensor, base, misfits)
 
 
-def _other_base(tensor: Tensor, name: str, shape: tuple[int, ...]) -> LexigraftError:
-    return LexigraftError(
-        f"{tensor.name} has shape {list(tensor.shape)}, {name} of the base {list(shape)}",
-        needed=_THE_BASE,
-        fix=_NAME_IT,
+def _note_other_shape(tensor: Tensor, base: Tensor, misfits: Misfits) -> None:
+    misfits.add(
+        tensor.name,
+        f"has shape {list(tensor.shape)}, {base.name} of the base {list(base.shape)}",
     )
 
 
-def _require_width(change: Change, base: Tensor, name: str) -> None:
+def _compare_width(change: Change, base: Tensor, misfits: Misfits) -> None:
     _require_float(base)
     width = by_row(base).shape[1:]
     whole = None if change.full is None else by_row(change.full)
     for tensor in (whole, change.values):  # a single row is no bias
         if tensor is not None and tensor.shape[1:] != width:
-            raise _other_base(tensor, name, base.shape)
+            _note_other_shape(tensor, base, misfits)
     if change.added is not None and change.added.low_rank.shape[1:] != width:
-        raise _other_base(change.added.low_rank.b, name, base.shape)
+        _note_other_shape(change.added.low_rank.b, base, misfits)
 
 
 def _require_float(tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ from lexigraft.adapters.classifier import classifier_config, count_of, without_h
 from lexigraft.adapters.expand import expand
 from lexigraft.adapters.folder import Adapter, Addition
 from lexigraft.adapters.match import Matched, match
+from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.planning import merged_plan
 from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.special import changed_special_ids, with_special_ids
@@ -123,8 +124,10 @@ def prepare(
     checkpoint, whole = open_whole(base)
     vocabulary = without_head(whole) if adapter.config.classifies else whole
     tokenizer = TokenizerChoice.among(base, base if body_only else adapter_folder, given)
-    matched = match(adapter, checkpoint, vocabulary)
+    misfits = Misfits()
+    matched = match(adapter, checkpoint, vocabulary, misfits)
     if body_only:
+        misfits.require_none()
         matched = body_of(matched, adapter)
     else:
         require_recorded(adapter.manifest, tokenizer, adapter_folder)
@@ -140,6 +143,7 @@ def prepare(
         vocabulary,
         changes=matched.vocabulary,
         tokenizer=tokenizer,
+        misfits=misfits,
         trim=trim,
         rounding=rounding,
     )

@@ -8,8 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lexigraft.adapters.classifier import without_head
 from lexigraft.adapters.config import AdapterConfig
+from lexigraft.adapters.folder import Adapter
 from lexigraft.adapters.keys import parse
+from lexigraft.adapters.match import match
+from lexigraft.adapters.misfits import Misfits
+from lexigraft.checkpoints.config import refuse_quantised
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts
 from lexigraft.checks.findings import Finding, finding, from_error
@@ -358,42 +363,25 @@ def _rows_unsaved(stage: _Stage, rows: int, adapter: Facts, own: int) -> Finding
 
 
 def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:
-    """LoRA factors against the layers that they change."""
-    if model.checkpoint is None:
+    """Tensors of the adapter that have no place in the model, or another shape: all in one."""
+    if model.checkpoint is None or model.vocabulary is None:
         return
-    tensors = model.checkpoint.tensors
-    transposed = bool(adapter.config[ADAPTER_CONFIG].get("fan_in_fan_out"))
-    seen = 0
-    for name, factor in sorted(adapter.adapter.items()):
-        key = parse(name)
-        layer = tensors.get(f"{key.target}.weight") if key.part in ("lora_A", "lora_B") else None
-        if layer is None or len(layer.shape) != 2 or _vocabulary_axis(name) is not None:
-            continue
-        seen += 1
-        inner, outer = layer.shape if transposed else layer.shape[::-1]
-        wanted, is_a = (inner, True) if key.part == "lora_A" else (outer, False)
-        given = factor.shape[-1] if is_a else factor.shape[0]
-        if given != wanted:
-            yield _misfit(name, factor, layer, model.folder)
-            return
-    named = [
-        name for name in adapter.adapter if parse(name).part == "lora_A" and ".experts" not in name
-    ]
-    if named and not seen and not any(f"{parse(n).target}.weight" in tensors for n in named):
+    misfits = Misfits()
+    try:
+        refuse_quantised(model.checkpoint)  # whose weights are packed
+        opened = Adapter.open(adapter.folder)
+        vocabulary = model.vocabulary
+        if opened.config.classifies:
+            vocabulary = without_head(vocabulary)
+        match(opened, model.checkpoint, vocabulary, misfits)
+    except LexigraftError:  # a finding already, or what only merge refuses
+        pass
+    if misfits.found:
+        first = misfits.found[0]
         yield finding(
             "LG408",
-            named[0],
-            f"changes a layer that {model.folder} does not have",
-            needed="an adapter of this model",
-            fix=f"see base_model_name_or_path in {adapter.folder / ADAPTER_CONFIG}",
+            ADAPTER_WEIGHTS if len(misfits.found) > 1 else first.tensor,
+            misfits.told() if len(misfits.found) > 1 else first.found,
+            needed=first.needed,
+            fix=first.fix,
         )
-
-
-def _misfit(name: str, factor: Tensor, layer: Tensor, folder: Path) -> Finding:
-    return finding(
-        "LG408",
-        name,
-        f"has shape {list(factor.shape)}, {layer.name} of {folder} has {list(layer.shape)}",
-        needed="an adapter of this model",
-        fix=f"see base_model_name_or_path in {ADAPTER_CONFIG}",
-    )

@@ -27,6 +27,7 @@ from lexigraft.adapters.folder import WEIGHTS, Adapter
 from lexigraft.adapters.match import match
 from lexigraft.adapters.merging import Job, body_of, prepare, say_if_other_base
 from lexigraft.adapters.merging import write as write_model
+from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice, require_recorded
 from lexigraft.adapters.weighted import Weighted, weighted_plan
@@ -371,9 +372,11 @@ def _prepare_together(
     base_map = TokenMap.read(base)
     parts, tokenizers, rows = [], [], vocabulary.rows
     for adapter, weight in zip(adapters, weights, strict=True):
-        matched = match(adapter, checkpoint, vocabulary)
+        misfits = Misfits()
+        matched = match(adapter, checkpoint, vocabulary, misfits)
         folder = base if body_only else adapter.folder
         if body_only:
+            misfits.require_none()
             matched = body_of(matched, adapter)
         own = joined(read_token_maps(folder))
         source = given if own is None and given is not None else folder
@@ -386,6 +389,7 @@ def _prepare_together(
                 changes=matched.vocabulary,
                 own=own,
                 base=base_map,
+                misfits=misfits,
             )
             found = len(aligned(own, base_map))
             note(
@@ -399,7 +403,12 @@ def _prepare_together(
             if not body_only:
                 require_recorded(adapter.manifest, choice, folder)
             expansion = expand(
-                adapter, checkpoint, vocabulary, changes=matched.vocabulary, tokenizer=choice
+                adapter,
+                checkpoint,
+                vocabulary,
+                changes=matched.vocabulary,
+                tokenizer=choice,
+                misfits=misfits,
             )
             say_if_other_base(checkpoint, adapter, choice)
             own, source = choice.map, choice.folder
