@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -324,6 +325,25 @@ def run(words, world):
     if isinstance(done.exception, Exception):
         pytest.fail(f"{' '.join(words)}\n{done.exception}")
     assert done.exit_code in allowed, f"{' '.join(words)}\n{done.output}"
+    return told_next(done.stdout)
+
+
+PLACEHOLDERS = {"TEXT", "OWNER/NAME"}  # what only the reader knows, beside names of outputs
+
+
+def told_next(printed):
+    """The commands that come next, each as its words, all of which are real."""
+    found = [shlex.split(line) for line in printed.splitlines() if line.startswith("next:")]
+    for words in found:
+        assert words[:2] == ["next:", "lexigraft"], words
+        parse(words[2:])
+        inputs = [
+            word
+            for before, word in pairwise(words[2:])
+            if not word.startswith("-") and before != "-o" and word not in PLACEHOLDERS
+        ]
+        assert inputs and [word for word in inputs if not Path(word).exists()] == [], words
+    return [words[2:] for words in found]
 
 
 def shown(page):
@@ -363,6 +383,40 @@ def test_the_first_commands_of_the_readme_run(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     walk(shown(ROOT / "README.md")[1:2], world)
     assert Path("MERGED", "config.json").is_file()
+
+
+def test_each_verb_says_what_comes_next_and_it_runs(world, tmp_path, monkeypatch):
+    """From `learn`, by what is said alone, to a merged model; then what the others say."""
+    monkeypatch.chdir(tmp_path)
+    said = [["learn", "BASE", "--corpus", "field.txt", "--tokens", "6", "-o", "my words"]]
+    while said[-1][0] != "check":
+        said += run([{"TEXT": "field.txt"}.get(word, word) for word in said[-1]], world)
+    assert [words[0] for words in said] == ["learn", "graft", "train", "merge", "check"]
+    others = {
+        "split BASE ADAPTER -o PAIR": "check PAIR/base --adapter PAIR/adapter",
+        "extract MERGED --base BASE -o 'as one'": "merge BASE 'as one' -o MERGED",
+        "blend MERGED BASE --base BASE --method linear -o MEAN": "check MEAN",
+        "align MERGED BASE -o ALIGNED": "check ALIGNED/MERGED; check ALIGNED/BASE",
+        "prune BASE --corpus field.txt -o SHORT": "check SHORT",
+        "prune --undo SHORT -o WHOLE": "check WHOLE",
+        "card MERGED": "upload MERGED OWNER/NAME",
+        "import axolotl axolotl.yml -o ax.yaml": "run ax.yaml -o RUN",
+    }
+    Path("axolotl.yml").write_text(
+        "{base_model: BASE, adapter: lora, lora_r: 8, lora_alpha: 16, sequence_len: 64,"
+        " datasets: [{path: field.txt, type: completion}]}"
+    )
+    for command, then in others.items():
+        found = run(shlex.split(command), world)
+        assert "; ".join(map(shlex.join, found)) == then
+        said += found
+    for words in said:
+        if words[0] == "check":
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, f"{words}\n{done.output}"
+    for more in ("--json", "--dry-run"):
+        done = CliRunner().invoke(app, ["split", "BASE", "ADAPTER", "-o", "AGAIN", more])
+        assert done.exit_code == 0 and "next:" not in done.stdout
 
 
 @pytest.mark.matrix

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -66,14 +68,21 @@ def _fail(fault: LexigraftError) -> None:
     sys.exit(fault.status)
 
 
-def print_result(result: Result, as_json: bool) -> None:
-    """What a verb found, as one JSON object or for people; of several processes the first tells."""
+def print_result(
+    result: Result, as_json: bool, *then: Sequence[object], dry_run: bool = False
+) -> None:
+    """What a verb found, as one JSON object or for people; of several processes the first tells.
+
+    People are also told what comes next, unless nothing was written: `then` are the words of a
+    command behind `lexigraft`, or of several. What only they can know is in capitals.
+    """
     if not is_first_process():
         return
     if as_json:
         print(json.dumps(result.to_json()))
     else:
-        print(plain("\n".join(result.lines())))
+        commands = [] if dry_run else [shlex.join(map(str, words)) for words in then]
+        print(plain("\n".join([*result.lines(), *(f"next: lexigraft {c}" for c in commands)])))
 
 
 def _version(value: bool) -> None:

@@ -210,7 +210,8 @@ def card(
     """Write README.md, a model card for the hub, of what manifest, training and run say."""
     from lexigraft.reporting.card import card as verb
 
-    print_result(verb(folder, base_model=base_model, force=force, dry_run=dry_run), as_json)
+    result = verb(folder, base_model=base_model, force=force, dry_run=dry_run)
+    print_result(result, as_json, ["upload", folder, "OWNER/NAME"], dry_run=dry_run)
 
 
 @app.command()

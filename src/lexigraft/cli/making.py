@@ -125,7 +125,7 @@ def learn(
         force=force,
         dry_run=dry_run,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, ["graft", base, output, "-o", "MODEL"], dry_run=dry_run)
 
 
 @app.command()
@@ -200,10 +200,13 @@ def graft(
         "seed": seed,
         "force": force,
     }
+    texts = [word for text in corpus or ["TEXT"] for word in ("--corpus", text)]
+    then = ["train", output, *texts, "-o", "ADAPTER"]
     if not distilled or dry_run:
         from lexigraft.steps.graft import graft as verb
 
-        print_result(verb(base, vocab, **options, dry_run=dry_run), as_json)
+        result = verb(base, vocab, **options, dry_run=dry_run)
+        print_result(result, as_json, then, dry_run=dry_run)
         return
     from lexigraft.pipeline import graft_distilled
 
@@ -219,8 +222,8 @@ def graft(
             needed="a graft that trains nothing: what is probed or linked would not be the result",
             fix="leave it out, and compare base and result with lexigraft eval",
         )
-    result = graft_distilled(base, vocab, **options, corpus=corpus, max_bytes=max_bytes)
-    print_result(result, as_json)
+    learned = graft_distilled(base, vocab, **options, corpus=corpus, max_bytes=max_bytes)
+    print_result(learned, as_json, then)
 
 
 @app.command()
@@ -324,6 +327,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the new rows, and of the rest of the model nothing, LoRA, or everything."""
+    from lexigraft.models.verdict import HARMFUL
     from lexigraft.steps.train import find_learning_rate
     from lexigraft.steps.train import train as verb
 
@@ -373,7 +377,12 @@ def train(
         force=force,
         **options,
     )
-    print_result(result, as_json)
+    if result.verdict["verdict"] == HARMFUL:  # whose lines say what to do instead
+        print_result(result, as_json)
+    elif mode == "full":
+        print_result(result, as_json, ["check", output, "--base", model])
+    else:
+        print_result(result, as_json, ["merge", model, output, "-o", "MERGED"])
 
 
 def _share(text: str) -> float:
@@ -442,4 +451,4 @@ def merge(
         force=force,
         dry_run=dry_run,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, ["check", output, "--base", base], dry_run=dry_run)

@@ -43,7 +43,8 @@ def split(
     from lexigraft.steps.split import split as verb
 
     result = verb(model, adapter, output=output, tokenizer=tokenizer, force=force, dry_run=dry_run)
-    print_result(result, as_json)
+    then = ["check", result.base, "--adapter", result.adapter]
+    print_result(result, as_json, then, dry_run=dry_run)
 
 
 @app.command()
@@ -78,7 +79,7 @@ def extract(
         force=force,
         dry_run=dry_run,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, ["merge", base, output, "-o", "MERGED"], dry_run=dry_run)
 
 
 @app.command()
@@ -96,7 +97,8 @@ def align(
     """Put models on one vocabulary, ready for any merge tool."""
     from lexigraft.steps.align import align as verb
 
-    print_result(verb(models, output=output, force=force, dry_run=dry_run), as_json)
+    result = verb(models, output=output, force=force, dry_run=dry_run)
+    print_result(result, as_json, *(["check", one] for one in result.models), dry_run=dry_run)
 
 
 @app.command()
@@ -146,7 +148,7 @@ def blend(
         force=force,
         dry_run=dry_run,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, ["check", output], dry_run=dry_run)
 
 
 @app.command()
@@ -214,7 +216,8 @@ def prune(
                 needed="--undo alone: it writes what the model was",
                 fix=f"lexigraft prune --undo {model} -o {output}",
             )
-        print_result(step.unprune(model, output=output, force=force), as_json)
+        undone = step.unprune(model, output=output, force=force)
+        print_result(undone, as_json, ["check", output])
         return
     result = step.prune(
         model,
@@ -226,4 +229,4 @@ def prune(
         force=force,
         dry_run=dry_run,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, ["check", output], dry_run=dry_run)

@@ -43,7 +43,8 @@ def import_config(
     """Write a recipe that does what another tool's configuration says, and tell what it cannot."""
     from lexigraft.importing import import_config as verb
 
-    print_result(verb(tool, config, output=output, force=force, dry_run=dry_run), as_json)
+    result = verb(tool, config, output=output, force=force, dry_run=dry_run)
+    print_result(result, as_json, ["run", output, "-o", "RUN"], dry_run=dry_run)
 
 
 @app.command()

@@ -69,7 +69,7 @@ class ImportResult:
         found = [f"{'would write' if self.dry_run else 'wrote'} {', '.join(map(str, self.files))}"]
         for name, rows in groups.items():
             found += [f"{name}:", *(f"  {row.line()}" for row in rows)] if rows else []
-        return [*found, f"next  lexigraft run {self.output} -o RUN"]
+        return found
 
 
 def import_config(

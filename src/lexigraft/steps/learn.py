@@ -205,8 +205,8 @@ class LearnResult:
             lines.append(f"not learned from: {self.addresses:,} URLs and e-mail addresses")
         lines += [f"note: {limit}" for limit in self.limits]
         if self.dry_run:
-            return [*lines, "nothing was written (--dry-run)"]
-        return [*lines, f"next: lexigraft graft BASE {self.output} -o MODEL"]
+            lines.append("nothing was written (--dry-run)")
+        return lines
 
     def _measures(self) -> Iterator[str]:
         if self.domain:
