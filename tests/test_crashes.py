@@ -19,20 +19,23 @@ from pathlib import Path
 
 import pytest
 
+import lexigraft
 import parts
 import test_pipeline
-from lexigraft import LexigraftError, graft, learn, merge, run
+from lexigraft import LexigraftError, graft, learn, run
+from lexigraft.files import Inputs
 from lexigraft.steps.check import mend
 from test_check_gallery import Ground, source, vocab_size_raised_by_hand  # noqa: F401
 
 KILLS = [*range(6), *(pytest.param(n, marks=pytest.mark.matrix) for n in range(6, 200))]
 VERBS = ("learn", "graft", "merge", "check --fix", "train")
-PARTS = ("split", "extract", "align", "prune")
+PARTS = ("split", "extract", "align", "prune", "blend")
+ALL = (*VERBS, *PARTS)
 
 # A verb in a process of its own, and what ends it: at the N-th event of the file system (an open, a
 # rename, a removal), which spreads kills evenly over its work however fast the machine is.
 CHILD = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 verb, arguments, event = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 if verb in ("merge", "train"):
     import torch
@@ -51,21 +54,34 @@ def count(name, given):
         seen += 1
         if seen == event:
             os.kill(os.getpid(), signal.SIGKILL)
-def limit(size):
+def limit(size):  # the N of -N: the most bytes of a file
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def obey():  # the superuser may write only where modes allow it, without CAP_DAC_OVERRIDE
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(head, sets) == 0
+    for place in (0, 1):
+        sets[place] &= ~(1 << 1)
+    assert libc.capset(head, sets) == 0
 sys.addaudithook(count)
-if event < -1:
+if event == -2 and os.geteuid() == 0:
+    obey()
+elif event < -1:
     limit(-event)
 from lexigraft import LexigraftError
+print("begun", flush=True)
+began = time.monotonic()
 try:
     call(*arguments[0], **arguments[1])
 except LexigraftError as fault:
     print(json.dumps({"found": fault.found, "fix": fault.fix}), file=sys.stderr)
     sys.exit(2)
-print(seen)
+print(json.dumps([seen, time.monotonic() - began]))
 """
+NEVER, LET_ALONE, OBEY = 10**9, -1, -2  # events: counted and never met; none; modes hold for root
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +109,10 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
             [str(place / "model")],
             {"base": str(place / "base"), "rank": 2, "output": str(output)},
         ),
+        "blend": (
+            [[str(place / "base"), str(place / "model")]],
+            {"base": str(place / "base"), "method": "linear", "output": str(output)},
+        ),
         "align": ([[str(place / "base"), str(place / "model")]], {"output": str(output)}),
         "prune": ([str(place / "base")], {**corpus, "drop": "2%", "min_count": 1000}),
         "check --fix": ([str(place.parent / "odd" / "base")], {"output": str(output)}),
@@ -109,7 +129,7 @@ def start(verb: str, place: Path, output: Path, event: int) -> subprocess.Popen[
     )  # fmt: skip
 
 
-def done(verb: str, place: Path, output: Path, event: int = -1) -> tuple[int, str, str]:
+def done(verb: str, place: Path, output: Path, event: int = LET_ALONE) -> tuple[int, str, str]:
     child = start(verb, place, output, event)
     told, errors = child.communicate(timeout=600)
     return child.returncode, told, errors
@@ -127,17 +147,16 @@ def lasting(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(place, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], int]]:
-    """What a verb writes when it is let alone, and how many events it takes; done once each."""
-    known: dict[str, tuple[dict[str, bytes], int]] = {}
+def whole(place, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], int, float]]:
+    """What a verb writes when it is let alone, its events and seconds; done once each."""
+    known: dict[str, tuple[dict[str, bytes], int, float]] = {}
 
-    def of(verb: str) -> tuple[dict[str, bytes], int]:
+    def of(verb: str) -> tuple[dict[str, bytes], int, float]:
         if verb not in known:
             output = tmp_path_factory.mktemp("whole") / "out"
-            # An event that never comes: they are counted.
-            status, told, errors = done(verb, place, output, 10**9)
+            status, told, errors = done(verb, place, output, NEVER)
             assert status == 0, errors
-            known[verb] = (lasting(output), int(told.split()[-1]))
+            known[verb] = (lasting(output), *json.loads(told.splitlines()[-1]))
         return known[verb]
 
     return of
@@ -146,14 +165,37 @@ def whole(place, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], in
 @pytest.mark.parametrize("number", KILLS)
 def test_kills_at_any_moment_leave_whole_outputs_or_none(place, whole, tmp_path, number):
     """SIGKILL at a random event; then what is there, and what the next run makes of it."""
-    verb = VERBS[number % 4] if number < 12 else (*VERBS, *PARTS)[number % 9]
-    expected, events = whole(verb)
+    verb = VERBS[number % 4] if number < 12 else ALL[number % len(ALL)]
+    expected, events, _ = whole(verb)
     event = random.Random(number).randrange(max(1, events // 3), events + 1)
     before, output = contents(place), tmp_path / "out"
     status, _, errors = done(verb, place, output, event)
     assert status in (-signal.SIGKILL, 0), errors
     assert contents(place) == before
-    left = {path.name for path in tmp_path.iterdir()}
+    require_whole_or_none(verb, place, output, expected)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("number", range(20))
+def test_kills_by_the_clock_leave_whole_outputs_or_none(place, whole, tmp_path, number):
+    """SIGKILL at a random moment, between events too: in the middle of a write or a sum."""
+    verb = ALL[number % len(ALL)]
+    expected, _, seconds = whole(verb)
+    before, output = contents(place), tmp_path / "out"
+    child = start(verb, place, output, LET_ALONE)
+    assert child.stdout.readline() == "begun\n"
+    time.sleep(random.Random(number).random() * seconds)
+    child.kill()
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode in (-signal.SIGKILL, 0), errors
+    assert contents(place) == before
+    require_whole_or_none(verb, place, output, expected)
+
+
+def require_whole_or_none(verb: str, place: Path, output: Path, expected: dict[str, bytes]) -> None:
+    """After a kill the output is whole or absent, and the next run makes it whole."""
+    folder = output.parent
+    left = {path.name for path in folder.iterdir()}
     assert all(name == "out" or name.startswith("out.partial") for name in left), left
     if output.exists():
         assert lasting(output) == expected
@@ -161,11 +203,11 @@ def test_kills_at_any_moment_leave_whole_outputs_or_none(place, whole, tmp_path,
     status, _, errors = done(verb, place, output)
     if verb == "train" and status == 2:  # it says that an unfinished training is there
         assert "--resume" in errors
-        shutil.rmtree(tmp_path / "out.partial")
+        shutil.rmtree(folder / "out.partial")
         status, _, errors = done(verb, place, output)
     assert status == 0, errors
     assert lasting(output) == expected
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in folder.iterdir()} == {"out"}
 
 
 def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, tmp_path):
@@ -173,7 +215,7 @@ def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, t
     output = tmp_path / "out"
     graft(place / "sp", place / "vocab", output=output)
     old = contents(output)
-    _, events = whole("graft")
+    _, events, _ = whole("graft")
     positional, options = asked("graft", place, output)
     for event in range(events - 6, events + 8, 2):
         given = json.dumps([positional, {**options, "force": True, "init": "mean"}])
@@ -190,7 +232,7 @@ def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, t
 
 
 @pytest.mark.parametrize(
-    "verb", [*VERBS[:4], *(pytest.param(verb, marks=pytest.mark.matrix) for verb in PARTS)]
+    "verb", [*VERBS[:4], *(pytest.param(verb, marks=pytest.mark.matrix) for verb in ALL[4:])]
 )
 def test_a_full_disk_is_one_message_and_nothing_is_left(place, tmp_path, verb):
     """Files of this process may have 20,000 bytes: what a full quota does (EFBIG, as ENOSPC)."""
@@ -220,13 +262,24 @@ def test_a_small_disk_is_one_message_and_nothing_is_left(place, tmp_path, verb):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.skipif(
+    os.geteuid() == 0 and sys.platform != "linux", reason="modes bind the superuser on Linux alone"
+)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param(verb, marks=[] if verb in ("graft", "check --fix") else pytest.mark.matrix)
+        for verb in ALL
+    ],
+)
 def test_a_folder_that_may_not_be_written_is_one_message(place, tmp_path, verb):
-    closed = tmp_path / "closed"
+    """Nor may the inputs: they are only read."""
+    closed, before = tmp_path / "closed", contents(place)
     closed.mkdir(mode=0o500)
-    status, _, errors = done(verb, place, closed / "out")
-    assert status == 2 and "Traceback" not in errors and "-o" in errors
+    status, _, errors = done(verb, place, closed / "out", OBEY)
+    assert status == 2 and "Traceback" not in errors and "-o" in errors, errors
+    assert list(closed.iterdir()) == []
+    assert contents(place) == before
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -239,35 +292,99 @@ def test_an_output_below_a_file_is_one_message(place, tmp_path, verb):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("verb", ["graft", "merge", "check --fix"])
-def test_weights_that_change_while_they_are_read(place, tmp_path, verb):
-    """Cut off under the hands of a verb: one clear message, and no output of half of them."""
-    ground = Ground(place, tmp_path / "in")
-    base, output = ground.sp, tmp_path / "out"
-    if verb == "check --fix":
-        config = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
-    weights = base / "model.safetensors"
+# Which input changes under a verb, and when: as its output is begun, or (learn) at the end, when the
+# corpus has been counted and is about to be named in the manifest.
+CHANGED = {
+    "graft": "in/sp/model.safetensors",
+    "merge": "in/adapter/adapter_model.safetensors",
+    "split": "in/sp/model.safetensors",
+    "extract": "in/model/model.safetensors",
+    "align": "in/model/model.safetensors",
+    "prune": "in/base/model.safetensors",
+    "blend": "in/model/model.safetensors",
+    "check --fix": "odd/base/model.safetensors",
+    "learn": "in/corpus.txt",
+}
 
-    def cut(name: str, given: tuple) -> None:
-        if armed and name == "os.mkdir" and "out.partial-" in str(given[0]):
-            with weights.open("r+b") as stream:
-                stream.truncate(3_000)
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(3_000)
+
+
+def rewrite(path: Path) -> None:
+    """Other bytes in the middle, and not one more or less."""
+    middle = path.stat().st_size // 2
+    with path.open("r+b") as stream:
+        stream.seek(middle)
+        letters = stream.read(8)
+        stream.seek(middle)
+        stream.write(letters[::-1] if letters[::-1] != letters else b"eeeeeeee")
+
+
+@pytest.mark.parametrize(
+    ("verb", "how"),
+    [
+        ("graft", cut),
+        ("merge", cut),
+        ("check --fix", cut),
+        ("graft", rewrite),
+        ("merge", rewrite),
+        *(
+            pytest.param(verb, rewrite, marks=pytest.mark.matrix)
+            for verb in CHANGED
+            if verb not in ("graft", "merge")
+        ),
+    ],
+)
+def test_inputs_that_change_while_they_are_read(place, tmp_path, monkeypatch, verb, how):
+    """Under the hands of a verb: one message that names the file, and no output of two states."""
+    inputs = Path(shutil.copytree(place.parent, tmp_path / "inputs"))
+    victim, folder = inputs / CHANGED[verb], tmp_path / "outputs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)  # split writes the name that it was given
+    positional, options = asked(verb, inputs / "in", folder / "out")
+
+    def meddle(name: str, given: tuple) -> None:
+        late = name == "open" and str(given[0]).endswith("new_tokens.jsonl")
+        early = name == "os.mkdir" and "out.partial-" in str(given[0])
+        if armed and (late if verb == "learn" else early):
+            armed.clear()
+            how(victim)
 
     armed = [True]
-    sys.addaudithook(cut)
-    try:
-        with pytest.raises(LexigraftError) as fault:
-            if verb == "graft":
-                graft(base, ground.copy("vocab"), output=output)
-            elif verb == "merge":
-                merge(base, [ground.adapter], output=output)
-            else:
-                mend(base, output)
-    finally:
-        armed.clear()
-    assert fault.value.fix
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == []
+    sys.addaudithook(meddle)
+    with pytest.raises(LexigraftError) as fault:
+        getattr(lexigraft, verb, mend)(*positional, **options)  # mend is no name of `lexigraft`
+    assert not armed
+    assert str(victim) in fault.value.found and fault.value.fix
+    assert list(folder.iterdir()) == []
+
+
+def test_what_is_a_change_of_an_input_and_what_is_none(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ("rewritten", "replaced", "removed")
+    for name in names:
+        (folder / name).write_bytes(bytes(9))
+        os.utime(folder / name, ns=(0, 0))
+    inputs = Inputs([folder, folder / "never-there"])
+    (folder / "new").touch()
+    for name in names:
+        (folder / name).read_bytes()
+        os.link(folder / name, tmp_path / name)
+    inputs.require_unchanged()
+
+    def replace(path: Path) -> None:
+        """Another file of the same size and time."""
+        shutil.copy2(path, tmp_path / "copy")
+        (tmp_path / "copy").replace(path)
+
+    for name, change in zip(names, (rewrite, replace, Path.unlink), strict=True):
+        inputs = Inputs([folder])
+        change(folder / name)
+        with pytest.raises(LexigraftError, match=f"{name} was changed"):
+            inputs.require_unchanged()
 
 
 # tests/test_pipeline.py kills a run once in the suite that is always run.

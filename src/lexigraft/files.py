@@ -243,8 +243,53 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(parent))
 
 
+class Inputs:
+    """The files of a step as they were before any was read; a change since then is told.
+
+    A file is the same while its size, its time of change and its inode are: a hard link to it
+    changes none of them.
+    """
+
+    def __init__(self, places: Iterable[Path]) -> None:
+        """Look at `places`: files, and folders, of which every file right in them counts."""
+        self._states = {file: _state(file) for place in places for file in _files_at(place)}
+
+    def require_unchanged(self) -> None:
+        """Stop where a file is no longer what it was.
+
+        Raises:
+            LexigraftError: it was rewritten, replaced or removed.
+        """
+        for file, before in self._states.items():
+            if _state(file) != before:
+                raise changed(file, "was changed")
+
+
+def changed(path: Path | None, how: str) -> LexigraftError:
+    """What to say of an input that did not stay as it was; `how` says what became of it."""
+    return LexigraftError(
+        f"{path} {how} while it was read",
+        needed="inputs that stay as they are",
+        fix="run the command again when nothing else writes there",
+    )
+
+
+def _files_at(place: Path) -> list[Path]:
+    if not place.is_dir():
+        return [place]
+    return [path for path in place.iterdir() if path.is_file() and not path.name.startswith(".")]
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        state = file.stat()
+    except OSError:  # it is gone
+        return None
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
 @contextlib.contextmanager
-def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
+def publish(output: Path, *, force: bool = False, inputs: Inputs | None = None) -> Iterator[Path]:
     """A new folder to work in; it becomes `output` when the block ends, and only then.
 
     The folder is `OUT.partial-<random>` beside `output`, locked while we live. At the end it is
@@ -252,13 +297,15 @@ def publish(output: Path, *, force: bool = False) -> Iterator[Path]:
     was. With `force` an existing `output` is moved aside, replaced, then deleted.
 
     Raises:
-        LexigraftError: `output` exists and `force` is off, its parent cannot be written, or
-            another run has written `output` since.
+        LexigraftError: `output` exists and `force` is off, its parent cannot be written,
+            another run has written `output` since, or one of `inputs` has changed.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a symlink
     refuse_existing(output, force=force)
     with scratch(output) as partial:
         yield partial
+        if inputs is not None:
+            inputs.require_unchanged()
         fsync_tree(partial)
         replace_folder(partial, output, force=force)
 

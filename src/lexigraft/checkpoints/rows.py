@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.errors import LexigraftError
+from lexigraft.files import changed
 
 # Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
 BLOCK_BYTES = 4 * 2**20
@@ -63,11 +64,7 @@ def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.ND
     with tensor.path.open("rb", buffering=0) as stream:
         data = np.fromfile(stream, dtype, count, offset=tensor.begin + start * tensor.row_bytes)
     if data.size != count:
-        raise LexigraftError(
-            f"{tensor.path} became shorter while it was read",
-            needed="a file that stays as it is",
-            fix="run the command again when nothing writes to that folder",
-        )
+        raise changed(tensor.path, "became shorter")
     return data.reshape((stop - start, *tensor.shape[1:]) if tensor.shape else ())
 
 

@@ -15,8 +15,7 @@ from lexigraft.checkpoints.checkpoint import INDEX
 from lexigraft.checkpoints.header import raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedFile
 from lexigraft.console import Advance
-from lexigraft.errors import LexigraftError
-from lexigraft.files import require_free_space, write_json
+from lexigraft.files import changed, require_free_space, write_json
 
 # What a call copies stays in the processor's cache: 64 MB at a time cost twice the CPU seconds.
 COPY_STEP_BYTES = 4 * 2**20
@@ -121,15 +120,7 @@ def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> t
 
 def _require_size(target: Path, file: PlannedFile) -> None:
     if target.stat().st_size != file.bytes:
-        raise _changed(file.verbatim, "changed its size")
-
-
-def _changed(path: Path | None, how: str) -> LexigraftError:
-    return LexigraftError(
-        f"{path} {how} while it was copied",
-        needed="a file that stays as it is",
-        fix="run the command again when nothing writes to that folder",
-    )
+        raise changed(file.verbatim, "changed its size")
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -216,7 +207,7 @@ def _copy(path: Path, begin: int, count: int, stream: BinaryIO, advance: Advance
                 ways.pop(0)
                 continue
             if not done:
-                raise _changed(path, "became shorter")
+                raise changed(path, "became shorter")
             count -= done
             place += done
             if place - begun >= FLUSH_STEP_BYTES or not count:

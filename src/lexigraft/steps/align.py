@@ -41,6 +41,7 @@ from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, aligned
 from lexigraft.files import (
+    Inputs,
     is_there,
     publish,
     read_object,
@@ -155,10 +156,11 @@ def align(
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
+    inputs = Inputs(folders)
     with TemporaryDirectory(prefix="lexigraft-") as place:
         job = _prepare([Model.open(folder) for folder in folders], names, Path(place))
         if not dry_run:
-            with publish(target, force=force) as partial_folder:
+            with publish(target, force=force, inputs=inputs) as partial_folder:
                 for number, name in enumerate(names):
                     (partial_folder / name).mkdir()
                     _write(job, number, partial_folder / name)

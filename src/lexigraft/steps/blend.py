@@ -45,6 +45,7 @@ from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import TokenMap, token_text
 from lexigraft.files import (
+    Inputs,
     publish,
     read_object,
     read_settings,
@@ -179,6 +180,7 @@ def blend(
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
+    inputs = Inputs(folders)
     with TemporaryDirectory(prefix="lexigraft-") as scratch:
         opened = {folder: Model.open(folder) for folder in dict.fromkeys(folders)}
         job = _prepare(settings, [opened[folder] for folder in folders], Path(scratch))
@@ -194,7 +196,7 @@ def blend(
             job.plan.to_json() if dry_run else None,
         )
         if not dry_run:
-            with publish(target, force=force) as partial:
+            with publish(target, force=force, inputs=inputs) as partial:
                 _write(job, partial)
     return result
 

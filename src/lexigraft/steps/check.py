@@ -25,6 +25,7 @@ from lexigraft.checks.weights import SPECIAL, special_ids, stated_rows, weight_f
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import (
+    Inputs,
     is_there,
     publish,
     read_json,
@@ -329,7 +330,7 @@ def mend(
     refuse_existing(output, force=force)
     refuse_overwriting(output, [folder])
     files = [file for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
-    before = _states(files)
+    inputs = Inputs(files)
     found = check(folder, deep=deep).findings
     if not any(one.edit for one in found):
         raise LexigraftError(
@@ -340,15 +341,10 @@ def mend(
         )
     require_free_space(output, sum(file.stat().st_size for file in files))
     mended: list[Finding] = []
-    with publish(output, force=force) as partial:
+    with publish(output, force=force, inputs=inputs) as partial:
         for file in files:
             shutil.copyfile(file, partial / file.name)
-        if _states(files) != before:
-            raise LexigraftError(
-                f"a file of {folder} was changed while it was copied",
-                needed="inputs that stay as they are",
-                fix="run the command again when nothing else writes there",
-            )
+        inputs.require_unchanged()  # before what is half of it is looked at
         for _ in range(_ROUNDS):  # one mended number may uncover the next
             doing = [one for one in check(partial, deep=deep).findings if one.edit]
             for one in doing:
@@ -357,11 +353,6 @@ def mend(
             if not doing:
                 break
     return MendResult(mended, check(output, deep=deep))
-
-
-def _states(files: list[Path]) -> list[tuple[int, int]]:
-    states = (file.stat() for file in files)
-    return [(state.st_size, state.st_mtime_ns) for state in states]
 
 
 def _apply(folder: Path, edit: Edit | None) -> None:

@@ -36,7 +36,7 @@ from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer
 from lexigraft.families.tokenmap import first_difference, without
-from lexigraft.files import publish, refuse_existing, refuse_overwriting, scratch
+from lexigraft.files import Inputs, publish, refuse_existing, refuse_overwriting, scratch
 from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import (
     MANIFEST,
@@ -215,11 +215,12 @@ def extract(
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, folders)
+    inputs = Inputs(folders)
     most = 0.1 if max_error is None else max_error
     job = _prepare(*map(Model.open, folders), rank=own_rank, max_error=most, seed=seed)
     if dry_run:
         return _result(job, target, job.found, None)
-    with publish(target, force=force) as partial_folder, scratch(target) as between:
+    with publish(target, force=force, inputs=inputs) as partial_folder, scratch(target) as between:
         matrices, found = _factors(job, between)
         if not found:
             raise _nothing(job)

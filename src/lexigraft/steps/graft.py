@@ -50,6 +50,7 @@ from lexigraft.families import Family
 from lexigraft.families.replacing import without_tokens
 from lexigraft.families.tokenmap import TokenMap, readable
 from lexigraft.files import (
+    Inputs,
     publish,
     read_object,
     refuse_existing,
@@ -214,9 +215,12 @@ def graft(
     vocab, output = local_folder(vocab), Path(output)
     base = gguf_file(Path(base).expanduser()) or local_folder(base)
     _refuse_swapped(base, vocab, output)
+    donor = None if donor is None else local_folder(donor)
+    read = [base, vocab, *([] if donor is None else [donor])]
+    inputs = Inputs(read)
     if not dry_run:
         refuse_existing(output, force=force)
-        refuse_overwriting(output, [base, vocab, *([] if donor is None else [Path(donor)])])
+        refuse_overwriting(output, read)
     if pad_to < 1:
         raise LexigraftError(f"--pad-to {pad_to}", needed="1 or more", fix="--pad-to 64")
     if link and max_shard_size is not None:
@@ -228,7 +232,7 @@ def graft(
     asked = _Asked(
         init,
         None if init_from is None else Path(init_from),
-        None if donor is None else local_folder(donor),
+        donor,
         seed,
     )
     with _as_folder(base, output) as folder:
@@ -240,7 +244,7 @@ def graft(
         if dry_run:
             sizes = job.plan.sizes(link=link)
             return job.result(output, sizes, start=start, link=link, dry_run=True)
-        with publish(output, force=force) as partial:
+        with publish(output, force=force, inputs=inputs) as partial:
             sizes = job.write(partial, link=link)
             statistics = job.row_statistics(partial)
             found = None if text is None else job.probe(partial, text, trust=trust_remote_code)

@@ -29,7 +29,14 @@ from lexigraft.families.proof import (
     prove,
 )
 from lexigraft.families.replacing import without_tokens
-from lexigraft.files import publish, read_json, refuse_existing, refuse_overwriting, sha256_file
+from lexigraft.files import (
+    Inputs,
+    publish,
+    read_json,
+    refuse_existing,
+    refuse_overwriting,
+    sha256_file,
+)
 from lexigraft.hub import local_folder, recorded_name
 from lexigraft.manifest import (
     NEW_TOKENS,
@@ -324,7 +331,9 @@ def learn(
     lists = [Path(str(spec).partition("#")[0]) for spec in (*terms, *pin, *ban, *special)]
     earlier = [local_folder(from_vocab, weights=False)] if from_vocab is not None else []
     texts = [*text_files(corpus), *text_files(general), *text_files(contrast)]
-    refuse_overwriting(output, [folder, *texts, *lists, *earlier])
+    read = [folder, *texts, *lists, *earlier]
+    refuse_overwriting(output, read)
+    inputs = Inputs(read)
     if not corpus and from_vocab is None:
         raise LexigraftError(
             "no corpus", needed="text of your field", fix="--corpus FILE (or --from VOCAB)"
@@ -382,7 +391,7 @@ def learn(
             "corpus": corpus, "general": general, "contrast": contrast, "terms": terms,
             "pin": pin, "ban": ban, "special": special,
         }  # fmt: skip
-        with _work_folder(output, force=force, dry_run=dry_run) as partial:
+        with _work_folder(output, inputs, force=force, dry_run=dry_run) as partial:
             while True:
                 with without_tokens(family, sorted(gone)) as left:
                     picked = pick(left)
@@ -552,13 +561,13 @@ def _lengths(proof: Proof, without: Reading | None) -> Lengths | None:
 
 
 @contextlib.contextmanager
-def _work_folder(output: Path, *, force: bool, dry_run: bool) -> Iterator[Path]:
+def _work_folder(output: Path, inputs: Inputs, *, force: bool, dry_run: bool) -> Iterator[Path]:
     """Where to write: the future output, or a folder that goes away after a dry run."""
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="lexigraft-") as scratch:
             yield Path(scratch)
     else:
-        with publish(output, force=force) as partial:
+        with publish(output, force=force, inputs=inputs) as partial:
             yield partial
 
 

@@ -44,6 +44,7 @@ from lexigraft.families.tokenmap import (
     read_token_maps,
 )
 from lexigraft.files import (
+    Inputs,
     publish,
     refuse_existing,
     refuse_overwriting,
@@ -195,6 +196,7 @@ def merge(
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, *before, folder))
+    inputs = Inputs((source, *before, folder, *([] if given is None else [given])))
     _require_order(source, (*before, folder), side_by_side=together)
     with ExitStack() as stack:
         stages: list[MergeResult] = []
@@ -214,7 +216,7 @@ def merge(
         refuse_overwriting(target, (job.tokenizer.folder,))
         if dry_run:
             return _result(job, target, plan=job.plan.to_json(), rounding=None)
-        with publish(target, force=force) as partial_folder:
+        with publish(target, force=force, inputs=inputs) as partial_folder:
             _write(job, partial_folder)
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])

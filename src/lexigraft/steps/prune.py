@@ -50,7 +50,7 @@ from lexigraft.checkpoints.token_ids import stated_ids, with_ids
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress, working
-from lexigraft.corpus import sources
+from lexigraft.corpus import sources, text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import Family, TokenMap
 from lexigraft.families.tokenmap import (
@@ -63,6 +63,7 @@ from lexigraft.families.tokenmap import (
 from lexigraft.files import (
     MANIFEST,
     NEW_TOKENS,
+    Inputs,
     publish,
     read_object,
     read_settings,
@@ -245,6 +246,7 @@ def prune(
     """
     folder, target = local_folder(model), Path(output)
     adapter_folders = [Path(one).expanduser() for one in adapters]
+    inputs = Inputs([folder, *adapter_folders, *text_files(corpus), *text_files(general)])
     if not dry_run:
         refuse_existing(target, force=force)
         refuse_overwriting(target, [folder, *adapter_folders])
@@ -315,7 +317,7 @@ def prune(
             job.plan.to_json() if dry_run else [],
         )
         if not dry_run:
-            with publish(target, force=force) as partial:
+            with publish(target, force=force, inputs=inputs) as partial:
                 job.write(partial, tokenizer)
                 record = job.record(pruned, settings, _sources(corpus, general))
                 Manifest(records=[record]).begin(partial)
@@ -338,6 +340,7 @@ def unprune(pruned: str | Path, *, output: str | Path, force: bool = False) -> U
     folder, target = local_folder(pruned), Path(output)
     refuse_existing(target, force=force)
     refuse_overwriting(target, [folder])
+    inputs = Inputs([folder, folder / UNDO])
     undo, record = folder / UNDO, _undo_record(folder)
     checkpoint = Checkpoint.open(folder)
     vocabulary = with_copies(checkpoint, vocabulary_of(checkpoint))
@@ -352,7 +355,7 @@ def unprune(pruned: str | Path, *, output: str | Path, force: bool = False) -> U
         for tensor in [checkpoint.tensors[name]]
     ]
     plan = Plan.of(checkpoint).replace(planned)
-    with publish(target, force=force) as partial:
+    with publish(target, force=force, inputs=inputs) as partial:
         with progress("writing weights", sum(file.bytes for file in plan.files)) as advance:
             write_plan(plan, partial, advance=advance)
         copy_side_files(checkpoint, partial)

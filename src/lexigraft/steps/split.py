@@ -17,7 +17,14 @@ from lexigraft.adapters.pure import PureLora, targets
 from lexigraft.adapters.writing import adapter_plan, write_adapter
 from lexigraft.console import working
 from lexigraft.errors import RefusalError
-from lexigraft.files import publish, read_object, refuse_existing, refuse_overwriting, sha256_file
+from lexigraft.files import (
+    Inputs,
+    publish,
+    read_object,
+    refuse_existing,
+    refuse_overwriting,
+    sha256_file,
+)
 from lexigraft.hub import local_folder
 from lexigraft.manifest import Manifest, SplitRecord, versions
 
@@ -125,6 +132,7 @@ def split(
     if not dry_run:
         refuse_existing(target, force=force)
     refuse_overwriting(target, (source, folder))
+    inputs = Inputs((source, folder, *([] if given is None else [given])))
     _refuse_beyond_lora(source, Adapter.open(folder))
     job = prepare(source, folder, given, linear_apart=True)
     refuse_overwriting(target, (job.tokenizer.folder,))
@@ -136,7 +144,7 @@ def split(
         )
     lora = PureLora.of(job.apart.values())
     if not dry_run:
-        with publish(target, force=force) as partial:
+        with publish(target, force=force, inputs=inputs) as partial:
             _write(job, lora, partial, target)
     return _result(job, lora, target, dry_run=dry_run)
 
