@@ -251,7 +251,8 @@ def main() -> None:
             parts.append(starts(options, Path(name) / "starts"))
         if "merges" in wanted:
             parts.append(merges())
-    given = ["FOLDER" if part == str(options.llamafactory) else part for part in sys.argv[1:]]
+    folders = {str(options.llamafactory): "FOLDER", str(options.data): "DATA"}
+    given = [folders.get(part, part) for part in sys.argv[1:]]
     command = f"`{shlex.join(['python', 'bench/comparison.py', *given])}`"
     lines = [line for part in parts for line in part]
     text = "\n".join(["# Beside the other tools", "", command, "", *head, *lines, ""])

@@ -576,7 +576,7 @@ def conclusion(bench: Bench, language: str, tied: bool) -> str:
         middle, half = interval(against)
         verdict = "within the interval of" if middle <= half else "worse than"
         parts.append(f"`auto` ({chosen.name}) is {verdict} it ({told(against, '+')})")
-    for steps in (0, bench.options.steps):
+    for steps in sorted({0, bench.options.steps}):
         pair = [bench.found.get((language, arm, steps)) for arm in (chosen, mean)]
         if chosen != mean and all(pair):
             parts.append(f"`auto` minus mean {when(steps)} {told(differences(*pair), '+')}")
@@ -633,6 +633,7 @@ def report(
 ) -> str:
     """The whole page."""
     options = done[0][0].options
+    given = " ".join("DATA" if part == str(options.data) else part for part in sys.argv[1:])
     conclusions, tables = [], []
     for bench, cases in done:
         languages = dict.fromkeys(case.language for case in cases)
@@ -645,7 +646,7 @@ def report(
     lines = [
         "# How new rows should start",
         "",
-        f"`python bench/init.py {' '.join(sys.argv[1:])}`: bits per byte on held-out text, means "
+        f"`python bench/init.py {given}`: bits per byte on held-out text, means "
         f"of {options.seeds} seeds (of vocabulary sample and split), ± half of the 95% t interval "
         "over seeds; differences are taken seed by seed. `a, b` is the embedding's start and the "
         "head's.",
