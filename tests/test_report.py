@@ -169,6 +169,65 @@ def test_the_facts_are_those_of_the_run(run_folder):
     assert report(run_folder).facts == facts
 
 
+def test_the_markdown_has_what_the_page_has(run_folder):
+    """Held-out sentences, bits per byte through training, lengths of rows, the check's table."""
+    found = report(run_folder)
+    facts, lines = found.facts, found.text.splitlines()
+    for sentence in facts["sentences"]["shown"]:
+        plain = sentence["text"].replace("<", "\\<")
+        line = next(line for line in lines if line.startswith(f"| {plain} |"))
+        assert f"| {len(sentence['before'])}: " in line and f"| {len(sentence['after'])}: " in line
+        assert all(f"[{text}]" in line for _, text, new in sentence["after"] if new)
+    for curve in facts["curves"]:
+        for point in curve["points"]:
+            domain, general = (f"{point[key]:.3f}" for key in ("domain_bpb", "general_bpb"))
+            assert f"| {curve['model']} | {point['text_bytes']:,} | {domain} | {general} |" in lines
+    assert f"| base, untrained | 0 | {facts['training']['base']['domain_bpb']:.3f} |" in found.text
+    for lengths in facts["rows"]["lengths"]:
+        fullest = {
+            kind: f"{lengths['edges'][lengths[kind].index(max(lengths[kind]))]:.3g}"
+            for kind in ("new", "old")
+        }
+        assert (
+            f"- `{lengths['name']}` in merged/: most new rows are about {fullest['new']} long, "
+            f"most old ones about {fullest['old']}"
+        ) in lines
+    for row in facts["check"]["table"]:
+        count = "-" if row["count"] is None else f"{row['count']:,}"
+        assert f"| {row['part']} | {row['unit']} | {count} | " in found.text
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory):
+    """The folder of a run whose new tokens all have ids of old ones."""
+    root = tmp_path_factory.mktemp("replaced")
+    write_inputs(root)
+    text = RECIPE.format(steps=1).replace("tokens: 20", "replace: 20")
+    (root / "recipe.yaml").write_text(
+        text.replace(", special: special.txt", "") + "control: false\n"
+    )
+    run(root / "recipe.yaml", output=root / "run")
+    return root / "run"
+
+
+def test_every_form_tells_of_ids_that_were_given_away(replaced, tmp_path):
+    found = report(replaced, output=tmp_path / "p.html")
+    general = found.facts["learn"]["replaced"]["general"]
+    assert 0 < general["changed"] <= general["texts"]
+    counts = f"{general['changed']} of {general['texts']}"
+    assert "382 → 382 in all, 20 under old ids" in found.files[0].read_text()
+    assert f"splits {counts} general texts otherwise" in found.files[0].read_text()
+    assert "general text reads as before" not in found.files[0].read_text()
+    assert f"without the replaced tokens: {counts}" in found.text
+    assert ": other old ids kept" in found.text
+    chinese = page(found.facts, "zh")
+    assert "词表 382 → 382，20 个沿用旧编号" in chinese and "20 个旧 token 让出了编号" in chinese
+    assert f"{general['texts']} 段通用文本中有 {general['changed']} 段的切分改变" in chinese
+    found.facts["learn"]["replaced"].update(general=None, domain=None)
+    told = page(found.facts, "en")
+    assert "20 old tokens gave their ids" in told and "splits" not in told
+
+
 def test_the_map_is_that_of_a_singular_value_decomposition(run_folder):
     import numpy as np
 

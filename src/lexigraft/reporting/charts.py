@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from lexigraft.reporting import svg
+from lexigraft.reporting.space import usual_length
 from lexigraft.reporting.words import Words
 
 _KINDS = {"merged": "new", "control, equal text": "control", "control, equal compute": "control2"}
@@ -92,8 +93,9 @@ def _length_charts(facts: Mapping[str, Any], t: Words) -> Iterator[dict[str, Any
     for found in facts["rows"].get("lengths", []):
         edges = found["edges"]
         title = t("rows.lengths", name=found["name"])
-        most = {kind: f"{edges[_peak(found[kind])]:.3g}" for kind in ("old", "new")}
-        label = svg.Label(title, t("rows.lengths.alt", **most), t("rows.x"), t("rows.y"))
+        old, new = (f"{usual_length(found, kind):.3g}" for kind in ("old", "new"))
+        said = t("rows.lengths.alt", old=old, new=new)
+        label = svg.Label(title, said, t("rows.x"), t("rows.y"))
         series = [
             svg.Series(
                 kind, [(edge, share) for edge, share in zip(edges, found[kind], strict=False)]
@@ -101,7 +103,3 @@ def _length_charts(facts: Mapping[str, Any], t: Words) -> Iterator[dict[str, Any
             for kind in ("old", "new")
         ]
         yield {"title": title, "svg": svg.histogram(label, edges, series)}
-
-
-def _peak(shares: Sequence[float]) -> int:
-    return max(range(len(shares)), key=lambda place: shares[place])

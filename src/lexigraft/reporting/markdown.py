@@ -7,6 +7,7 @@ from typing import Any
 
 from lexigraft.console import plain_line
 from lexigraft.models.verdict import verdict_lines
+from lexigraft.reporting.space import usual_length
 from lexigraft.reporting.tables import HEADERS, cells, pipes
 
 SHOWN_TOKENS = 12
@@ -21,10 +22,12 @@ def markdown(facts: dict[str, Any]) -> str:
         _summary(facts),
         _models(facts),
         _training(facts),
-        _samples(facts),
+        _curves(facts),
+        _sentences(facts),
         _size(facts),
         _tokens(facts),
         _terms(facts),
+        _rows(facts),
         _proof(facts),
         _verdict(facts),
         _lineage(facts),
@@ -156,16 +159,47 @@ def _training(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _samples(facts: dict[str, Any]) -> list[str]:
+def _curves(facts: dict[str, Any]) -> list[str]:
+    """Bits per byte through training, of the extended model and of its controls."""
+    if not facts["curves"]:
+        return []
+    base = facts["training"].get("base")
+    lines = [("base, untrained", {"text_bytes": 0, **base})] if base else []
+    lines += [(curve["model"], point) for curve in facts["curves"] for point in curve["points"]]
     rows = [
-        (
-            _cell(sample["text"]),
-            _cell(f"{len(sample['before'])}: {' · '.join(sample['before'])}"),
-            _cell(f"{len(sample['after'])}: {' · '.join(sample['after'])}"),
-        )
-        for sample in facts["samples"]
+        (name, f"{point['text_bytes']:,}", _bits(point["domain_bpb"]), _bits(point["general_bpb"]))
+        for name, point in lines
     ]
-    return ["## Before and after", "", *pipes(("text", "base", "extended"), rows)] if rows else []
+    header = ("model", "trained on bytes", "domain bpb", "general bpb")
+    return [
+        *("## Through training", "", *pipes(header, rows)),
+        *("", "Measured while training, on less text than the table of models."),
+    ]
+
+
+def _bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _sentences(facts: dict[str, Any]) -> list[str]:
+    """Held-out sentences and the recipe's samples in tokens, the new ones in brackets."""
+
+    def reading(pieces: list[list[Any]]) -> str:
+        shown = " · ".join(f"[{text}]" if new else text for _, text, new in pieces)
+        return _cell(f"{len(pieces)}: {shown}")
+
+    found = facts["sentences"]
+    rows = [
+        (_cell(one["text"]), reading(one["before"]), reading(one["after"]))
+        for one in [*found["shown"], *found["samples"]]
+    ]
+    lines = []
+    if rows:
+        header = ("text", "base", "extended")
+        lines = ["New tokens stand in brackets.", "", *pipes(header, rows)]
+    if found["why"]:
+        lines += ["", f"Held-out sentences are not shown: {plain_line(found['why'])}."]
+    return ["## Before and after", "", *lines] if lines else []
 
 
 def _tokens(facts: dict[str, Any]) -> list[str]:
@@ -228,6 +262,17 @@ def _terms(facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def _rows(facts: dict[str, Any]) -> list[str]:
+    """How long most new and old rows are, in the last model that there is."""
+    lines = [
+        f"- `{found['name']}` in {facts['rows']['model']}/: most new rows are about "
+        f"{usual_length(found, 'new'):.3g} long, "
+        f"most old ones about {usual_length(found, 'old'):.3g}"
+        for found in facts["rows"].get("lengths", [])
+    ]
+    return ["## The new rows", "", *lines] if lines else []
+
+
 def _proof(facts: dict[str, Any]) -> list[str]:
     """What was proved of the tokenizer, and what transformers' own loader made of it."""
     learned = facts["learn"]
@@ -235,8 +280,9 @@ def _proof(facts: dict[str, Any]) -> list[str]:
     if not parity:
         return []
     lines = [
-        f"- on {parity['texts']:,} texts with {' and '.join(parity['engines'])}: old ids kept, "
-        "texts only coarsened, decoded as before"
+        f"- on {parity['texts']:,} texts with {' and '.join(parity['engines'])}: "
+        f"{'other ' if learned.get('replaced') else ''}old ids kept, texts only coarsened, "
+        "decoded as before"
     ]
     if parity["base_differences"]:
         lines.append(
@@ -266,8 +312,19 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
         return []
     findings = facts["check"]["findings"]
     state = "ok" if facts["check"]["ok"] else "faults"
-    return ["## Check", "", f"The merged model: {state}."] + [
-        f"- {f['severity']} {f['code']} {f['where']}: {f['found']}" for f in findings
+    rows = [
+        (
+            plain_line(row["part"]),
+            plain_line(row["unit"]),
+            "-" if row["count"] is None else f"{row['count']:,}",
+            _cell(row["detail"]),
+        )
+        for row in facts["check"].get("table", [])
+    ]
+    return [
+        *("## Check", "", f"The merged model: {state}."),
+        *(f"- {f['severity']} {f['code']} {f['where']}: {f['found']}" for f in findings),
+        *("", *pipes(("part", "counts", "count", "detail"), rows)),
     ]
 
 

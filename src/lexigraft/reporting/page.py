@@ -80,8 +80,7 @@ def page(facts: Mapping[str, Any], language: Language = "en", live: Live | None 
         numeric=_NUMERIC,
         rows=[_row(token) for token in facts["tokens"]],
         tip=lambda token: tip(tokens.get(token), token, t),
-        saved=_saved(facts),
-        special=_special(facts),
+        lede=_lede(facts, t),
         why=_why(facts, language),
         limits=_limits(facts, language),
         sizes=_sizes(facts, t),
@@ -213,9 +212,19 @@ def _saved(facts: Mapping[str, Any]) -> float:
     return 1 - domain["tokens_after"] / max(1, domain["tokens_before"]) if domain else 0.0
 
 
-def _special(facts: Mapping[str, Any]) -> int:
+def _lede(facts: Mapping[str, Any], t: Words) -> str:
+    """What `learn` made, in a sentence or two; empty before it."""
     learned = facts["learn"]
-    return int(learned.get("special", 0)) if learned else 0
+    if not learned:
+        return ""
+    values = {"added": f"{learned['added']:,}", "share": _percent(_saved(facts))}
+    replaced, special = learned.get("replaced"), learned.get("special", 0)
+    told = (
+        t("lede.replaced", **values, replaced=f"{replaced['count']:,}")
+        if replaced
+        else t("lede", **values)
+    )
+    return told + (t("lede.special", special=special) if special else "")
 
 
 def _cards(facts: Mapping[str, Any], t: Words) -> Iterator[dict[str, str]]:
@@ -225,9 +234,13 @@ def _cards(facts: Mapping[str, Any], t: Words) -> Iterator[dict[str, str]]:
         domain = learned["domain"]
         size = max(1, domain["bytes"])
         before, after = (f"{learned[key]:,}" for key in ("tokens_before", "tokens_after"))
-        yield _card(
-            t, "added", f"{learned['added']:,}", t("card.added.note", before=before, after=after)
+        replaced = learned.get("replaced")
+        note = (
+            t("card.added.replaced", before=before, after=after, replaced=f"{replaced['count']:,}")
+            if replaced
+            else t("card.added.note", before=before, after=after)
         )
+        yield _card(t, "added", f"{learned['added']:,}", note)
         ratio = [f"{domain[key] / size:.3f}" for key in ("tokens_before", "tokens_after")]
         yield _card(
             t, "tokens", f"−{_saved(facts):.0%}",
@@ -373,6 +386,8 @@ def _proofs(facts: Mapping[str, Any], t: Words) -> Iterator[tuple[str, str]]:
     learned, parity = facts["learn"], facts["learn"].get("parity")
     if not parity:
         return
+    if learned.get("replaced"):
+        yield _replaced(learned["replaced"], t)
     yield _good(learned["drift"] == 0), t("proof.drift", n=learned["drift"])
     counts = {key: f"{learned[key]:,}" for key in ("added", "dead", "bridges")}
     yield "good" if learned["dead"] <= learned["bridges"] else "warn", t("proof.reach", **counts)
@@ -397,6 +412,18 @@ def _proofs(facts: Mapping[str, Any], t: Words) -> Iterator[tuple[str, str]]:
     if facts["check"]:
         ok = facts["check"]["ok"]
         yield _good(ok), t("proof.check" if ok else "proof.no_check")
+
+
+def _replaced(replaced: Mapping[str, Any], t: Words) -> tuple[str, str]:
+    """(tone, sentences) of old tokens that are no more, and of texts that held them."""
+    told, changed = t("proof.replaced", n=f"{replaced['count']:,}"), 0
+    kind = next((kind for kind in ("general", "domain") if replaced[kind]), None)
+    if kind:
+        reading = replaced[kind]
+        counts = {key: f"{reading[key]:,}" for key in ("changed", "texts")}
+        told += t(f"proof.replaced.{kind}", **counts)
+        changed = reading["changed"]
+    return "warn" if changed else "good", told
 
 
 def _good(state: bool) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,13 @@ def row_space(folder: Path, extension: Extension, *, seed: int) -> dict[str, Any
         "lengths": [_lengths(tensor, old, new) for tensor in tensors],
         "map": _map(tensors[0], old[:MAPPED], new[:MAPPED], extension),
     }
+
+
+def usual_length(lengths: Mapping[str, Any], kind: Literal["old", "new"]) -> float:
+    """About how long most rows of a kind are: where the fullest bin of `lengths` begins."""
+    shares = lengths[kind]
+    edge: float = lengths["edges"][max(range(len(shares)), key=shares.__getitem__)]
+    return edge
 
 
 def _some(ids: list[int], most: int, random: np.random.Generator) -> Ids:

@@ -139,10 +139,14 @@ def histogram(label: Label, edges: Sequence[float], series: Sequence[Series]) ->
     frame = _Frame(edges, heights, True)
     parts = frame.axes(label)
     for one in series:
-        outline: list[Point] = [(edges[0], 0.0)]
-        for (low, high), (_, share) in zip(pairwise(edges), one.points, strict=True):
+        bins = list(zip(pairwise(edges), one.points, strict=True))
+        filled = [place for place, (_, (_, share)) in enumerate(bins) if share]
+        if not filled:
+            continue
+        outline: list[Point] = [(edges[filled[0]], 0.0)]
+        for (low, high), (_, share) in bins[filled[0] : filled[-1] + 1]:
             outline += [(low, share), (high, share)]
-        outline.append((edges[-1], 0.0))
+        outline.append((edges[filled[-1] + 1], 0.0))
         parts.append(f'<path class="area {one.kind}" d="{frame.path(outline)}Z"/>')
     return _svg(label, parts)
 

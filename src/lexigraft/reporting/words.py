@@ -26,6 +26,12 @@ WORDS: Mapping[str, tuple[str, str]] = {
         "before.",
         "新增 {added} 个 token；领域文本所需 token 减少 {share}，通用文本的切分保持不变。",
     ),
+    "lede.replaced": (
+        "{added} new tokens, {replaced} of them under the ids of old ones; text of the field takes "
+        "{share} fewer tokens, text without those old ones reads as before.",
+        "新增 {added} 个 token，其中 {replaced} 个使用旧 token 让出的编号；领域文本所需 token 减少 "
+        "{share}，不含这些旧 token 的文本切分保持不变。",
+    ),
     "lede.special": (
         " {special} new special tokens stand behind them.",
         "另有 {special} 个新的特殊 token。",
@@ -33,6 +39,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     # headline numbers
     "card.added": ("new tokens", "新增 token"),
     "card.added.note": ("{before} → {after} in all", "词表 {before} → {after}"),
+    "card.added.replaced": (
+        "{before} → {after} in all, {replaced} under old ids",
+        "词表 {before} → {after}，{replaced} 个沿用旧编号",
+    ),
     "card.tokens": ("tokens of domain text", "领域文本 token 数"),
     "card.tokens.note": ("{before} → {after} per byte", "每字节 {before} → {after}"),
     "card.domain": ("domain bits per byte", "领域文本 比特/字节"),
@@ -166,9 +176,9 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "training.note": (
         "Bits per byte are comparable across tokenizers; lower is better. The controls are the "
         "base without new tokens, trained in the same way: once on the same text, once with about "
-        "as much computing.",
+        "as much computing. The lines are measured while training, on less text than the table.",
         "“比特/字节”可在不同分词器之间比较，越低越好。对照组是不加新 token 的基座，以同样方式训练："
-        "一组用同样的文本，一组用大致相同的算力。",
+        "一组用同样的文本，一组用大致相同的算力。曲线在训练过程中测得，所用文本少于下表。",
     ),
     "training.log": ("All measurements", "全部测量值"),
     "log.bytes": ("trained on bytes", "训练字节数"),
@@ -218,6 +228,19 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "rows.new": ("new", "新"),
     "rows.old": ("old", "旧"),
     "proofs": ("What was proved", "已验证的性质"),
+    "proof.replaced": (
+        "{n} old tokens gave their ids and rows away; the next lines compare with the base without "
+        "them.",
+        "{n} 个旧 token 让出了编号和行向量；以下各项与去掉它们的基座对比。",
+    ),
+    "proof.replaced.domain": (
+        " That alone splits {changed} of {texts} domain texts otherwise.",
+        "仅此一项，{texts} 段领域文本中有 {changed} 段的切分改变。",
+    ),
+    "proof.replaced.general": (
+        " That alone splits {changed} of {texts} general texts otherwise.",
+        "仅此一项，{texts} 段通用文本中有 {changed} 段的切分改变。",
+    ),
     "proof.drift": (
         "No drift: {n} texts without a new token are split otherwise than by the base.",
         "无漂移：不含新 token 的文本中，切分与基座不同的有 {n} 段。",
