@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 from lexigraft.models.unfinished import last_checkpoint, partial_of
 
@@ -43,6 +45,25 @@ def serve_locally(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def on_a_terminal(command: list[str], stream: str, **variables: str) -> tuple[str, str]:
+    """What `command` writes to `stream` (stdout or stderr), a pseudo-terminal, and to the other."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+    ours, theirs = pty.openpty()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: theirs}
+    known = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    given = {**known, "TERM": "xterm", "COLUMNS": "120", **variables}
+    with subprocess.Popen(command, env=given, **streams) as child:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a pseudo-terminal ends
+            while data := os.read(ours, 65_536):
+                shown += data
+        other = (child.stdout or child.stderr).read().decode()
+    os.close(ours)
+    assert child.returncode == 0, other
+    return shown.decode(), other
 
 
 def launched(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:

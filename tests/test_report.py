@@ -2,19 +2,23 @@
 
 import http.client
 import json
-import os
 import re
 import shlex
 import shutil
+import signal
 import string
+import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 import typer
 
+from browsing import DESK, PHONE_AT_NIGHT, Visit, open_browser, require_drawn  # noqa: F401
 from lexigraft import LexigraftError, report, reporting, run, serve
 from lexigraft.models.evidence import RowEvidence
 from lexigraft.models.verdict import Thresholds, judge, row_verdict
@@ -174,8 +178,8 @@ def test_the_markdown_has_what_the_page_has(run_folder):
     found = report(run_folder)
     facts, lines = found.facts, found.text.splitlines()
     for sentence in facts["sentences"]["shown"]:
-        plain = sentence["text"].replace("<", "\\<")
-        line = next(line for line in lines if line.startswith(f"| {plain} |"))
+        told = sentence["text"].replace("<", "\\<")
+        line = next(line for line in lines if line.startswith(f"| {told} |")).replace("\\<", "<")
         assert f"| {len(sentence['before'])}: " in line and f"| {len(sentence['after'])}: " in line
         assert all(f"[{text}]" in line for _, text, new in sentence["after"] if new)
     for curve in facts["curves"]:
@@ -426,79 +430,46 @@ def test_the_server_refuses_whatever_it_need_not_do(served, case):
     assert answer.status == status
 
 
+def test_the_command_serves_until_it_is_interrupted(run_folder):
+    """Page and readings as from the API; Ctrl-C ends it without a fault."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # `&` ignores it
+        "from lexigraft.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "serve", str(run_folder), "--port", "0"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = child.stdout.readline().split()[1]
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+        with urlopen(url, timeout=60) as answer:
+            assert 'id="try"' in answer.read().decode()
+        text = json.dumps({"text": f"急性 {ARABIC}"}).encode()
+        with urlopen(Request(f"{url}segments", text, JSON), timeout=60) as answer:
+            found = json.load(answer)
+        assert len(found["before"]) > len(found["after"]) > 0
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 0 and "Traceback" not in said
+    finally:
+        child.kill()
+
+
 def test_a_taken_port_is_said(served, run_folder):
     with pytest.raises(LexigraftError, match="port"):
         serve(run_folder, port=served.server.server_port)
 
 
-def chromium():
-    """Chromium's program, or why there is none."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
-    )
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if shutil.which(name):
-            return sync_api, shutil.which(name)
-    with sync_api.sync_playwright() as driver:
-        if Path(driver.chromium.executable_path).exists():
-            return sync_api, driver.chromium.executable_path
-    pytest.skip("no Chromium here (apt install chromium, or: playwright install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api, program = chromium()
-    with sync_api.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program)
-        yield opened
-        opened.close()
-
-
-class Visit:
-    """A page in the browser, with what it said and asked for."""
-
-    def __init__(self, browser, url, **options):
-        self.page = browser.new_context(**options).new_page()
-        self.said, self.asked = [], []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda fault: self.said.append(str(fault)))
-        self.page.on("dialog", lambda dialog: self.said.append(dialog.message))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(url)
-
-    def keep(self, name, tmp_path):
-        """A screenshot, in the folder that LEXIGRAFT_SCREENSHOTS names, else in the test's own."""
-        folder = Path(os.environ.get("LEXIGRAFT_SCREENSHOTS", tmp_path))
-        self.page.screenshot(path=folder / f"{name}.png", full_page=True)
-
-
 @pytest.mark.browser
 def test_search_and_sort_in_a_browser(browser, run_folder, tmp_path):
     path = report(run_folder, output=tmp_path / "page.html").files[0]
-    visit = Visit(
-        browser, path.as_uri(), viewport={"width": 1200, "height": 900}, color_scheme="light"
-    )
-    page = visit.page
-    rows = page.locator("#tokens tbody tr")
-    everything = rows.count()
-    page.fill("#search", "القلب")
-    assert 0 < rows.count() < everything and "القلب" in rows.first.inner_text()
-    page.fill("#search", "")
-    page.get_by_role("button", name="count", exact=True).click()
-    counts = [
-        int(text.replace(",", ""))
-        for text in page.locator("#tokens tbody tr td:nth-child(4)").all_inner_texts()
-        if text != "–"
-    ]
-    assert counts == sorted(counts, reverse=True) and rows.count() == everything
-    assert page.locator("th[aria-sort=descending]").count() == 1
-    page.locator("#sentences .chip.new").first.focus()
-    assert "base:" in page.locator("#tip").inner_text()
-    dark = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(dark)
-    page.click("#theme")
-    assert page.evaluate(dark) != light
-    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    visit = Visit(browser, path.as_uri(), **DESK)
+    visit.search_and_sort("القلب")
+    visit.page.locator("#sentences .chip.new").first.focus()
+    assert "base:" in visit.page.locator("#tip").inner_text()
+    light = visit.ground()
+    visit.page.click("#theme")
+    assert visit.ground() != light
+    assert visit.page.evaluate("document.querySelectorAll('img').length") == 0
     visit.keep("report-en", tmp_path)
     assert visit.said == [] and visit.asked == [path.as_uri()]
 
@@ -508,22 +479,18 @@ def test_a_phone_at_night_shows_every_script_without_scrolling_sideways(
     browser, run_folder, tmp_path
 ):
     path = report(run_folder, output=tmp_path / "page.html", lang="zh").files[0]
-    visit = Visit(
-        browser, path.as_uri(), viewport={"width": 390, "height": 844}, color_scheme="dark"
-    )
+    visit = Visit(browser, path.as_uri(), **PHONE_AT_NIGHT)
     page = visit.page
     assert page.evaluate("document.documentElement.scrollWidth") == 390
-    red = (
-        page.evaluate("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0]
-    )
-    assert int(red) < 60
-    for text in ("性", "القلب"):
-        chip = page.locator("#sentences .chip", has_text=text).first
-        assert chip.bounding_box()["width"] > 8 and chip.is_visible()
+    assert max(visit.ground()) < 60
     line = page.locator("#sentences .chips[dir=rtl]").last.locator(".chip")
     assert line.first.bounding_box()["x"] > line.nth(1).bounding_box()["x"]
     visit.keep("report-zh-phone", tmp_path)
     assert visit.said == [] and visit.asked == [path.as_uri()]
+    for text in ("性", "القلب"):
+        chip = page.locator("#sentences .chip", has_text=text).first
+        assert chip.is_visible() and chip.bounding_box()["width"] > 8
+        require_drawn(chip, text)
 
 
 @pytest.mark.browser

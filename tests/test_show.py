@@ -1,12 +1,14 @@
 """`show`: both readings of a text, look-up, and the joins that make a token; without torch."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 import parts
+from launching import on_a_terminal
 from lexigraft import LexigraftError, families, show
 from lexigraft.families.segments import Extension, visible
 
@@ -94,3 +96,16 @@ def test_the_command_line_shows_brackets_where_there_are_no_colours(grafted_mode
     assert "base " in done.stdout and "[" in done.stdout and "\x1b" not in done.stdout
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)["tokens"]) == 20
+
+
+def test_new_tokens_are_coloured_on_a_terminal_and_in_brackets_without_colours(grafted_models):
+    text = "冠状动脉"
+    command = [sys.executable, "-m", "lexigraft", "show", str(grafted_models / "vocab"), text]
+    new = [piece for piece in show(grafted_models / "vocab", text).after if piece.new]
+    assert new
+    coloured, _ = on_a_terminal(command, "stdout")
+    for piece in new:
+        assert re.search(rf"\x1b\[30;42m *{re.escape(piece.text)}", coloured)
+    assert "[" not in re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    plain, _ = on_a_terminal(command, "stdout", NO_COLOR="1")
+    assert "\x1b" not in plain and all(f"[{piece.text}]" in plain for piece in new)

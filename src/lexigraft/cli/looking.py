@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,7 +141,7 @@ def show(
     from lexigraft.steps.show import show as verb
 
     result = verb(path, text, token=token, token_id=token_id, base=base)
-    if as_json or not sys.stdout.isatty():
+    if as_json or os.environ.get("NO_COLOR") or not sys.stdout.isatty():
         print_result(result, as_json)
     else:
         _show_in_colour(result.styled())
@@ -156,7 +157,7 @@ _COLOURS = {
 
 
 def _show_in_colour(lines: Iterable[Iterable[tuple[str, str]]]) -> None:
-    """Spans of text, each in the colour of what it is; without colours where NO_COLOR is set."""
+    """Spans of text, each in the colour of what it is."""
     from rich.console import Console
     from rich.text import Text
 

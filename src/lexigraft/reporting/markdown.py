@@ -173,7 +173,7 @@ def _curves(facts: dict[str, Any]) -> list[str]:
     header = ("model", "trained on bytes", "domain bpb", "general bpb")
     return [
         *("## Through training", "", *pipes(header, rows)),
-        *("", "Measured while training, on less text than the table of models."),
+        *("", "Measured while training; the table of models afterwards, as a rule on more text."),
     ]
 
 

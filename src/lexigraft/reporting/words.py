@@ -176,9 +176,11 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "training.note": (
         "Bits per byte are comparable across tokenizers; lower is better. The controls are the "
         "base without new tokens, trained in the same way: once on the same text, once with about "
-        "as much computing. The lines are measured while training, on less text than the table.",
+        "as much computing. The lines are measured while training, the table afterwards, as a rule "
+        "on more text: their figures differ.",
         "“比特/字节”可在不同分词器之间比较，越低越好。对照组是不加新 token 的基座，以同样方式训练："
-        "一组用同样的文本，一组用大致相同的算力。曲线在训练过程中测得，所用文本少于下表。",
+        "一组用同样的文本，一组用大致相同的算力。曲线在训练过程中测得，"
+        "下表在训练之后测得，所用文本通常更多，因此数值不同。",
     ),
     "training.log": ("All measurements", "全部测量值"),
     "log.bytes": ("trained on bytes", "训练字节数"),
