@@ -17,6 +17,12 @@ HAN = re.compile(r"[\u4e00-\u9fff]")
 # A Chinese page -> the English page of the same subject.
 PAGES = {
     "README.zh-CN.md": "README.md",
+    "docs/zh/quickstart.md": "docs/quickstart.md",
+    "docs/zh/idea.md": "docs/idea.md",
+    "docs/zh/faq.md": "docs/faq.md",
+    "docs/zh/low-resource.md": "docs/howto/low-resource.md",
+    "docs/zh/many-gpus.md": "docs/howto/many-gpus.md",
+    "docs/zh/laptop.md": "docs/howto/laptop.md",
     "docs/zh/medicine.md": "docs/howto/medicine-zh.md",
     "docs/zh/terms.md": "docs/howto/terms.md",
     "docs/zh/others.md": "docs/howto/others.md",
@@ -102,6 +108,22 @@ def test_chinese_pages_are_chinese_and_stand_beside_english_ones():
     assert pages == PAGES.keys() - {"README.zh-CN.md"}
     for page, english in PAGES.items():
         assert len(HAN.findall((ROOT / page).read_text())) > 500 and (ROOT / english).is_file()
+
+
+def console(page):
+    """What stands in a page's console blocks, line by line; sentences are in its language."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [re.sub(r'"[^"]+"$', '"..."', line) for line in lines]
+
+
+def test_commands_of_chinese_pages_stand_on_the_english_ones():
+    """The how-tos of medicine, terms, others and mend take a way of their own."""
+    for name in ("quickstart", "low-resource", "many-gpus", "laptop"):
+        page = f"docs/zh/{name}.md"
+        assert console(page) == console(PAGES[page]) != [], name
+    asked = console("docs/zh/faq.md")
+    assert len(asked) > 20 and set(asked) <= set(console("docs/faq.md"))
 
 
 def calls_of(module, name):
