@@ -72,15 +72,18 @@ def test_check_has_nothing_to_say(demo):
 def test_its_page_in_a_browser(demo, browser, tmp_path):
     """On a desk by day, on a phone by night: with controls, charts and the words of a real model."""
     path = demo[0] / "report.html"
-    tokens = json.loads(path.with_suffix(".json").read_text())["tokens"]
-    text = max((token["text"] for token in tokens if token["text"]), key=len)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    text = max((token["text"] for token in facts["tokens"] if token["text"]), key=len)
+    points = facts["curves"][-1]["points"]
+    measured = sum(points[0][key] is not None for key in ("domain_bpb", "general_bpb"))
+    assert measured and facts["curves"][-1]["model"] == "control, equal compute"
     desk = Visit(browser, path.as_uri(), **DESK)
     desk.search_and_sort(text)
     desk.keep("demo-desk", tmp_path)
     phone = Visit(browser, path.as_uri(), **PHONE_AT_NIGHT)
     assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
     assert min(desk.ground()) > 200 and max(phone.ground()) < 60
-    assert phone.page.locator("svg.chart .line.control2").count() == 2
+    assert phone.page.locator("svg.chart .line.control2").count() == measured
     phone.keep("demo-phone", tmp_path)
     for visit in (desk, phone):
         assert visit.said == [] and visit.asked == [path.as_uri()]

@@ -196,10 +196,10 @@ def _sentences(facts: dict[str, Any]) -> list[str]:
     lines = []
     if rows:
         header = ("text", "base", "extended")
-        lines = ["New tokens stand in brackets.", "", *pipes(header, rows)]
+        lines = ["", "New tokens stand in brackets.", "", *pipes(header, rows)]
     if found["why"]:
         lines += ["", f"Held-out sentences are not shown: {plain_line(found['why'])}."]
-    return ["## Before and after", "", *lines] if lines else []
+    return ["## Before and after", *lines] if lines else []
 
 
 def _tokens(facts: dict[str, Any]) -> list[str]:
@@ -314,8 +314,8 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     state = "ok" if facts["check"]["ok"] else "faults"
     rows = [
         (
-            plain_line(row["part"]),
-            plain_line(row["unit"]),
+            _cell(row["part"]),
+            _cell(row["unit"]),
             "-" if row["count"] is None else f"{row['count']:,}",
             _cell(row["detail"]),
         )
@@ -324,7 +324,7 @@ def _verdict(facts: dict[str, Any]) -> list[str]:
     return [
         *("## Check", "", f"The merged model: {state}."),
         *(f"- {f['severity']} {f['code']} {f['where']}: {f['found']}" for f in findings),
-        *("", *pipes(("part", "counts", "count", "detail"), rows)),
+        *(["", *pipes(("part", "counts", "count", "detail"), rows)] if rows else []),
     ]
 
 
