@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import parts
+import test_architectures
 import test_check as small
 from lexigraft import merge
 from lexigraft.checks import probe
@@ -510,6 +511,89 @@ def an_index_that_lacks_a_tensor(ground):
 def a_shard_of_an_earlier_save(ground):
     save_file({"old": torch.ones(2)}, ground.shards / "model-00003-of-00003.safetensors")
     return check(ground.shards)
+
+
+# -- further tables with a row per token
+
+
+def of_kind(ground: Ground, kind: str) -> Path:
+    """A tiny model of `test_architectures.KINDS` with the byte-level tokenizer of the base."""
+    folder = ground.base.parent / kind
+    test_architectures.build(kind, test_architectures.KINDS[kind].tied[0], folder, rows=TOKENS)
+    return finished(ground, folder)
+
+
+def finished(ground: Ground, folder: Path) -> Path:
+    """A model with the tokenizer of the base and its special ids."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ground.base / name, folder / name)
+    for name in ("config.json", "generation_config.json"):
+        edit(folder / name, bos_token_id=None, eos_token_id=TOKENS - 2)
+    return folder
+
+
+def with_copies(folder: Path, prefix: str, rows: int = TOKENS) -> Path:
+    """Copies of embedding and head, as layers for the prediction of more tokens have them."""
+    tensors = load_file(folder / "model.safetensors")
+    copies = {
+        f"{prefix}.embed_tokens.weight": tensors[EMBED][:rows].clone(),
+        f"{prefix}.shared_head.head.weight": tensors[HEAD][:rows].clone(),
+    }
+    save_file(tensors | copies, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def gemma_3n(ground: Ground) -> Path:
+    """Its image and audio tokens have no embedding per layer: fewer rows there, as is right."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=TOKENS, vocab_size_per_layer_input=TOKENS - 8, hidden_size=32,
+        intermediate_size=[48, 48], num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], laurel_rank=4,
+        activation_sparsity_pattern=[0.0, 0.0], max_position_embeddings=128,
+    )  # fmt: skip
+    folder = ground.base.parent / "gemma3n"
+    Gemma3nForCausalLM(config).save_pretrained(folder)
+    return finished(ground, folder)
+
+
+@broken("LG201")
+def a_stale_number_of_embeddings_per_layer(ground):
+    folder = of_kind(ground, "gemma4_text")
+    edit(folder / "config.json", vocab_size_per_layer_input=TOKENS - 24)
+    return check(folder)
+
+
+@broken("LG201")
+def a_stale_number_of_embeddings_per_layer_in_gemma_3n(ground):
+    folder = gemma_3n(ground)
+    edit(folder / "config.json", vocab_size_per_layer_input=TOKENS)
+    return only_of(check(folder), "LG201")
+
+
+@broken("LG304")
+def embeddings_per_layer_of_another_length(ground):
+    folder = of_kind(ground, "gemma4_text")
+    change(folder, embed_tokens_per_layer__weight=lambda table: table[:-8].clone())
+    edit(folder / "config.json", vocab_size_per_layer_input=TOKENS - 8)
+    return check(folder)
+
+
+@broken("LG304")
+def a_copy_in_a_prediction_layer_that_did_not_grow(ground):
+    return check(with_copies(of_kind(ground, "deepseek_v3"), "model.layers.2", TOKENS - 8))
+
+
+@broken("LG304")
+def a_copy_beside_the_layers_that_did_not_grow(ground):
+    return check(with_copies(of_kind(ground, "deepseek_v3"), "mtp", TOKENS - 8))
+
+
+@broken("LG310")
+def a_model_to_which_no_row_can_be_added(ground):
+    return check(gemma_3n(ground))
 
 
 # -- adapters
@@ -1027,6 +1111,7 @@ MENDED = {
     "vocab_size_raised_by_hand": "base",
     "vocab_size_zero_of_an_ungathered_resize": "base",
     "a_nested_vocab_size_left_behind": "base",
+    "a_stale_number_of_embeddings_per_layer": "gemma4_text",
     "an_index_with_the_size_of_the_base": "shards",
     "an_index_that_lacks_a_tensor": "shards",
     "a_shard_of_an_earlier_save": "shards",
@@ -1116,6 +1201,21 @@ def a_tied_base_with_a_copy_as_its_head(ground):
     tensors = load_file(ground.base / "model.safetensors")
     change(ground.base, lm_head__weight=tensors[EMBED].clone())
     return check(ground.base, deep=True)
+
+
+@healthy
+def embeddings_per_layer(ground):
+    return check(of_kind(ground, "gemma4_text"), deep=True)
+
+
+@healthy
+def copies_in_a_prediction_layer(ground):
+    return check(with_copies(of_kind(ground, "deepseek_v3"), "model.layers.2"), deep=True)
+
+
+@healthy
+def copies_beside_the_layers(ground):
+    return check(with_copies(of_kind(ground, "deepseek_v3"), "mtp"))
 
 
 @healthy

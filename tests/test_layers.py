@@ -10,8 +10,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "lexigraft"
 LAYERS = [
-    ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["text_formats"], ["corpus", "recipe"], ["counting", "importing"], ["families"], ["selection"],
-    ["checkpoints"], ["embeddings"], ["adapters"], ["blending"], ["checks", "models"], ["steps"], ["data", "runfile"],
+    ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["text_formats"], ["corpus", "recipe"], ["counting", "importing", "runfile"], ["families"], ["selection"],
+    ["checkpoints"], ["embeddings"], ["adapters"], ["blending"], ["checks", "models"], ["steps"], ["data"],
     ["stages", "reporting"], ["pipeline", "serving", "uploading"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import time
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from typer.testing import CliRunner
 
 import parts
-from lexigraft import LexigraftError, card, report, run
+from lexigraft import LexigraftError, card, check, report, run
+from lexigraft.cli import app
 from lexigraft.stages import folder_hash
+from lexigraft.steps.check import mend
+from test_check import edit
 
 torch.set_num_threads(1)
 RECIPE = """
@@ -122,6 +127,68 @@ def test_every_model_of_a_run_has_a_card(project, finished):
     (project / "run" / "merged" / "README.md").write_text("mine")
     run(project / "recipe.yaml", output=project / "run")
     assert (project / "run" / "merged" / "README.md").read_text() == "mine"
+
+
+PARTS = ["vocab", "model", "adapter", "merged"]
+CONTROLS = [f"control/{kind}/{part}" for kind in ("text", "compute") for part in PARTS[2:]]
+
+
+def checked(result, folder):
+    """The tables of a check, by their place in the run, and the errors.
+
+    The tiny base has an eos in its config that is another token of its tokenizer (LG203, a warning).
+    """
+    places = dict.fromkeys(os.path.relpath(row.folder, folder) for row in result.table)
+    return list(places), [(f.code, f.where) for f in result.findings if f.severity == "error"]
+
+
+def test_check_of_a_run_checks_every_part_against_what_it_was_made_from(project, finished):
+    folder = project / "checked"
+    shutil.copytree(project / "run", folder)
+    places, found = checked(check(folder), folder)
+    assert places == [*PARTS, *CONTROLS, os.path.relpath(project / "base", folder)]
+    assert found == []
+    edit(folder / "merged" / "config.json", vocab_size=999)
+    result = check(folder)
+    assert checked(result, folder)[1] == [("LG201", "merged/config.json")]
+    verdicts = {(row.folder, row.part): row.verdict for row in result.table}
+    assert verdicts[str(folder / "merged"), "config.json vocab_size"] == "error LG201"
+    assert verdicts[str(folder / "model"), "config.json vocab_size"] == "warning LG203"
+    [log] = result.to_sarif()["runs"]
+    [place] = [r["locations"][0] for r in log["results"] if r["ruleId"] == "LG201"]
+    assert place["physicalLocation"]["artifactLocation"]["uri"].endswith("merged/config.json")
+    done = CliRunner().invoke(app, ["check", str(folder), "--json"])
+    assert done.exit_code == 1
+    told = {(f["code"], f["where"]) for f in json.loads(done.stdout)["findings"]}
+    assert ("LG201", "merged/config.json") in told
+    for call in (lambda: mend(folder, project / "m"), lambda: check(folder, adapter=folder)):
+        with pytest.raises(LexigraftError, match="is a run"):
+            call()
+
+
+def test_check_of_a_run_relates_its_parts_as_far_as_it_goes(project, finished):
+    """A killed run has no later parts; here its model is the base, which the adapter does not fit."""
+    folder = project / "killed early"
+    for name in ("vocab", "adapter"):
+        shutil.copytree(project / "run" / name, folder / name)
+    shutil.copyfile(project / "run" / "run.json", folder / "run.json")
+    assert checked(check(folder), folder)[1] == []
+    shutil.copytree(project / "base", folder / "model")
+    places, found = checked(check(folder), folder)
+    assert places[:-1] == ["vocab", "model", "adapter"]
+    assert found == [("LG401", "adapter/adapter_model.safetensors")]
+    other = parts.write_byte_level(project / "other", vocab_size=330)
+    assert ("LG601", "vocab/tokenizer") in checked(check(folder, base=other), folder)[1]
+    for name in ("vocab", "model", "adapter"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(LexigraftError, match="nothing is done"):
+        check(folder)
+
+
+@pytest.mark.matrix
+def test_the_weights_of_a_run_are_read_part_by_part(project, finished):
+    found = check(project / "run", deep=True).findings
+    assert {f.code for f in found if f.severity != "note"} <= {"LG203"}
 
 
 def test_report_is_markdown_and_json(project, finished):

@@ -24,7 +24,7 @@ from lexigraft.reporting.card import MEASURED, card, is_own
 from lexigraft.reporting.facts import model_rows
 from lexigraft.reporting.markdown import verdict
 from lexigraft.reporting.tables import model_table, sample_lines, training_lines
-from lexigraft.runfile import RunState
+from lexigraft.runfile import CONTROLS, RunState, training_places
 from lexigraft.stages import Result, Run, opened, require_run_folder
 
 if TYPE_CHECKING:
@@ -195,9 +195,7 @@ def _train(
 
     A stage of mode `full` trains a whole model, so there is nothing to merge.
     """
-    for place, stage in enumerate(stages, 1):
-        last = place == len(stages)
-        prefix = at if last else f"{at}stage{place}/"
+    for stage, prefix in zip(stages, training_places(at, len(stages)), strict=True):
         adapter = current.folder / f"{prefix}adapter"
         merged = current.folder / f"{prefix}merged"
         if stage.mode == "full":
@@ -275,9 +273,10 @@ def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
     work = sum(result["tokens"] * _work(stage) for stage, result in learned)
     same_text = _limited(stages[-1], max_bytes=text)
     same_work = _limited(stages[-1], max_tokens=round(work))
+    text_at, work_at = CONTROLS
     return {
-        "control, equal text": _train(current, recipe, base, [same_text], at="control/text/"),
-        "control, equal compute": _train(current, recipe, base, [same_work], at="control/compute/"),
+        "control, equal text": _train(current, recipe, base, [same_text], at=text_at),
+        "control, equal compute": _train(current, recipe, base, [same_work], at=work_at),
     }
 
 

@@ -16,6 +16,17 @@ from lexigraft.manifest import read_model
 from lexigraft.recipe import Recipe
 
 RUN_FILE = "run.json"
+# Where the base is trained without new words: on as much text, and with as much work.
+CONTROLS = ("control/text/", "control/compute/")
+
+
+def training_places(at: str, count: int) -> list[str]:
+    """What the names of adapter and merged model begin with, of each of `count` stages in `at`.
+
+    >>> training_places("", 2)
+    ['stage1/', '']
+    """
+    return [*(f"{at}stage{place}/" for place in range(1, count)), at]
 
 
 class _Data(BaseModel):

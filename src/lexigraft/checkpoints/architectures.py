@@ -33,17 +33,22 @@ _MORE_NAMES: Mapping[str, Role] = {
     "tok_embeddings.weight": "embed",  # InternLM2
     "embedding.word_embeddings.weight": "embed",  # ChatGLM
 }
-# Multi-token-prediction layers carry copies of both tables (DeepSeek-V3, GLM-4-MoE). transformers
-# drops them on loading, so that no class knows of them.
-_COPIES = re.compile(r"\.layers\.\d+\.(?:(embed_tokens)|shared_head\.head)\.weight$")
-# What such a copy is called where it lies elsewhere (`mtp.embed_tokens.weight`).
+# Multi-token-prediction layers carry copies of both tables (DeepSeek-V3, GLM-4-MoE, Qwen3-Next).
+# transformers drops them on loading, so that no class knows of them.
+_COPIES = re.compile(
+    r"(?:\.layers\.\d+|(?:^|\.)mtp)\.(?:(embed_tokens)|shared_head\.head)\.weight$"
+)
+# What such a copy is called where it lies elsewhere (`medusa.lm_head.weight`).
 _COPY_NAMES = (
     *("embed_tokens.weight", "word_embeddings.weight", "tok_embeddings.weight", "wte.weight"),
     *("lm_head.weight", "output_layer.weight", "shared_head.head.weight", "embed_out.weight"),
 )
+# The table of which Gemma 3n and 4 give each layer an embedding of its own, and the key that counts
+# its rows.
+_PER_LAYER, _PER_LAYER_SIZE = "embed_tokens_per_layer.weight", "vocab_size_per_layer_input"
 # Keys that count rows wherever their value is the number of rows.
 _SIZE_KEYS = (
-    *("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "n_words", "n_token"),
+    *("vocab_size", _PER_LAYER_SIZE, "decoder_vocab_size", "n_words", "n_token"),
     *(
         "padded_vocab_size",
         "text_vocab_size",
@@ -129,7 +134,7 @@ def vocabulary_of(
         biases,
         tied=not stored and _states_tied(checkpoint.config, entry),
         rows=rows,
-        config_paths=_config_paths(checkpoint.config, entry, rows),
+        config_paths=_config_paths(checkpoint, entry, rows),
         head_name=_head_name(heads, embeds, entry),
     )
 
@@ -409,10 +414,21 @@ def _size_path(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ("text_config", "vocab_size") if "text_config" in config else ("vocab_size",)
 
 
+def per_layer_rows(checkpoint: Checkpoint) -> dict[tuple[str, ...], Tensor]:
+    """Where config.json states the rows of per-layer embeddings, with the table that has them."""
+    tables = (tensor for name, tensor in checkpoint.tensors.items() if name.endswith(_PER_LAYER))
+    table_of_layers = next(tables, None)
+    if table_of_layers is None:
+        return {}
+    return dict.fromkeys(paths_to(checkpoint.config, (_PER_LAYER_SIZE,)), table_of_layers)
+
+
 def _config_paths(
-    config: Mapping[str, Any], entry: Mapping[str, Any] | None, rows: int
+    checkpoint: Checkpoint, entry: Mapping[str, Any] | None, rows: int
 ) -> tuple[tuple[str, ...], ...]:
-    fitting = [path for path in paths_to(config, _SIZE_KEYS) if get(config, path) == rows]
+    config, counted = checkpoint.config, per_layer_rows(checkpoint)
+    paths = paths_to(config, _SIZE_KEYS)
+    fitting = [path for path in paths if path in counted or get(config, path) == rows]
     usual = tuple(entry["vocab_size"]) if entry else ()
     if usual and (get(config, usual) is not None or len(usual) > 1):
         main = usual

@@ -278,6 +278,14 @@ CODES: dict[str, Code] = {
         "model-00003-of-00003.safetensors lies beside the index of two shards.",
         "rm MODEL/model-00003-of-00003.safetensors",
     ),
+    "LG310": Code(
+        "note",
+        "a kind of model to which no row can be added, so that its rows are not compared",
+        "Other ids follow its text tokens (Gemma 3n, Whisper), or it is made of two models, or its "
+        "tables stand on their side. The model may be sound; graft and merge refuse it.",
+        "is a gemma3n model: its image and audio tokens follow the text tokens.",
+        "nothing to mend; to extend a vocabulary, choose another base model",
+    ),
     "LG401": Code(
         "error",
         "the adapter has more rows than the model",

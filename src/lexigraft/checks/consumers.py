@@ -43,9 +43,9 @@ THETA = {
 
 
 def consumer_findings(
-    consumer: str, subject: Facts, origin: Facts | None, part: Facts
+    consumer: str, model: Facts | None, origin: Facts | None, part: Facts
 ) -> Iterator[Finding]:
-    """What `consumer` will not do with `part`: the folder itself, or an adapter to be used on it.
+    """What `consumer` will not do with `part`: `model` itself, or an adapter to be used on it.
 
     Raises:
         LexigraftError: no such consumer, or the gguf package is not installed.
@@ -56,7 +56,6 @@ def consumer_findings(
             needed=f"one of {', '.join(CONSUMERS)}",
             fix=f"--for {CONSUMERS[0]}",
         )
-    model = None if subject.is_adapter else subject
     if part is model:
         yield from _of_model(consumer, part, origin)
     else:

@@ -153,6 +153,8 @@ def _read_weights(facts: Facts) -> None:
         # A manifest that cannot be read is a finding already.
         roles: dict[str, str] | None = {} if facts.manifest is None else None
         facts.vocabulary = vocabulary_of(facts.checkpoint, roles)
+    except RefusalError as fault:  # a model that cannot be extended may be sound
+        facts.unreadable.append(from_error("LG310", "weights", fault))
     except LexigraftError as fault:
         facts.unreadable.append(from_error("LG304", "weights", fault))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from lexigraft.checkpoints.architectures import per_layer_rows
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.nested import get
 from lexigraft.checks.facts import Facts
@@ -27,6 +28,7 @@ def weight_findings(facts: Facts) -> Iterator[Finding]:
         return
     yield from _empty(facts.checkpoint)
     yield from _index(facts.checkpoint)
+    yield from _per_layer(facts)
     if facts.rows is None:
         return
     yield from _rows(facts, facts.rows)
@@ -116,6 +118,36 @@ def stated_rows(config: dict[str, Any]) -> dict[str, int]:
     return found
 
 
+def _per_layer(facts: Facts) -> Iterator[Finding]:
+    """The number of rows of per-layer embeddings, which in Gemma 3n is not that of the others."""
+    for path, size, rows in stated_per_layer(facts):
+        if size != rows:
+            yield _stale(facts, path, size, rows, "the embeddings per layer")
+
+
+def stated_per_layer(facts: Facts) -> Iterator[tuple[str, int, int]]:
+    """Each dotted path where a config counts per-layer embeddings, its number, and their rows."""
+    for path, tensor in per_layer_rows(facts.checkpoint).items() if facts.checkpoint else ():
+        size = get(facts.config.get("config.json", {}), path)
+        if isinstance(size, int):
+            yield ".".join(path), size, tensor.rows
+
+
+def _stale(facts: Facts, path: str, size: int, rows: int, owner: str = "the weights") -> Finding:
+    return finding(
+        "LG201",
+        "config.json",
+        f"says {path} = {size:,}, {owner} have {rows:,} rows: it was edited by hand, or belongs to "
+        "other weights",
+        needed=f"{path} = {rows:,}",
+        fix=f"set {path} to {rows} in {facts.folder / 'config.json'}",
+        edit=Edit("config.json", tuple(path.split(".")), rows),
+        key=path,
+        stated=size,
+        rows=rows,
+    )
+
+
 def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
     config = facts.config.get("config.json", {})
     stated = {path: size for path, size in stated_rows(config).items() if size != rows}
@@ -141,18 +173,7 @@ def _rows(facts: Facts, rows: int) -> Iterator[Finding]:
         )
     elif stated:
         path, size = next(iter(stated.items()))
-        yield finding(
-            "LG201",
-            "config.json",
-            f"says {path} = {size:,}, the weights have {rows:,} rows: it was edited by hand, or "
-            "belongs to other weights",
-            needed=f"{path} = {rows:,}",
-            fix=f"set {path} to {rows} in {facts.folder / 'config.json'}",
-            edit=Edit("config.json", tuple(path.split(".")), rows),
-            key=path,
-            stated=size,
-            rows=rows,
-        )
+        yield _stale(facts, path, size, rows)
     elif tokens is not None and rows > tokens:
         yield finding(
             "LG303",

@@ -21,7 +21,7 @@ from lexigraft.errors import LexigraftError
 def check(
     path: Annotated[
         Path | None,
-        typer.Argument(help="Model, vocabulary or adapter folder, hub id, or GGUF file."),
+        typer.Argument(help="Model, vocabulary or adapter folder, run, hub id, or GGUF file."),
     ] = None,
     *,
     base: Annotated[Path | None, typer.Option(help="The model that PATH was made from.")] = None,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lexigraft.checkpoints.nested import put
 from lexigraft.checks.adapters import adapter_findings, adapter_rows, stack_findings
@@ -21,7 +21,13 @@ from lexigraft.checks.gguf_files import TOKENS, gguf_findings, gguf_rows
 from lexigraft.checks.lineage import base_findings, manifest_findings
 from lexigraft.checks.sarif import sarif
 from lexigraft.checks.tokenizers import tokenizer_findings
-from lexigraft.checks.weights import SPECIAL, special_ids, stated_rows, weight_findings
+from lexigraft.checks.weights import (
+    SPECIAL,
+    special_ids,
+    stated_per_layer,
+    stated_rows,
+    weight_findings,
+)
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import (
@@ -36,6 +42,9 @@ from lexigraft.files import (
 )
 from lexigraft.hub import is_hub_id, local_folder
 from lexigraft.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from lexigraft.runfile import RunState
 
 _ROUNDS = 8
 _ORDER = {"error": 0, "warning": 1, "note": 2}
@@ -123,9 +132,11 @@ def check(
     deep: bool = False,
     consumer: str | None = None,
 ) -> CheckResult:
-    """Hold the parts of a model, vocabulary or adapter folder against each other.
+    """Hold the parts of a model, vocabulary or adapter folder against each other, or all of a run.
 
-    Of a hub id headers and small files are fetched; `deep` downloads the weights.
+    Of a hub id headers and small files are fetched; `deep` downloads the weights. In a run folder
+    each part that is done is checked, against the recipe's base where that is a folder here, and
+    each adapter against the model that it was trained on; findings name the part.
 
     Args:
         path: the folder, a hub id (`owner/model`, `owner/model@revision`), or a GGUF file.
@@ -139,7 +150,8 @@ def check(
 
     Raises:
         LexigraftError: a folder does not exist, holds nothing that could be checked, a file
-            became shorter while it was read, or there is no such consumer.
+            became shorter while it was read, there is no such consumer, or `adapter` is given
+            with a run.
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     names: dict[str, str] = {}
@@ -154,14 +166,26 @@ def check(
         try:
             subject = opened(path)
             origin = opened(base) if base is not None else None
-            found, parts = _held(subject, origin, [*map(opened, adapters)], deep, consumer)
-            rows = [row for part in parts for row in _rows(part)]
+            run = _run_of(subject)
+            if run is None:
+                held = _folders(subject, origin, [*map(opened, adapters)])
+            elif adapters:
+                raise LexigraftError(
+                    f"{path} is a run, and --adapter names {adapters[0]}",
+                    needed="a run alone, or a model and an adapter",
+                    fix=f"lexigraft check {subject.folder / 'model'} --adapter {adapters[0]}",
+                )
+            else:
+                held = _run_folders(subject.folder, run, origin)
+            found = _found(held, deep, consumer)
+            rows = [row for facts in held.facts for row in _rows(facts)]
         except LexigraftError as fault:
             raise _renamed_fault(fault, names) from None
     found.sort(key=lambda one: _ORDER[one.about.severity])
+    told = (one.about if run is None else _in_run(one, subject.folder) for one in found)
     return CheckResult(
         Path(path),
-        [_renamed(one.about, names) for one in found],
+        [_renamed(one, names) for one in told],
         [_renamed(replace(row, verdict=_verdict(row, found)), names) for row in rows],
     )
 
@@ -242,14 +266,87 @@ def _by_name(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
-def _held(
-    subject: Facts,
-    origin: Facts | None,
-    patches: list[Facts],
-    deep: bool,
-    consumer: str | None,
-) -> tuple[list[_Placed], list[Facts]]:
-    """All findings, and the folders that they are about, the subject first."""
+@dataclass(frozen=True)
+class _Part:
+    """A folder that is checked.
+
+    Attributes:
+        facts: what it says.
+        origin: what it was made from; None if that is not told.
+        model: for an adapter, what it is to be used on; None if that is not told.
+        merged: the adapters that may be merged into it.
+    """
+
+    facts: Facts
+    origin: Facts | None = None
+    model: Facts | None = None
+    merged: Sequence[Facts] = ()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The folders that are held against each other.
+
+    Attributes:
+        parts: those that are checked.
+        stacks: a model, and the adapters that are to be used on it, in order.
+        origin: what the parts were made from.
+    """
+
+    parts: Sequence[_Part]
+    stacks: Sequence[tuple[Facts, Sequence[Facts]]]
+    origin: Facts | None
+
+    @property
+    def facts(self) -> list[Facts]:
+        """All folders, in the order of the table."""
+        own = [part.facts for part in self.parts]
+        return own + [facts for facts in [self.origin] if facts is not None]
+
+
+def _run_of(subject: Facts) -> RunState | None:
+    """The state of a run, where the folder is one and nothing else."""
+    if _something(subject):
+        return None
+    from lexigraft.runfile import RunState  # few folders are runs
+
+    return RunState.read(subject.folder)
+
+
+def _run_folders(run: Path, state: RunState, origin: Facts | None) -> _Held:
+    """What a run folder holds; `origin` where the recipe's base is not meant."""
+    from lexigraft.checks.runs import run_parts
+
+    base, found = run_parts(run, state)
+    if origin is None and base is not None:
+        origin = read_facts(base)
+    known = {part.folder: read_facts(part.folder) for part in found}
+    for facts in known.values():
+        _require_something(facts)
+    if origin is not None and base is not None:
+        known[base] = origin
+    parts, stacks = [], []
+    for part in found:
+        facts = known[part.folder]
+        if not facts.is_adapter:
+            parts.append(_Part(facts, origin))
+            continue
+        model = known[part.trained_on] if part.trained_on is not None else None
+        parts.append(_Part(facts, model=model))
+        stacks += [(model, [facts])] if model is not None else []
+    return _Held(parts, stacks, origin)
+
+
+def _in_run(one: _Placed, run: Path) -> Finding:
+    """A finding that names the part of the run in which it was found."""
+    folder = Path(one.folder)
+    name = folder.relative_to(run) if folder.is_relative_to(run) else folder
+    where = "" if one.about.where == one.folder else one.about.where
+    return replace(one.about, where=str(name / where))
+
+
+def _folders(subject: Facts, origin: Facts | None, patches: list[Facts]) -> _Held:
+    """A folder, what it was made from, and adapters that are to be used on it."""
     for patch in patches:
         if not patch.is_adapter:
             raise LexigraftError(
@@ -265,26 +362,38 @@ def _held(
             needed="the model that both are to be used on",
             fix=f"lexigraft check MODEL --adapter {subject.folder} --adapter {patches[0].folder}",
         )
-    if not _something(subject):
+    _require_something(subject)
+    model = None if subject.is_adapter else subject
+    first = _Part(subject, origin, merged=patches)
+    return _Held(
+        [first, *(_Part(patch, model=model) for patch in patches)], [(subject, patches)], origin
+    )
+
+
+def _require_something(facts: Facts) -> None:
+    if not _something(facts):
         raise LexigraftError(
-            f"{subject.folder} holds no tokenizer, config, weights or adapter",
-            needed="a model, vocabulary or adapter folder",
-            fix=f"ls {subject.folder}",
+            f"{facts.folder} holds no tokenizer, config, weights or adapter",
+            needed="a model, vocabulary or adapter folder, or a run",
+            fix=f"ls {facts.folder}",
         )
-    found = list(_findings(subject, origin, patches))
-    if deep:
-        for part in (subject, *patches):
-            told = _deep(part, origin, patches) if part is subject else _deep(part, None, [])
-            found += _placed(part.folder, told)
-        if any(one.about.code == "LG705" for one in found):  # which says more
-            found = [one for one in found if one.about.code != "LG306"]
+
+
+def _found(held: _Held, deep: bool, consumer: str | None) -> list[_Placed]:
+    """All findings."""
+    found = list(_findings(held))
+    for part in held.parts if deep else ():
+        found += _placed(part.facts.folder, _deep(part))
+    apart = {one.folder for one in found if one.about.code == "LG705"}  # which says more
+    found = [one for one in found if one.folder not in apart or one.about.code != "LG306"]
     if consumer is not None:
         from lexigraft.checks.consumers import consumer_findings
 
-        for part in (subject, *patches):
-            told = consumer_findings(consumer, subject, origin, part)
-            found += _placed(part.folder, told)
-    return found, [subject, *([origin] if origin is not None else []), *patches]
+        for part in held.parts:
+            model = part.model if part.facts.is_adapter else part.facts
+            told = consumer_findings(consumer, model, part.origin, part.facts)
+            found += _placed(part.facts.folder, told)
+    return found
 
 
 @dataclass(frozen=True)
@@ -323,10 +432,16 @@ def mend(
     `deep` a tie flag that the weights contradict. Weights are copied as they are.
 
     Raises:
-        LexigraftError: there is nothing of this kind to mend, `output` exists or is the folder
-            itself, or the disk is full.
+        LexigraftError: there is nothing of this kind to mend, the folder is a run, `output` exists
+            or is the folder itself, or the disk is full.
     """
     folder, output = _local(path), Path(output)
+    if _run_of(read_facts(folder)) is not None:
+        raise LexigraftError(
+            f"{folder} is a run, of which --fix would copy no part",
+            needed="one of its parts",
+            fix=f"lexigraft check {folder / 'merged'} --fix {output}",
+        )
     refuse_existing(output, force=force)
     refuse_overwriting(output, [folder])
     files = [file for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
@@ -370,16 +485,19 @@ def _something(facts: Facts) -> bool:
     return bool(facts.maps or facts.config or facts.unreadable or facts.manifest or facts.gguf)
 
 
-def _findings(subject: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[_Placed]:
-    for part in (subject, *patches):
-        yield from _placed(part.folder, _own_findings(part))
-    if subject.is_adapter:
-        yield from _placed(subject.folder, adapter_findings(subject))
-    for patch, told in stack_findings(subject, patches):
-        yield from _placed(patch.folder, told)
-    if origin is not None:
-        yield from _placed(origin.folder, origin.unreadable)
-        yield from _placed(subject.folder, base_findings(subject, origin))
+def _findings(held: _Held) -> Iterator[_Placed]:
+    for part in held.parts:
+        facts = part.facts
+        yield from _placed(facts.folder, _own_findings(facts))
+        if part.origin is not None:
+            yield from _placed(facts.folder, base_findings(facts, part.origin))
+        if facts.is_adapter and part.model is None:
+            yield from _placed(facts.folder, adapter_findings(facts))
+    for model, adapters in held.stacks:
+        for adapter, told in stack_findings(model, adapters):
+            yield from _placed(adapter.folder, told)
+    if held.origin is not None:
+        yield from _placed(held.origin.folder, held.origin.unreadable)
 
 
 def _own_findings(part: Facts) -> Iterator[Finding]:
@@ -393,17 +511,17 @@ def _own_findings(part: Facts) -> Iterator[Finding]:
         yield from manifest_findings(part)
 
 
-def _deep(part: Facts, origin: Facts | None, patches: list[Facts]) -> Iterator[Finding]:
+def _deep(part: _Part) -> Iterator[Finding]:
     from lexigraft.checks.body import body_findings  # headers alone need no numpy
     from lexigraft.checks.deep import deep_findings
     from lexigraft.checks.probe import probe_findings  # nor a child process
     from lexigraft.checks.reading import reading_findings
 
-    yield from deep_findings(part, origin)
-    if origin is not None:
-        yield from body_findings(part, origin, patches)
-    yield from reading_findings(part, origin)
-    yield from probe_findings(part)
+    yield from deep_findings(part.facts, part.origin)
+    if part.origin is not None:
+        yield from body_findings(part.facts, part.origin, part.merged)
+    yield from reading_findings(part.facts, part.origin)
+    yield from probe_findings(part.facts)
 
 
 def _rows(facts: Facts) -> Iterator[Row]:
@@ -411,6 +529,8 @@ def _rows(facts: Facts) -> Iterator[Row]:
     for name, token_map in facts.maps.items():
         yield Row(folder, name, "tokens", token_map.tokens, f"{len(token_map.texts):,} entries")
     for path, size in stated_rows(facts.config.get("config.json", {})).items():
+        yield Row(folder, f"config.json {path}", "vocab_size", size)
+    for path, size, _ in stated_per_layer(facts):
         yield Row(folder, f"config.json {path}", "vocab_size", size)
     if facts.checkpoint is not None and facts.vocabulary is not None:
         for name in facts.vocabulary.names:
