@@ -259,6 +259,7 @@ MENDS: dict[str, Mend] = {
     "an_infinity_inside_a_layer": copied(WEIGHTS),
     "an_eos_that_was_never_trained": copied(WEIGHTS),
     "new_rows_that_are_all_one_mean": command(BASE="base", VOCAB="model"),
+    "new_rows_of_noise_that_does_not_know_the_model": command(BASE="base", VOCAB="model"),
     "an_old_row_that_a_loop_overwrote": command(VOCAB="vocab"),
     "padding_rows_of_noise": command(BASE="sp", VOCAB="vocab"),
     "a_layer_that_a_copy_damaged": command(VOCAB="model"),

@@ -519,6 +519,16 @@ CODES: dict[str, Code] = {
         "model.norm.weight differs, the adapter was trained on q_proj and v_proj.",
         "lexigraft merge BASE ADAPTER -o MERGED",
     ),
+    "LG710": Code(
+        "warning",
+        "new rows are far longer or far shorter than old ones",
+        "They were started from noise of a fixed size, whatever the size of the model's own rows "
+        "(LLaMA-Factory's noise_init), or from next to nothing. Logits grow with the length of a "
+        "row, so that such tokens are written everywhere or never. `--deep` alone sees it, and "
+        "needs `--base` or a manifest to know what is new.",
+        "new rows have a norm of 0.99, old ones of 0.16.",
+        "lexigraft graft BASE VOCAB -o MODEL",
+    ),
     "LG801": Code(
         "error",
         "the GGUF file cannot be read",

@@ -34,6 +34,10 @@ from lexigraft.manifest import MANIFEST, GraftRecord, NewIds
 
 # How much longer than a usual row the longest padding row may be.
 LONG_PADDING = 2.0
+# New rows are told whose median norm is above twice that of nearly all old rows, or below both a
+# tenth of the usual one and half of the norm of their mean, which a start at the mean of all has.
+FAR_ABOVE, NEARLY_ALL = 2.0, 0.999
+FAR_BELOW, BELOW_MEAN = 0.1, 0.5
 # How many ids of changed rows are told.
 SHOWN_IDS = 20
 
@@ -114,8 +118,11 @@ def _rows(facts: Facts, tensor: Tensor, new: NewIds | None) -> Iterator[Finding]
     """Rows of one table that nothing was learned in, and new rows that are alike."""
     texts = facts.tokens.texts if facts.tokens else {}
     tokens = min(facts.tokens.tokens if facts.tokens else 0, tensor.rows)
-    untrained = {int(i) for i in survey(tensor, tokens).untrained if int(i) in texts}
-    copied = _copied(tensor, [] if new is None else new.below(tensor.rows))
+    known = survey(tensor, tokens).untrained
+    untrained = {int(i) for i in known if int(i) in texts}
+    ids = [] if new is None else new.below(tokens)
+    yield from _new_norms(tensor, tokens, ids, known)
+    copied = _copied(tensor, ids)
     alike = sorted(i for ids in copied.values() for i in ids)
     # An old row that new ones were copied from is no untrained one.
     untrained -= {i for i in untrained if read_rows(tensor, i, i + 1).tobytes() in copied}
@@ -155,6 +162,34 @@ def _copied(tensor: Tensor, ids: Sequence[int]) -> dict[bytes, list[int]]:
         for token_id, row in zip(some.tolist(), block, strict=True):
             seen[row.tobytes()].append(token_id)
     return {row: ids for row, ids in seen.items() if len(ids) > 1}
+
+
+def _new_norms(
+    tensor: Tensor, tokens: int, new: Sequence[int], untrained: npt.NDArray[np.int64]
+) -> Iterator[Finding]:
+    """New rows whose norms lie far outside those of the old rows that were trained."""
+    is_old = np.ones(tokens, bool)
+    is_old[new] = is_old[untrained] = False
+    if not len(new) or not is_old.any():
+        return
+    norms, total = np.zeros(tokens), np.zeros(tensor.shape[1])
+    for first, block in in_blocks(tensor, 0, tokens):
+        rows, here = widened(block), slice(first, first + len(block))
+        norms[here] = lengths(rows)
+        total += rows[is_old[here]].sum(axis=0, dtype=np.float64)
+    mean = float(np.linalg.norm(total / is_old.sum()))
+    usual, most = np.quantile(norms[is_old], (0.5, NEARLY_ALL))
+    found = float(np.median(norms[new]))
+    if found > FAR_ABOVE * most or found < min(FAR_BELOW * usual, BELOW_MEAN * mean):
+        yield finding(
+            "LG710",
+            tensor.name,
+            f"its {len(new):,} new rows have a norm of {found:.3g} (median), old rows one of "
+            f"{usual:.3g}, nearly all below {most:.3g}: new tokens come out "
+            + ("everywhere or nowhere" if found > most else "as if they said nothing"),
+            needed="new rows about as long as old ones",
+            fix="lexigraft graft BASE VOCAB -o MODEL",
+        )
 
 
 def _used_specials(facts: Facts, tensor: Tensor) -> set[int]:
