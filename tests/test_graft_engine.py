@@ -419,3 +419,36 @@ def test_a_wait_whose_end_is_unknown_shows_its_time_and_makes_room_for_bars():
     assert places == sorted(places)
     assert text.rindex("evaluating") > text.rindex("measuring")  # it came back
     assert printed == "measured\nmeasured\n"
+
+
+VERBS = {  # the command, then what it waits for
+    "learn": (
+        "learn('BASE', corpus=['field.txt'], tokens=6, workers=1, output='OUT')",
+        "proving the tokenizer on texts",
+    ),
+    "train": (
+        "train('BASE', corpus=['field.txt'], max_bytes=4000, block_size=64, output='OUT')",
+        "packing texts", "measuring the base", "measuring held-out text", "training",
+    ),
+    "extract": ("extract('TUNED', base='BASE', rank=2, output='OUT')", "extracting"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "verb", [pytest.param(v, marks=[] if v == "learn" else pytest.mark.matrix) for v in VERBS]
+)
+def test_a_wait_whose_end_is_known_shows_a_bar_with_rate_and_time_left(verb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = parts.write_byte_level(Path("BASE"))
+    parts.write_model(base, tokens=382, tied=True)
+    if verb == "extract":
+        parts.write_model(shutil.copytree(base, Path("TUNED")), tokens=382, tied=True, seed=1)
+    Path("field.txt").write_text(parts.corpus_text(documents=120), "utf-8")
+    call, *waits = VERBS[verb]
+    text, _ = on_a_terminal(f"import lexigraft; lexigraft.{call}")
+    counted = r"([\d.,]+)/([\d.,]+) (?:\S*B |bytes )?"
+    rate_and_time = r"(?:\?|[\d.,]+ (?:\S*B|bytes|matrices)/s) \d:\d\d:\d\d"
+    for label in waits:
+        bars = re.findall(rf"{label} +[━╸╺ ]+{counted}{rate_and_time}", text)
+        shares = [float(a.replace(",", "")) / float(b.replace(",", "")) for a, b in bars]
+        assert max(shares) > 0.9, label  # the last document is cut before the last word

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+    from rich.progress import Progress, ProgressColumn, Task
 
 Advance = Callable[[int], None]
 # Embeddings, overrides and isolates of Unicode's bidirectional algorithm (UAX #9).
@@ -76,7 +76,7 @@ def is_watched() -> bool:
 def progress(label: str, total: int, unit: str = "B") -> Iterator[Advance]:
     """A progress bar on standard error; yields `advance(n)`, which counts `n` units more.
 
-    Bytes (`unit="B"`) are shown with their rate and the time left, anything else as a count.
+    Bytes (`unit="B"`) are shown as such, anything else as a count; both with rate and time left.
     Nothing is drawn when quiet or when standard error is no terminal.
     """
     if not is_watched():
@@ -137,10 +137,12 @@ def _columns(unit: str) -> list[ProgressColumn]:
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
     label = TextColumn("{task.description}", markup=False)
     if unit == "B":
@@ -151,4 +153,10 @@ def _columns(unit: str) -> list[ProgressColumn]:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         ]
-    return [label, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()]
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(unit if speed is None else f"{speed:,.1f} {unit}/s")
+
+    return [label, BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from lexigraft.console import working
+from lexigraft.console import progress
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, first_difference, new_ids
 
@@ -135,11 +135,10 @@ def expansion(base: Family, extended: Family) -> dict[int, list[int]]:
     }
 
 
-@working("proving the tokenizer on texts")
 def prove(
     base: Family,
     extended: Family,
-    texts: Iterable[str],
+    texts: Sequence[str],
     spelled: Mapping[int, Sequence[int]] | None = None,
 ) -> Proof:
     """Laws 1, 2, 3 and 5 on `texts`; `spelled` is their `expansion`, where it is known already.
@@ -158,27 +157,29 @@ def prove(
     readers = list(base.engines().items())
     new_readers = extended.engines()
     stream = proof_texts(base, texts)
-    while batch := list(islice(stream, _BATCH)):
-        before, after = _read(readers, new_readers, batch)
-        for place, text in enumerate(batch):
-            count += 1
-            size += len(text.encode())
-            length_before += len(before[0][place])
-            length_after += len(after[0][place])
-            emitted.update(token_id for token_id in after[0][place] if token_id in pieces)
-            whole = base.unknown_id not in before[0][place]
-            unknown += not whole
-            if whole:
-                for old, new in zip(before, after, strict=True):
-                    _prove_coarser(text, old[place], new[place], pieces)
-                    drift += old[place] != new[place] and pieces.keys().isdisjoint(new[place])
-            if all(old[place] == before[0][place] for old in before):
-                if any(new[place] != after[0][place] for new in after):
-                    raise _broken(5, text, "the files of the extended tokenizer differ")
-            else:
-                differences += 1
-            if whole:
-                _prove_decoding(base, extended, text, before[0][place], after[0][place])
+    with progress("proving the tokenizer on texts", sum(len(t.encode()) for t in texts)) as advance:
+        while batch := list(islice(stream, _BATCH)):
+            before, after = _read(readers, new_readers, batch)
+            for place, text in enumerate(batch):
+                count += 1
+                advance(bytes_read := len(text.encode()))
+                size += bytes_read
+                length_before += len(before[0][place])
+                length_after += len(after[0][place])
+                emitted.update(token_id for token_id in after[0][place] if token_id in pieces)
+                whole = base.unknown_id not in before[0][place]
+                unknown += not whole
+                if whole:
+                    for old, new in zip(before, after, strict=True):
+                        _prove_coarser(text, old[place], new[place], pieces)
+                        drift += old[place] != new[place] and pieces.keys().isdisjoint(new[place])
+                if all(old[place] == before[0][place] for old in before):
+                    if any(new[place] != after[0][place] for new in after):
+                        raise _broken(5, text, "the files of the extended tokenizer differ")
+                else:
+                    differences += 1
+                if whole:
+                    _prove_decoding(base, extended, text, before[0][place], after[0][place])
     lengths = Lengths(length_before, length_after, size)
     names = tuple(name for name, _ in readers)
     return Proof(count, drift, names, differences, lengths, emitted, unknown)

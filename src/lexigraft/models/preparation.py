@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lexigraft import families
-from lexigraft.console import note, working
+from lexigraft.console import Advance, note, progress, working
 from lexigraft.corpus import content_digest, read_documents, sources, weighted_documents
 from lexigraft.corpus import held_out as is_held_out
 from lexigraft.errors import LexigraftError
@@ -108,6 +108,11 @@ class Texts:
     held_domain: list[str]
     held_general: list[str]
     sources: dict[str, list[TextSource]]
+
+    @property
+    def held_bytes(self) -> int:
+        """UTF-8 bytes to measure on."""
+        return sum(len(text.encode()) for text in (*self.held_domain, *self.held_general))
 
 
 @dataclass(frozen=True)
@@ -352,22 +357,33 @@ def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | N
             needed="documents to train on",
             fix="give a larger --corpus, or separate texts for --held-out",
         )
-    start, end = start_and_end(family)
     if cache is None:
-        documents = _stream(texts, family, settings)
-        return pack(documents, settings.block_size, start=start, end=end, apart=settings.apart)
+        return _pack(texts, family, settings, None)
     key = {"plan": sha256_json(plan_of(family, texts, settings))}
     if (cache / _KEY).is_file() and read_json(cache / _KEY) == key:
         return packed(cache, settings.block_size)
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
     require_free_space(cache, _PACKED * _planned_bytes(texts, family, settings))
-    documents = _stream(texts, family, settings)
-    blocks = pack(
-        documents, settings.block_size, start=start, end=end, apart=settings.apart, folder=cache
-    )
+    blocks = _pack(texts, family, settings, cache)
     write_json(cache / _KEY, key)  # last: without it, they are not whole
     return blocks
+
+
+def _pack(texts: Texts, family: Family, settings: Settings, folder: Path | None) -> Blocks:
+    start, end = start_and_end(family)
+    size, apart = settings.block_size, settings.apart
+    with progress("packing texts", _planned_bytes(texts, family, settings)) as advance:
+        documents = _told(_stream(texts, family, settings), advance)
+        return pack(documents, size, start=start, end=end, apart=apart, folder=folder)
+
+
+def _told(
+    documents: Iterable[tuple[list[int], int]], advance: Advance
+) -> Iterator[tuple[list[int], int]]:
+    for ids, size in documents:
+        advance(size)
+        yield ids, size
 
 
 def _fitted(texts: Texts, new: NewTokens, room: int) -> Texts:
@@ -478,7 +494,6 @@ def _tell_of_rare_ones(job: Job) -> None:
         )
 
 
-@working("measuring held-out text")
 def measure(job: Subject, model: Any) -> dict[str, float | None]:
     """What `model` makes of held-out text as it is now; None where there is no such text.
 
@@ -486,13 +501,20 @@ def measure(job: Subject, model: Any) -> dict[str, float | None]:
         `domain_bpb` and `general_bpb`, bits per byte; for a model with new tokens also what
         `evidence.shares` says of the domain text.
     """
-    lines = job.family.encode_batch(job.texts.held_domain)
+    field, general = job.texts.held_domain, job.texts.held_general
+    lines, everyday = map(job.family.encode_batch, (field, general))
     watcher = Watcher(job.new, lines)
-    domain = score(
-        model, job.texts.held_domain, lines, start=job.start, new_ids=job.ids, observe=watcher
-    )
-    general = job.texts.held_general
-    apart = score(model, general, job.family.encode_batch(general), start=job.start)
+    with progress("measuring held-out text", job.texts.held_bytes) as advance:
+        domain = score(
+            model,
+            field,
+            lines,
+            start=job.start,
+            new_ids=job.ids,
+            advance=advance,
+            observe=watcher,
+        )
+        apart = score(model, general, everyday, start=job.start, advance=advance)
     found = {
         "domain_bpb": domain.bpb if domain.bytes else None,
         "general_bpb": apart.bpb if apart.bytes else None,
@@ -523,16 +545,20 @@ def base_measure(
         return {"domain_bpb": None, "general_bpb": None}
     start, _ = start_and_end(family)
 
-    def bpb(texts: list[str]) -> float | None:
+    def bpb(texts: list[str], advance: Advance) -> float | None:
         lines = family.encode_batch(texts)
         spelled = [job.new.spelled(line) if base is None else line for line in lines]
         known = [line for line in spelled if line is not None]
         room = context_limit(model) - len(start)
         if not texts or len(known) < len(lines) or max(map(len, known)) > room:
             return None
-        return score(model, texts, known, start=start, rows=rows).bpb
+        return score(model, texts, known, start=start, rows=rows, advance=advance).bpb
 
-    return {"domain_bpb": bpb(job.texts.held_domain), "general_bpb": bpb(job.texts.held_general)}
+    with progress("measuring the base", job.texts.held_bytes) as advance:
+        return {
+            "domain_bpb": bpb(job.texts.held_domain, advance),
+            "general_bpb": bpb(job.texts.held_general, advance),
+        }
 
 
 def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[RowEvidence]:
