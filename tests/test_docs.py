@@ -73,14 +73,36 @@ def test_every_example_is_named_in_the_docs():
     assert [path.name for path in EXAMPLES if f"`examples/{path.name}`" not in text] == []
 
 
+# How the heading of a part ends -> who takes part in it.
+COMPARED = {
+    "more tokens": "lexigraft bpe-continue tokenizer-extension Chinese-LLaMA-Alpaca MedicalGPT "
+    "LLaMA-Factory Axolotl Unsloth",
+    "new rows start": "lexigraft transformers MedicalGPT PEFT Axolotl LLaMA-Factory Unsloth",
+    "merges": "lexigraft PEFT mergekit Axolotl LLaMA-Factory MedicalGPT Chinese-LLaMA-Alpaca",
+}
+
+
+def tables_of_parts(text):
+    """Heading of each part -> the rows of its first table."""
+    found = {}
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        heading, _, rest = part.partition("\n")
+        found[heading] = re.search(r"(?:^\|.*\n)+", rest, re.MULTILINE)[0].splitlines()
+    return found
+
+
 def test_the_comparison_shows_what_its_command_printed():
     page = (ROOT / "docs" / "comparison.md").read_text("utf-8")
-    printed = (ROOT / "bench" / "results" / "comparison.md").read_text("utf-8").splitlines()
+    printed = (ROOT / "bench" / "results" / "comparison.md").read_text("utf-8")
     shown = page.partition("<!-- printed by bench/comparison.py -->\n")[2].partition(
         "<!-- end -->"
     )[0]
-    assert "| lexigraft |" in shown
-    assert [line for line in shown.splitlines() if line not in printed] == []
+    assert [line for line in shown.splitlines() if line not in printed.splitlines()] == []
+    parts = tables_of_parts(printed)
+    assert parts and tables_of_parts(shown) == parts
+    for heading, table in parts.items():
+        (tools,) = (names for end, names in COMPARED.items() if heading.endswith(end))
+        assert [name for name in tools.split() if name not in "\n".join(table)] == [], heading
 
 
 class Links(HTMLParser):
