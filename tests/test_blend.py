@@ -70,14 +70,14 @@ def test_a_fine_tune_blended_with_itself_is_itself(models, tmp_path):
     assert all(torch.equal(ours[name], t) for name, t in weights(one).items())
 
 
-@pytest.mark.parametrize("method", ["linear", "task", "ties", "dare", "slerp"])
+@pytest.mark.parametrize("method", ["linear", "task", "ties", "dare", "della", "slerp"])
 @pytest.mark.parametrize("kept", [0, 1])
 def test_weight_1_and_0_give_each_parent(models, tmp_path, method, kept):
     base, (one, two, _) = models
     pair = [base, two] if method == "slerp" else [one, two]
     numbers = [1.0 - kept, float(kept)]
     options = {"t": numbers[1]} if method == "slerp" else {"weights": numbers}
-    if method in ("ties", "dare"):
+    if method in ("ties", "dare", "della"):
         options["density"] = [1.0]
     blend(pair, base=base, method=method, output=tmp_path / "b", **options)
     ours, parent = weights(tmp_path / "b"), weights(pair[kept])
@@ -250,6 +250,10 @@ def test_the_union_keeps_the_base_s_ids_and_its_tokens_come_out(grown, tmp_path,
     [
         ("linear", 0),
         ("linear", 1),
+        ("della", 1),
+        ("slerp", 0),
+        pytest.param("della", 0, marks=pytest.mark.matrix),
+        pytest.param("slerp", 1, marks=pytest.mark.matrix),
         *(
             pytest.param(method, kept, marks=pytest.mark.matrix)
             for method in ("task", "ties", "dare")
@@ -258,15 +262,14 @@ def test_the_union_keeps_the_base_s_ids_and_its_tokens_come_out(grown, tmp_path,
     ],
 )
 def test_weight_1_gives_the_parent_under_the_union_s_ids(grown, tmp_path, method, kept):
+    """Of slerp, too, which goes from its base to the other: both have words of their own."""
     root, _ = grown
-    blend(
-        [root / "m0", root / "m1"],
-        base=root / "base",
-        method=method,
-        weights=[1 - kept, kept],
-        density=[1.0] if method in ("ties", "dare") else None,
-        output=tmp_path / "b",
-    )
+    pair = [root / "m0", root / "m1"]
+    options = {"t": float(kept)} if method == "slerp" else {"weights": [1 - kept, kept]}
+    if method in ("ties", "dare", "della"):
+        options["density"] = [1.0]
+    start = pair[0] if method == "slerp" else root / "base"
+    blend(pair, base=start, method=method, output=tmp_path / "b", **options)
     union, own = TokenMap.read(tmp_path / "b"), TokenMap.read(root / f"m{kept}")
     ours, parent = weights(tmp_path / "b"), weights(root / f"m{kept}")
     for text, place in own.ids.items():
