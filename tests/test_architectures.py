@@ -313,9 +313,19 @@ def one_thread():
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    base = parts.write_byte_level(folder / "base", vocab_size=TOKENS)
+    base = write_tokenizer(folder / "base")
     assert TokenMap.read(base).tokens == TOKENS
     return base, extend(base, folder / "vocab", 70, literal=1)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One that names no padding: these models have padding ids of their own, or none."""
+    parts.write_byte_level(folder, vocab_size=TOKENS)
+    path = folder / "tokenizer_config.json"
+    stored = json.loads(path.read_text())
+    del stored["pad_token"]
+    path.write_text(json.dumps(stored))
+    return folder
 
 
 def build(kind: str, tied: bool | None, folder: Path, *, rows: int = TOKENS, shards=None):
@@ -341,6 +351,9 @@ def build(kind: str, tied: bool | None, folder: Path, *, rows: int = TOKENS, sha
         settings["tie_word_embeddings"] = tied
     config = getattr(transformers, spec.config)(**settings)
     model = getattr(transformers, spec.model)(config).eval()
+    for stated in (model.config, model.config.get_text_config(decoder=True), model.generation_config):
+        if stated is not None:
+            stated.eos_token_id = TOKENS - 2  # as the tokenizer has it
     with torch.no_grad():  # a bias of zeros could be lost without a trace
         for name, tensor in model.state_dict().items():
             if name.endswith(("lm_head.bias", "final_logits_bias", "predictions.bias",
@@ -423,8 +436,8 @@ def check_a_graft(kind, tied, padding, shards, tokenizer, tmp_path):
     assert new.shape[-1] == 448
     np.testing.assert_allclose(new[..., :TOKENS], old[..., :TOKENS], rtol=1e-4, atol=1e-5)
 
-    errors = [f.line() for f in check(tmp_path / "model").findings if f.severity == "error"]
-    assert not errors
+    findings = check(tmp_path / "model").findings
+    assert [f.line() for f in findings if f.severity != "note"] == []
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     fresh = loaded(f"<term {TOKENS + 69}>", add_special_tokens=False)["input_ids"]
     assert fresh == [TOKENS + 69]

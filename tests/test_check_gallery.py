@@ -1397,6 +1397,65 @@ def an_older_number_in_a_manifest_of_one_step(ground):
     return check(ground.model)
 
 
+def of_a_kind(
+    kind: str, *, rows: int = 0, lora: tuple[str, ...] = (), grown: bool = False
+) -> Broken:
+    """A tiny real model of another architecture, as transformers saves it.
+
+    `rows`: with padding; `lora`: and with an adapter on these layers, as PEFT saves it; `grown`:
+    with tokens that were added to it, and its rows resized, without lexigraft.
+    """
+
+    def make(ground: Ground) -> CheckResult:
+        import test_architectures as architectures
+
+        folder = architectures.write_tokenizer(ground.base.parent / kind)
+        tied = architectures.KINDS[kind].tied[0]
+        model = architectures.build(kind, tied, folder, rows=rows or architectures.TOKENS)
+        if grown:
+            add_token(folder, "<|user|>", architectures.TOKENS)
+            model.resize_token_embeddings(architectures.TOKENS + 1, mean_resizing=False)
+            model.save_pretrained(folder)
+        adapter = None
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            adapter = folder.parent / "adapter"
+            config = LoraConfig(r=2, target_modules=list(lora), base_model_name_or_path=kind)
+            get_peft_model(model, config).save_pretrained(adapter)
+        return check(folder, adapter=adapter, deep=True)
+
+    return make
+
+
+HEALTHY |= {
+    "a_mixture_of_experts": of_a_kind("mixtral"),
+    "a_padded_qwen_and_an_adapter": of_a_kind("qwen3", rows=384, lora=("q_proj", "v_proj")),
+    "a_gemma_that_sees": of_a_kind("gemma3", rows=384),
+}
+OTHER_KINDS: dict[str, Broken] = {
+    "a padded Qwen of experts and an adapter": of_a_kind("qwen2_moe", rows=384, lora=("q_proj",)),
+    "a Gemma that others extended": of_a_kind("gemma3_text", grown=True),
+    "an older Gemma": of_a_kind("gemma2", lora=("q_proj", "o_proj")),
+    "a Llava with an adapter": of_a_kind("llava", lora=("q_proj",)),
+    "a Qwen that sees": of_a_kind("qwen2_vl", rows=384),
+    "a Qwen that others extended": of_a_kind("qwen2", grown=True),
+    "DeepSeek's experts": of_a_kind("deepseek_v3", rows=384),
+    "GPT-2 with Conv1D and an adapter": of_a_kind("gpt2", lora=("c_attn",)),
+    "GPT-NeoX": of_a_kind("gpt_neox", rows=384, lora=("query_key_value",)),
+    "Falcon": of_a_kind("falcon"),
+    "T5": of_a_kind("t5", rows=384),
+    "BERT": of_a_kind("bert"),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_no_other_kind_of_model_has_a_finding_above_a_note(ground, name):
+    result = OTHER_KINDS[name](ground)
+    assert [f for f in result.findings if f.severity != "note"] == [], result.lines()
+
+
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_healthy_folder_has_a_finding_above_a_note(ground, name):
     result = HEALTHY[name](ground)
