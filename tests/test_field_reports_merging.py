@@ -105,12 +105,20 @@ def test_B50_asked_by_name_rows_that_the_training_cut_off_are_left_out(tmp_path)
         merge(base, [adapter, adapter], trim=True, output=tmp_path / "no")
 
 
-def test_B53_swapped_tokenizers_of_a_stack_are_named(tmp_path):
-    """The first adapter's folder holds the second one's tokenizer, with one token more."""
+def test_B53_swapped_tokenizers_of_a_stack_are_named(tmp_path, capsys):
+    """The first adapter's folder holds the second one's tokenizer, with one token more; or the
+    second the first one's: rows beyond the tokens may be padding, so that is told, not refused."""
     first = adapter_parts.scene(tmp_path / "1", "saved-both", tied=False)
     adapter_parts.extended_tokenizer(first.base, first.adapter, added=ADDED + 1)
-    with pytest.raises(LexigraftError, match=f"has {ROWS} rows for a tokenizer of {ROWS + 1}"):
+    file = first.adapter / "tokenizer.json"
+    with pytest.raises(
+        LexigraftError, match=f"has {ROWS} rows for a tokenizer of {ROWS + 1} tokens .{file}"
+    ):
         merge(first.base, first.adapter, output=tmp_path / "merged")
+    adapter_parts.extended_tokenizer(first.base, first.adapter, added=ADDED - 1)
+    merge(first.base, first.adapter, output=tmp_path / "merged")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"has {ROWS} rows, {file} {ROWS - 1} tokens: the rows beyond" in told
 
 
 def test_B53_adapters_of_a_stack_go_in_in_the_order_of_their_training(tmp_path, capsys):
@@ -310,6 +318,20 @@ def test_B64_weights_act_where_the_adapter_has_the_token(siblings, tmp_path):
         assert torch.equal(both[ids.ids[text]], alone[place]), text
 
 
+def test_B64_tokens_that_several_adapters_have_trained_are_told(siblings, tmp_path, capsys):
+    root = siblings
+    adapters = [root / "ax", root / "ay"]
+    merge(root / "base", adapters, weights=[1, 0], output=tmp_path / "one")
+    assert "several adapters" not in capsys.readouterr().err  # of one with weight 0 nothing goes in
+    merge(root / "base", adapters, weights=[1, 1], output=tmp_path / "b")
+    own = [TokenMap.read(folder) for folder in adapters]
+    both = [t for t in own[0].ids if own[0].ids[t] >= TOKENS and t in own[1].ids]
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{len(both)} new tokens have rows in several adapters" in told
+    ids = TokenMap.read(tmp_path / "b").ids
+    assert all(repr(text) in told for text in sorted(both, key=ids.__getitem__)[:5])
+
+
 # --- stage 6: whole models -----------------------------------------------------------------------
 
 
@@ -355,8 +377,11 @@ def test_B68_a_row_that_is_no_number_stops_the_blend(tmp_path):
     other = shutil.copytree(base, tmp_path / "other")
     row = np.full(table(base).shape[1], np.nan, np.float32)
     parts.overwrite_row(other, EMBED, 371, row.tobytes())
-    with pytest.raises(LexigraftError, match=f"{EMBED} is not finite"):
+    with pytest.raises(LexigraftError, match=f"{EMBED} is not finite") as caught:
         blend([base, other], base=base, method="task", output=tmp_path / "b")
+    text = TokenMap.read(base).texts.get(371)
+    where = f"the row of {text!r}" if text else "row 371"
+    assert caught.value.found.endswith(f"in {where} of {other}")
     assert not list(tmp_path.glob("b.*"))
 
 
@@ -371,8 +396,11 @@ def test_B70_every_format_of_the_base_holds_the_union(siblings, tmp_path):
         learn(base, corpus=[tmp_path / f"{name}.txt"], tokens=20, min_count=5, output=vocab)
         graft(base, vocab, output=tmp_path / f"m{name}")
     models = [tmp_path / "mx", tmp_path / "my"]
-    blend(models, base=base, method="linear", output=tmp_path / "b")
+    result = blend(models, base=base, method="linear", output=tmp_path / "b")
     assert {"tokenizer.model", "tokenizer.json"} <= {f.name for f in (tmp_path / "b").iterdir()}
+    told = result.to_json()["formats"]
+    assert {"tokenizer.model", "tokenizer.json"} <= set(told["files"])
+    assert str(base) in told["why"] and told["why"] in "".join(result.lines())
     assert check(tmp_path / "b").ok
 
 
@@ -382,6 +410,7 @@ def test_B70_nested_configs_state_the_rows_of_the_union(siblings, tmp_path):
     _, base = image_text_model(tmp_path / "base")
     graft(base, siblings / "x", output=tmp_path / "grown")
     result = blend([tmp_path / "grown", base], base=base, method="linear", output=tmp_path / "b")
+    assert f"copied from {tmp_path / 'grown'}" in "".join(result.lines())
     config = config_of(tmp_path / "b")
     assert config["text_config"]["vocab_size"] == result.rows > TOKENS
     assert "vocab_size" not in config

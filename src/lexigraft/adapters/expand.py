@@ -26,6 +26,7 @@ from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.fit import ids_in_use
 from lexigraft.checkpoints.growth import Growth, Survey, survey
 from lexigraft.checkpoints.rows import read_rows
+from lexigraft.console import note
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap, aligned
 from lexigraft.manifest import ExtractRecord, GraftRecord
@@ -217,11 +218,18 @@ def _growth(
         )
     needed = tokenizer.trained if tokenizer.trained is not None else first
     if known and known < needed:
+        file = tokenizer.file if tokens == needed else adapter.folder
         misfits.add(
             str(adapter.weights),
-            f"has {known:,} rows for a tokenizer of {needed:,} tokens",
+            f"has {known:,} rows for a tokenizer of {needed:,} tokens ({file})",
             "a row for every token",
             "name the tokenizer that the adapter was trained with: --tokenizer FOLDER",
+        )
+    if tokenizer.trained == tokens and known > max(before, tokens):
+        note(
+            f"{adapter.weights} has {known:,} rows, {tokenizer.file} {tokens:,} tokens: the rows "
+            "beyond them are taken for padding; if they were trained, that is another model's "
+            "tokenizer"
         )
     return Growth(
         before,

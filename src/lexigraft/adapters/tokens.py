@@ -89,6 +89,12 @@ class TokenizerChoice:
         """True when it has tokens that the base's lacks."""
         return self.map.tokens > self.base.tokens
 
+    @property
+    def file(self) -> Path:
+        """The file that a message can name: the first of its vocabulary."""
+        files = (self.folder / name for name in _VOCABULARY_FILES)
+        return next((path for path in files if path.is_file()), self.folder)
+
     def copy(self, base: Path, target: Path) -> None:
         """Write its full set of files into `target`, byte for byte.
 

@@ -41,6 +41,7 @@ from lexigraft.checkpoints.rows import (
     read_rows,
     runs,
 )
+from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, aligned
 
@@ -212,6 +213,7 @@ def weighted_plan(
             written.append(WeightedRows(name, checkpoint.tensors[stored], growth, parts, rounding))
     for rows in written:
         _require_rows(rows, tokens)
+    _say_shared(written, tokens)
     tables = [rows.planned() for rows in written]
     plan = with_tables(plan, tables, vocabulary, tied=tied)
     return with_labels(plan, _heads(adapters, rounding)), tuple(written), tied
@@ -256,6 +258,23 @@ def _require_rows(rows: WeightedRows, tokens: TokenMap) -> None:
                 needed="a sum above 0: the base has no row of it to be changed",
                 fix="weigh these adapters with positive numbers",
             )
+
+
+def _say_shared(written: Sequence[WeightedRows], tokens: TokenMap) -> None:
+    """Tell of new tokens with a row in several adapters: none of these rows stays as it is."""
+    shared = {
+        token_id
+        for rows in written
+        for token_id in range(rows.growth.first_id, rows.growth.tokens)
+        if token_id in tokens.texts
+        and sum(weight != 0 and places[token_id] >= 0 for weight, _, places in rows.parts) > 1
+    }
+    if shared:
+        first = ", ".join(repr(tokens.texts[token_id]) for token_id in sorted(shared)[:5])
+        note(
+            f"{len(shared):,} new tokens have rows in several adapters and get their weighted "
+            f"mean: {first}"
+        )
 
 
 def _places(result: TokenMap, own: TokenMap) -> npt.NDArray[np.int64]:

@@ -34,10 +34,12 @@ class Union:
     Attributes:
         map: its token map.
         left_out: tokens of the others that the base's merges leave no way to.
+        copied: the folder whose files are the union already; None where the base's were extended.
     """
 
     map: TokenMap
     left_out: tuple[str, ...] = ()
+    copied: Path | None = None
 
 
 def left_out_lines(tokens: Sequence[str], whose: str = "the base") -> list[str]:
@@ -67,7 +69,7 @@ def write_union(base: Path, others: Sequence[Path], target: Path) -> Union:
     for folder, whole in ((base, base_map), *zip(others, maps, strict=True)):
         if first_difference(base_map, whole) is None and whole.ids.keys() >= wanted:
             copy_tokenizer(folder, target)
-            return Union(whole)
+            return Union(whole, copied=folder)
     return _write(families.load(base), others, maps, target)
 
 

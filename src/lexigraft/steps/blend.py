@@ -61,6 +61,19 @@ _TYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
+class Formats:
+    """In which files a tokenizer is written.
+
+    Attributes:
+        files: their names.
+        why: what decided it.
+    """
+
+    files: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class BlendResult:
     """What `blend` wrote.
 
@@ -73,6 +86,7 @@ class BlendResult:
         left_out: tokens that its merges leave no way to.
         tied: its head is its input embedding.
         tensors: how many tensors were blended.
+        formats: the files of its tokenizer, and why these.
         plan: with `dry_run`, every tensor with its old and new shape and bytes.
     """
 
@@ -84,6 +98,7 @@ class BlendResult:
     left_out: tuple[str, ...]
     tied: bool
     tensors: int
+    formats: Formats
     plan: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +112,7 @@ class BlendResult:
             "left_out": list(self.left_out),
             "tied": self.tied,
             "tensors": self.tensors,
+            "formats": {"files": list(self.formats.files), "why": self.formats.why},
         }
         return found if self.plan is None else {**found, "plan": self.plan}
 
@@ -115,6 +131,7 @@ class BlendResult:
         return [
             *plan,
             *lost,
+            f"tokenizer in {', '.join(self.formats.files)}: {self.formats.why}",
             f"{done} {self.output}: {self.method} of {self.tensors} tensors, {self.rows:,} rows "
             f"for {self.tokens:,} tokens ({self.added:,} of them added), {tie}",
         ]
@@ -131,6 +148,7 @@ class _Job:
     tokens: TokenMap
     tokenizer: Path
     left_out: tuple[str, ...]
+    formats: Formats
     growth: Growth
     tied: bool
     plan: Plan
@@ -193,6 +211,7 @@ def blend(
             job.left_out,
             job.tied,
             job.blended,
+            job.formats,
             job.plan.to_json() if dry_run else None,
         )
         if not dry_run:
@@ -267,6 +286,12 @@ def _prepare(settings: Settings, models: Sequence[Model], scratch: Path) -> _Job
         union.map,
         scratch,
         union.left_out,
+        Formats(
+            tuple(sorted(path.name for path in scratch.iterdir())),
+            f"copied from {union.copied}, whose tokenizer is the union"
+            if union.copied
+            else f"those that {anchor.folder} has, each extended to the union",
+        ),
         growth,
         tied,
         plan,
@@ -307,7 +332,7 @@ def _plan(
         name, kind = aligned.name, settings.dtype or dtype
         numbers = settings.of(name, place.get(name, 0.0))
         blended = Blended(aligned, settings, numbers, anchor, new_padding, chat_ids)
-        made = Compute(data_bytes(kind, shape), partial(_stored, blended, kind))
+        made = Compute(data_bytes(kind, shape), partial(_stored, blended, kind, tokens))
         return PlannedTensor(name, kind, shape, (made,))
 
     body = [
@@ -332,18 +357,33 @@ def _has_head(models: Sequence[Model]) -> bool:
     return any(model.vocabulary.heads or model.vocabulary.tied for model in models)
 
 
-def _stored(blended: Blended, dtype: str) -> Iterator[npt.NDArray[Any]]:
+def _stored(blended: Blended, dtype: str, tokens: TokenMap) -> Iterator[npt.NDArray[Any]]:
     """The data of one tensor of the result, block by block."""
     for rows in blended.blocks():
         with np.errstate(over="ignore"):  # found here, with its name
             stored = np.ascontiguousarray(rows.astype(numpy_dtype(dtype)))
         if not all_finite(stored, dtype):
             raise LexigraftError(
-                f"{blended.aligned.name} is not finite after the blend",
+                _not_finite(blended, tokens)
+                or f"{blended.aligned.name} is not finite after the blend",
                 needed=f"finite numbers in every model, and a result within {dtype}",
                 fix="lexigraft check MODEL --deep for each of the models",
             )
         yield stored
+
+
+def _not_finite(blended: Blended, tokens: TokenMap) -> str | None:
+    """Which model brings a number that is not finite, and in which row; None where none does."""
+    aligned, names = blended.aligned, (*blended.settings.models, blended.settings.base)
+    for start, stop in aligned.ranges:
+        for name, rows in zip(names, aligned.read(start, stop)[0], strict=True):
+            bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
+            if len(bad):
+                row = start + int(bad[0])
+                text = None if aligned.places is None else tokens.texts.get(row)
+                where = f"row {row}" if text is None else f"the row of {text!r}"
+                return f"{aligned.name} is not finite in {where} of {name}"
+    return None
 
 
 def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
