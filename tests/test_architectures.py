@@ -351,11 +351,8 @@ def build(kind: str, tied: bool | None, folder: Path, *, rows: int = TOKENS, sha
         settings["tie_word_embeddings"] = tied
     config = getattr(transformers, spec.config)(**settings)
     model = getattr(transformers, spec.model)(config).eval()
-    for stated in (
-        model.config,
-        model.config.get_text_config(decoder=True),
-        model.generation_config,
-    ):
+    generation = getattr(model, "generation_config", None)
+    for stated in (model.config, model.config.get_text_config(decoder=True), generation):
         if stated is not None:
             stated.eos_token_id = TOKENS - 2  # as the tokenizer has it
     with torch.no_grad():  # a bias of zeros could be lost without a trace
