@@ -19,6 +19,8 @@ import adapter_parts
 from adapter_parts import ADDED, FORMS, NEW, TOKENS
 from adapter_parts import tensors as weights
 from lexigraft import merge
+from lexigraft.adapters import merging
+from lexigraft.adapters import tokens as adapter_tokens
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import TokenMap
@@ -651,6 +653,34 @@ def test_new_ids_that_are_not_those_of_the_manifest_are_caught(tmp_path):
     one["content"], other["content"] = other["content"], one["content"]
     path.write_text(json.dumps(data))
     refused(scene.base, scene.adapter, tmp_path / "merged", "not the one that its manifest names")
+
+
+def test_what_is_written_is_held_against_the_plan(tmp_path, monkeypatch):
+    """The tokenizer id by id, and every place of the config; a fault leaves no output."""
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    output = tmp_path / "merged"
+    copied, edited = adapter_tokens.copy_tokenizer, merging.edit_config
+
+    def copy_another(folder, target):
+        copied(folder, target)
+        permuted(target)
+
+    def edit_one_place(*arguments, **options):
+        return edited(*arguments, **options) | {"text_config": {"vocab_size": TOKENS}}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_tokens, "copy_tokenizer", copy_another)
+        fault = refused(scene.base, scene.adapter, output, "not the one that its rows were made")
+        assert "id 300 is" in fault.found
+    config = json.loads((scene.base / "config.json").read_text())
+    config["text_config"] = {"vocab_size": TOKENS}
+    (scene.base / "config.json").write_text(json.dumps(config))
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "edit_config", edit_one_place)
+        refused(scene.base, scene.adapter, output, f"text_config.vocab_size {TOKENS}")
+    assert merge(scene.base, scene.adapter, output=output)
+    written = json.loads((output / "config.json").read_text())
+    assert written["vocab_size"] == written["text_config"]["vocab_size"] == TOKENS + ADDED
 
 
 def test_another_base_with_the_same_tokenizer_is_noticed(tmp_path, capsys):

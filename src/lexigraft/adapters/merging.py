@@ -219,7 +219,9 @@ def write(job: Job, folder: Path, record: Any) -> None:
         )
     Manifest(records=job.records()).plus(record).write(folder)
     _copy_new_tokens(job, folder)
-    require_consistent(folder, rows=job.growth.rows, tokens=job.tokenizer.map.tokens)
+    require_consistent(
+        folder, rows=job.growth.rows, tokens=job.tokenizer.map, vocabulary=job.vocabulary
+    )
 
 
 def _write_configs(job: Job, folder: Path) -> None:

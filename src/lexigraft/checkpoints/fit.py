@@ -63,21 +63,44 @@ def open_whole(folder: Path) -> tuple[Checkpoint, VocabularyTensors]:
     return checkpoint, vocabulary
 
 
-def require_consistent(folder: Path, *, rows: int, tokens: int) -> None:
-    """Reopen what was written: rows of each vocabulary tensor == config == `rows` >= `tokens`.
+def require_consistent(
+    folder: Path, *, rows: int, tokens: TokenMap, vocabulary: VocabularyTensors
+) -> None:
+    """Reopen what was written: rows of each vocabulary tensor == config == `rows` >= tokens.
+
+    Args:
+        folder: the result.
+        rows: what was planned.
+        tokens: the tokenizer that was planned; the written one has to be it, id by id.
+        vocabulary: of the input: all places of its config that told its rows tell `rows` now.
 
     Raises:
         LexigraftError: they are not.
     """
     written = Checkpoint.open(folder)
-    vocabulary = vocabulary_of(written)
-    stated = config_rows(written, vocabulary)
-    if not vocabulary.rows == stated == rows >= tokens:
+    found = vocabulary_of(written)
+    main, *others = vocabulary.config_paths
+    stated = {".".join(path): get(written.config, path) for path in others}
+    stated[".".join(main)] = config_rows(written, found)
+    own = TokenMap.read(folder)
+    wrong = [f"{key} {value}" for key, value in stated.items() if value != rows]
+    if wrong or found.rows != rows or rows < own.tokens:
         raise LexigraftError(
-            f"the result has {vocabulary.rows:,} rows, its config says {stated}, its tokenizer "
-            f"has {tokens:,} tokens",
+            f"the result has {found.rows:,} rows, its config says "
+            f"{', '.join(wrong) or f'{rows:,}'}, its tokenizer has {own.tokens:,} tokens",
             needed=f"{rows:,} rows, in the config too, and one for every token",
             fix="report this with the config.json of every input",
+        )
+    if own.hash != tokens.hash:
+        moved = min(dict(own.texts.items() ^ tokens.texts.items()))
+        there, wanted = (
+            repr(one.texts[moved]) if moved in one.texts else "nothing" for one in (own, tokens)
+        )
+        raise LexigraftError(
+            f"the tokenizer of the result is not the one that its rows were made for: id {moved} "
+            f"is {there}",
+            needed=f"{wanted} under id {moved}",
+            fix="report this with the tokenizer files of every input",
         )
 
 

@@ -293,7 +293,7 @@ def _write(job: _Job, number: int, folder: Path) -> None:
         versions=versions(["lexigraft", "numpy"]),
     )
     Manifest(records=[record]).begin(folder)
-    require_consistent(folder, rows=job.rows, tokens=job.tokens.tokens)
+    require_consistent(folder, rows=job.rows, tokens=job.tokens, vocabulary=model.vocabulary)
 
 
 def _keep_settings(model: Model, folder: Path) -> None:

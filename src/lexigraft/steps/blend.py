@@ -408,7 +408,9 @@ def _write(job: _Job, folder: Path) -> None:
     if job.settings.how.kind == "chat-vector":
         _take_chat(job, folder)
     _write_manifest(job, folder)
-    require_consistent(folder, rows=job.growth.rows, tokens=TokenMap.read(folder).tokens)
+    require_consistent(
+        folder, rows=job.growth.rows, tokens=job.tokens, vocabulary=job.anchor.vocabulary
+    )
 
 
 def _write_config(job: _Job, folder: Path) -> None:

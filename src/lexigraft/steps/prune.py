@@ -324,7 +324,9 @@ def prune(
                 for adapter, name in zip(opened, names, strict=True):
                     (partial / name).mkdir(parents=True)
                     remap_adapter(adapter, job.moving, tokenizer, partial / name)
-                require_consistent(partial, rows=job.rows, tokens=pruned.map.tokens)
+                require_consistent(
+                    partial, rows=job.rows, tokens=pruned.map, vocabulary=job.vocabulary
+                )
     return result
 
 
