@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import parts
+from lexigraft.checkpoints import write
 from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from lexigraft.checkpoints.growth import Growth, grown, survey
 from lexigraft.checkpoints.header import DTYPE_BITS, header_bytes, read_header
@@ -507,6 +508,39 @@ def test_a_file_that_shrinks_while_it_is_copied_is_an_error(copy_of, tmp_path):
     out.mkdir()
     with pytest.raises(LexigraftError, match="became shorter"):
         write_plan(plan, out)
+
+
+@pytest.mark.parametrize(
+    ("way", "time", "what"),
+    [
+        ("_write", 0, "the header of model-00003"),
+        ("_write", 2, r"lm_head\.weight of model-00003"),
+        ("_copy", 0, r"model\.norm\.weight of model-00003"),
+        ("_copy", 1, "the file of model-00001"),
+    ],
+)
+def test_a_replay_tells_what_is_not_on_the_disk(sharded, tmp_path, monkeypatch, way, time, what):
+    """Header, computed and copied values of one file, and another file that is copied whole."""
+    head = computed("lm_head.weight", ramp(96, 32))
+    plan = Plan.of(Checkpoint.open(sharded)).replace([head])
+    calls = []
+    done = getattr(write, way)
+
+    def damaging(*arguments):
+        calls.append(way)
+        done(*arguments)
+        if len(calls) == time + 1:
+            stream = next(one for one in arguments if hasattr(one, "seek"))
+            stream.seek(-4, os.SEEK_CUR)
+            stream.write(b"\xab\xcd\xef\x99")
+
+    monkeypatch.setattr(write, "_cloned", lambda source, target: False)
+    with monkeypatch.context() as patched:
+        patched.setattr(write, way, damaging)
+        with pytest.raises(LexigraftError, match=f"{what}.* is not what was written"):
+            write_plan(plan, tmp_path, threads=1, replay=True)
+    (tmp_path / "right").mkdir()
+    write_plan(plan, tmp_path / "right", replay=True)
 
 
 def test_links_point_to_the_file_behind_a_symlink(sharded, tmp_path):

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapter_parts
-from adapter_parts import ADDED, FORMS, NEW, TOKENS
+from adapter_parts import ADDED, FORMS, HAN, NEW, TOKENS
 from adapter_parts import tensors as weights
 from lexigraft import merge
 from lexigraft.adapters import merging
 from lexigraft.adapters import tokens as adapter_tokens
+from lexigraft.checkpoints import write as writing
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import TokenMap
@@ -1131,6 +1132,53 @@ def test_the_proof_tells_a_wrong_result(tmp_path):
     right = compare_merged(scene.base, scene.adapter, tmp_path / "merged", **numbers)
     wrong = compare_merged(scene.base, scene.adapter, scene.grafted, **numbers)
     assert right.difference < right.limit < wrong.difference
+
+
+def test_a_proof_reads_back_what_was_written(tmp_path, monkeypatch):
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    copied = writing._copy
+
+    def damage(path, begin, count, stream, advance):
+        copied(path, begin, count, stream, advance)
+        stream.seek(-4, os.SEEK_CUR)
+        stream.write(b"\xab\xcd\xef\x99")
+
+    monkeypatch.setattr(writing, "_copy", damage)
+    with pytest.raises(LexigraftError, match="read back, is not what was written"):
+        merge(scene.base, scene.adapter, output=tmp_path / "merged", prove=True)
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("on_text", [False, True])
+def test_a_failed_proof_leaves_no_output(tmp_path, monkeypatch, on_text):
+    """One number of the result is another than was computed: of a norm, or of a word of the text."""
+    from lexigraft.models import proof
+
+    scene = adapter_parts.scene(tmp_path, "saved-both", tied=False)
+    text = HAN[:2]
+    place = ("model.embed_tokens.weight", TokenMap.read(scene.adapter).ids[text])
+    name, row = place if on_text else ("model.norm.weight", 0)
+    written = merging.write_plan
+
+    def write_another(plan, folder, **options):
+        written(plan, folder, **options)
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        tensors[name][row] += 10
+        save_file(tensors, path, {"format": "pt"})
+
+    if on_text:  # what is drawn holds no new token now
+        drawn = proof._drawn
+        monkeypatch.setattr(proof, "_drawn", lambda old, new: drawn(200, ()))
+        monkeypatch.setattr(proof, "TEXT", text)
+    monkeypatch.setattr(merging, "write_plan", write_another)
+    with pytest.raises(LexigraftError, match="logits of the result differ"):
+        merge(scene.base, scene.adapter, output=tmp_path / "merged", prove=True)
+    assert not list(tmp_path.glob("merged*"))
+    monkeypatch.undo()
+    assert (
+        merge(scene.base, scene.adapter, output=tmp_path / "merged", prove=True).difference < 1e-4
+    )
 
 
 STRANGE = [None, True, -1, 2**70, "", "\x1b[31m", [], [[]], {}, {"a": {}}, 1e308, "x" * 1000]

@@ -200,14 +200,21 @@ def say_if_other_base(checkpoint: Checkpoint, adapter: Adapter, tokenizer: Token
             )
 
 
-def write(job: Job, folder: Path, record: Any) -> None:
+def write(job: Job, folder: Path, record: Any, *, replay: bool = False) -> None:
     """Write the model into `folder`: weights, configs, tokenizer, and a manifest with `record`.
 
+    Args:
+        job: what to write.
+        folder: an existing, empty folder.
+        record: what the manifest tells of it.
+        replay: read the weights back: see `write_plan`.
+
     Raises:
-        LexigraftError: a result is not finite, the disk is full, or an input changed meanwhile.
+        LexigraftError: a result is not finite or not what was planned, the disk is full, or an
+            input changed meanwhile.
     """
     with progress("merging", total=sum(file.bytes for file in job.plan.files)) as advance:
-        write_plan(job.plan, folder, threads=WRITERS, advance=advance)
+        write_plan(job.plan, folder, threads=WRITERS, advance=advance, replay=replay)
     for name in copy_side_files(job.checkpoint, folder):
         note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
     _write_configs(job, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from lexigraft.checkpoints.checkpoint import INDEX
 from lexigraft.checkpoints.header import raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedFile
 from lexigraft.console import Advance
+from lexigraft.errors import LexigraftError
 from lexigraft.files import changed, require_free_space, write_json
 
 # What a call copies stays in the processor's cache: 64 MB at a time cost twice the CPU seconds.
@@ -41,6 +43,7 @@ def write_plan(
     threads: int | None = None,
     advance: Advance | None = None,
     meanwhile: Callable[[], None] | None = None,
+    replay: bool = False,
 ) -> tuple[int, int]:
     """Write the shards and the index of `plan` into the folder `out`.
 
@@ -58,9 +61,11 @@ def write_plan(
             the disk, others are copied.
         advance: called with every number of bytes written (or linked).
         meanwhile: called once, in the caller's thread, while the others write.
+        replay: read each file back and hold every tensor against what it was made of.
 
     Raises:
-        LexigraftError: the disk lacks room, or an input became shorter.
+        LexigraftError: the disk lacks room, an input became shorter, or a file does not hold what
+            was written to it.
     """
     require_free_space(out, plan.sizes(link=link)[1] + SIDE_FILES_BYTES)
     stopped = threading.Event()
@@ -75,7 +80,7 @@ def write_plan(
     with ThreadPoolExecutor(workers) as pool:
         # Computed values take longest: they come first, so that they are not what is waited for.
         files = sorted(plan.files, key=lambda file: file.verbatim is not None)
-        jobs = [pool.submit(_write_file, file, out, link, step) for file in files]
+        jobs = [pool.submit(_write_file, file, out, link, step, replay) for file in files]
         try:
             if meanwhile is not None:
                 meanwhile()
@@ -96,12 +101,15 @@ def _ignore(count: int) -> None:
     """`advance` where nobody is watching."""
 
 
-def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> tuple[int, int]:
+def _write_file(
+    file: PlannedFile, out: Path, link: bool, advance: Advance, replay: bool
+) -> tuple[int, int]:
     target = out / file.name
     if link and file.verbatim is not None and _linked(file.verbatim, target):
         _require_size(target, file)
         advance(file.bytes)
         return 0, 0
+    computed: list[bytes] | None = [] if replay else None
     with target.open("xb", buffering=0) as stream:  # mode 0666 & ~umask, as any other file
         if file.verbatim is not None:
             if _cloned(file.verbatim, stream):
@@ -112,9 +120,11 @@ def _write_file(file: PlannedFile, out: Path, link: bool, advance: Advance) -> t
         else:
             _write(stream, file.head, advance)
             for run in _runs(part for tensor in file.tensors for part in tensor.parts):
-                _write_part(run, stream, advance)
+                _write_part(run, stream, advance, computed)
         size = stream.tell()
         os.fsync(stream.fileno())
+    if computed is not None:
+        _replay(file, target, computed)
     return sum(tensor.bytes_copied for tensor in file.tensors), size
 
 
@@ -147,17 +157,76 @@ def _cloned(source: Path, target: BinaryIO) -> bool:
     return True
 
 
-def _write_part(part: tuple[Path, int, int] | Compute, stream: BinaryIO, advance: Advance) -> None:
+def _replay(file: PlannedFile, target: Path, computed: Iterable[bytes]) -> None:
+    """Hold a file, read from the disk, against its sources and the digests of what was computed."""
+    digests = iter(computed)
+    with target.open("rb", buffering=0) as stream:
+        if sys.platform.startswith("linux"):  # what is on the disk, not what memory has of it
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if file.verbatim is not None:
+            if not _equal(stream, file.verbatim, 0, file.bytes):
+                raise _damaged(target, "the file")
+            return
+        if stream.read(len(file.head)) != file.head:
+            raise _damaged(target, "the header")
+        for tensor in file.tensors:
+            for part in tensor.parts:
+                if isinstance(part, CopyRows):
+                    same = _equal(stream, part.tensor.path, part.begin, part.bytes)
+                else:
+                    digest = hashlib.sha256()
+                    for block in _blocks(stream, part.bytes):
+                        digest.update(block)
+                    same = digest.digest() == next(digests)
+                if not same:
+                    raise _damaged(target, tensor.name)
+
+
+def _equal(stream: BinaryIO, path: Path, begin: int, count: int) -> bool:
+    """Whether the next `count` bytes of `stream` are those of `path` from byte `begin` on."""
+    with path.open("rb", buffering=0) as source:
+        source.seek(begin)
+        pairs = zip(_blocks(stream, count), _blocks(source, count), strict=True)
+        return all(one == other for one, other in pairs)
+
+
+def _blocks(stream: BinaryIO, count: int) -> Iterator[bytes]:
+    """The next `count` bytes, or fewer at the end of the file, in blocks of one size."""
+    while count > 0:
+        block = stream.read(min(count, BUFFER_BYTES))
+        count -= len(block) or count
+        yield block
+
+
+def _damaged(target: Path, what: str) -> LexigraftError:
+    return LexigraftError(
+        f"{what} of {target.name}, read back, is not what was written",
+        needed="a disk that gives back what it was given, and inputs that stay as they are",
+        fix="run the command again, and look at the disk if it says the same",
+    )
+
+
+def _write_part(
+    part: tuple[Path, int, int] | Compute,
+    stream: BinaryIO,
+    advance: Advance,
+    computed: list[bytes] | None,
+) -> None:
+    """Write a part; the digest of what was computed, as it was handed over, joins `computed`."""
     if not isinstance(part, Compute):
         _copy(*part, stream, advance)
         return
-    left = part.bytes
+    left, digest = part.bytes, hashlib.sha256()
     for block in part.blocks():
         data = raw(block)
         left -= len(data)
         if left < 0:
             break
+        if computed is not None:
+            digest.update(data)
         _write(stream, data, advance)
+    if computed is not None:
+        computed.append(digest.digest())
     if left:
         raise ValueError(f"{abs(left)} bytes too {'few' if left > 0 else 'many'} computed")
 

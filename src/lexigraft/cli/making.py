@@ -427,7 +427,7 @@ def merge(
     ] = False,
     max_shard_size: MaxShardSize = None,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Compare logits with the unmerged model.")
+        bool, typer.Option("--prove", help="Read it back; compare logits with the unmerged model.")
     ] = False,
     force: Force = False,
     dry_run: DryRun = False,

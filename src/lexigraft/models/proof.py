@@ -13,10 +13,15 @@ import numpy as np
 import torch
 
 from lexigraft.checkpoints.header import numpy_dtype
-from lexigraft.console import working
+from lexigraft.console import note, working
+from lexigraft.errors import LexigraftError
+from lexigraft.families import load
+from lexigraft.manifest import Manifest
 from lexigraft.models.load import load_model, quiet_transformers
 
 SEQUENCES, LENGTH = 4, 64
+# Read where no manifest keeps a text.
+TEXT = "The patient was treated for pneumonia. 患者冠状动脉正常。 Привет, 123 🙂"
 # Law: within 1e-4 where weights are float32. A 16-bit result is rounded once per weight, which
 # no unmerged model is; what that may cost grows with the logits.
 FLOAT32_LIMIT = 1e-4
@@ -49,9 +54,10 @@ def compare_merged(
     labels: int | None = None,
     replaced: Sequence[int] = (),
 ) -> LogitProof:
-    """Compare `merged` with PEFT's unmerged model on sequences of old and new tokens.
+    """Compare `merged` with PEFT's unmerged model on sequences of old and new tokens, and on text.
 
-    Logits are those of each position, of a classifier those of its labels.
+    The text is what the manifest of the tokenizer keeps, or a fixed one, and the new words. Logits
+    are those of each position, of a classifier those of its labels.
 
     Args:
         base: the base, grafted or not; rows that it lacks are taken from `merged` before the
@@ -70,24 +76,44 @@ def compare_merged(
     """
     new = [*replaced, *range(base_tokens, min(tokens, adapter_rows))]
     lacking = [*replaced, *range(base_tokens, adapter_rows)]
-    ids = torch.from_numpy(_sequences(base_tokens, new))
+    sequences = [*_drawn(base_tokens, new), *_read(merged, new, adapter_rows)]
     result, start = (load_model(folder, labels=labels) for folder in (merged, base))
-    ours = _logits(result, ids)
-    theirs = _logits(_unmerged(start, adapter, result, adapter_rows, lacking), ids)
-    width = min(ours.shape[-1], theirs.shape[-1])
-    difference = float((ours[..., :width] - theirs[..., :width]).abs().max())
+    unmerged = _unmerged(start, adapter, result, adapter_rows, lacking)
+    difference = largest = 0.0
+    for ids in map(torch.tensor, sequences):
+        ours, theirs = _logits(result, ids), _logits(unmerged, ids)
+        width = min(ours.shape[-1], theirs.shape[-1])
+        apart = (ours[..., :width] - theirs[..., :width]).abs().max()
+        difference = float(torch.maximum(apart, torch.tensor(difference)))  # keeps NaN
+        largest = max(largest, float(theirs.abs().max()))
     step = float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)
-    limit = max(FLOAT32_LIMIT, ROUNDING_STEPS * step * float(theirs.abs().max()))
-    return LogitProof(difference, limit)
+    return LogitProof(difference, max(FLOAT32_LIMIT, ROUNDING_STEPS * step * largest))
 
 
-def _sequences(old: int, new: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _read(folder: Path, new: Sequence[int], rows: int) -> list[list[int]]:
+    """Text as the tokenizer in `folder` reads it, `LENGTH` ids of each at most, all below `rows`.
+
+    New tokens are read out of their own words, one after another, as text holds them.
+    """
+    try:
+        family = load(folder)
+    except LexigraftError as fault:  # a merge takes tokenizers that lexigraft cannot run
+        note(f"the proof reads random ids and no text: {fault.found}")
+        return []
+    record = (Manifest.read(folder) or Manifest()).last("learn")
+    kept = [probe.text for probe in record.probe] if record else []
+    texts = [" ".join(kept or [TEXT]), family.decode(new[:LENGTH])]
+    found = ([i for i in ids if i < rows] for ids in family.encode_batch(texts))
+    return [ids[:LENGTH] for ids in found if ids]
+
+
+def _drawn(old: int, new: Sequence[int]) -> list[list[int]]:
     """Half of the sequences hold old ids only, the others old and new ones by turns."""
     draw = np.random.default_rng(0)
     ids = draw.integers(0, old, (SEQUENCES, LENGTH))
     if new:
         ids[SEQUENCES // 2 :, ::2] = draw.choice(new, (SEQUENCES // 2, LENGTH // 2))
-    return ids
+    return [one.tolist() for one in ids]
 
 
 def _unmerged(model: Any, adapter: Path, result: Any, rows: int, lacking: Sequence[int]) -> Any:
@@ -108,8 +134,8 @@ def _unmerged(model: Any, adapter: Path, result: Any, rows: int, lacking: Sequen
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """One sequence at a time: classifiers read a batch by its padding, and these have none."""
+    """Of one sequence: classifiers read a batch by its padding, and these have none."""
     model.config.get_text_config().pad_token_id = None
     with torch.no_grad():
-        found = [model(input_ids=one[None].to(model.device)).logits.float().cpu() for one in ids]
-    return torch.cat(found)
+        found: torch.Tensor = model(input_ids=ids[None].to(model.device)).logits.float().cpu()
+    return found

@@ -171,8 +171,8 @@ def merge(
             base's: its padding rows beyond them are left out.
         max_shard_size: cut the weights into files of at most so many bytes (`5GB`); by default
             files stay as they are.
-        prove: compare the logits of the result with those of base + adapter, unmerged; after
-            each adapter.
+        prove: read the weights back, and compare the logits of the result with those of base +
+            adapter, unmerged; after each adapter.
         force: replace `output` if it exists.
         dry_run: decide everything and write nothing.
 
@@ -217,7 +217,7 @@ def merge(
         if dry_run:
             return _result(job, target, plan=job.plan.to_json(), rounding=None)
         with publish(target, force=force, inputs=inputs) as partial_folder:
-            _write(job, partial_folder)
+            _write(job, partial_folder, replay=prove)
             proof = _prove(job, partial_folder) if prove else {}
         return _of_all([*stages, _result(job, target, **proof)])
 
@@ -329,7 +329,7 @@ def _merged_so_far(
             job = prepare(source, folder, None, body_only=body_only)
             step = between / f"{base.name}-{place}"
             step.mkdir()
-            _write(job, step)
+            _write(job, step, replay=prove)
             results.append(_result(job, step, **(_prove(job, step) if prove else {})))
             if source != base:
                 shutil.rmtree(source)
@@ -478,7 +478,7 @@ def _one_extends_the_other(base: TokenMap, own: TokenMap) -> bool:
     return first_difference(shorter, longer) is None
 
 
-def _write(job: Job, folder: Path) -> None:
+def _write(job: Job, folder: Path, *, replay: bool) -> None:
     if job.labels:
         _require_all_weights(job)
     record = MergeRecord(
@@ -492,7 +492,7 @@ def _write(job: Job, folder: Path) -> None:
         trimmed=job.trimmed or None,
         changed=sorted(job.changed),
     )
-    write_model(job, folder, record)
+    write_model(job, folder, record, replay=replay)
 
 
 def _require_all_weights(job: Job) -> None:
