@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import parts
 from lexigraft import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +82,7 @@ def test_the_workflow_runs_what_contributors_run():
     commands = " ".join(step.get("run", "") for step in steps)
     assert all(f"make {name}" in commands for name in ("lint", "test", "docs"))
     assert "python -m build" in commands and "twine check" in commands
+    assert "python tests/installed.py" in commands  # the README's lines, from the wheel
     used = [step["uses"] for step in steps if "uses" in step]
     assert used and all(re.fullmatch(r"[\w/-]+@v\d+\.\d+\.\d+", action) for action in used)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -90,6 +90,26 @@ def test_the_workflow_runs_what_contributors_run():
     pythons = flow["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
     assert pythons[0] == "3.10"
+
+
+def test_the_workflow_runs_every_test_each_week_and_keeps_what_it_saw():
+    """Matrix, browser and notebooks too: what these need is installed, and nothing is skipped."""
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    starts = flow[True]  # YAML 1.1 reads the key `on` so
+    assert len(starts["schedule"]) == 1 and "workflow_dispatch" in starts
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", starts["schedule"][0]["cron"])
+    job = flow["jobs"]["everything"]
+    assert all(name in job["if"] for name in ("schedule", "workflow_dispatch"))
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands[-1] == "make test-all"
+    installed = " ".join(commands[:-1])
+    assert all(name in installed for name in ("playwright==", "nbclient==", "ipykernel=="))
+    assert "playwright install --with-deps chromium" in installed
+    kept = next(s for s in job["steps"] if "upload-artifact" in s.get("uses", ""))
+    assert kept["if"] == "always()"
+    paths = kept["with"]["path"].split()
+    assert job["env"]["LEXIGRAFT_SCREENSHOTS"].endswith(paths[0])
+    assert job["env"]["PYTEST_ADDOPTS"] == f"--junitxml={paths[1]}"
 
 
 def test_a_shell_completes_verbs_and_options():
@@ -131,25 +151,7 @@ def test_an_installed_wheel_runs_the_readme_s_commands(tmp_path):
     )  # fmt: skip
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    work = tmp_path / "work"
-    base = parts.write_byte_level(work / "BASE")
-    parts.write_model(base, tokens=382, tied=True)
-    (work / "field.txt").write_text(parts.corpus_text(documents=60), "utf-8")
-    (work / "everyday.txt").write_text("\n\n".join(parts.plain_english().splitlines()[:300]))
-    (work / "heldout.txt").write_text(parts.corpus_text(seed=1, documents=3), "utf-8")
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    clean["PATH"] = f"{environment / 'bin'}{os.pathsep}{clean['PATH']}"
-    where = subprocess.run(
-        [python, "-c", "import lexigraft; print(lexigraft.__file__)"],
-        capture_output=True, text=True, check=True, cwd=work, env=clean,
-    )  # fmt: skip
-    assert Path(where.stdout.strip()).is_relative_to(packages)
-    block = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert len(lines) == 6
-    for words in lines:
-        done = subprocess.run(
-            words, capture_output=True, text=True, cwd=work, env=clean, check=False
-        )
-        assert done.returncode == 0, f"{words}: {done.stderr}"
-    assert (work / "MERGED" / "model.safetensors").is_file()
+    subprocess.run(
+        [python, ROOT / "tests" / "installed.py", tmp_path], check=True, cwd=tmp_path, env=clean
+    )
