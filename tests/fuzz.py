@@ -3,7 +3,7 @@
 `python tests/fuzz.py --mutants 10000 --first 0` (or `make fuzz`) prints every seed that failed, and
 where to go on. `python tests/fuzz.py --seed 17` runs one of them here, with its traceback. A mutant
 fails if a verb ends in anything but a result or a `LexigraftError`, takes more than 5 s of processor
-time or 1 GB, writes anything but its output, changes an input, loads a pickle, or imports or runs a
+time, a minute on the clock (which is what shows that it waits) or 1 GB, writes anything but its output, changes an input, loads a pickle, or imports or runs a
 file of the folder.
 """
 
@@ -29,14 +29,19 @@ from pathlib import Path
 from typing import Any
 
 MOST_SECONDS = 5.0  # of processor time
-MOST_WALL_SECONDS = 300.0
+MOST_WALL_SECONDS = 60.0  # of one mutant: what waits uses no processor
+MOST_ANSWER_SECONDS = 300.0  # then a child is killed; its first answer waits for its imports
 MOST_BYTES = 10**9
 ODD = (
     None, True, -1, 0, 7, 2**31, 2**53 + 1, 2**70, 1.5, float("inf"), float("nan"), "", "x",
     "\x1b[31m\n", "../../x", "\ud800", "\u0000", [], [[]], {}, [{}], {"a": 1}, [0, 2**40], "9" * 400,
 )  # fmt: skip
 NAMES = ("", "\x1b]0;x\x07\n", "7", "vocab_size", "__metadata__", "model", "type", "id", "\ud800")
-VERBS = {"check": 9, "graft": 4, "merge": 4, "learn": 2, "recipe": 1}
+VERBS = {
+    "check": 9, "graft": 4, "merge": 4, "learn": 2, "recipe": 1,
+    "blend": 2, "split": 1, "extract": 1, "prune": 1, "align": 1, "run.json": 1,
+}  # fmt: skip
+BEGUN = "mutant: "
 MUTABLE = (".json", ".jsonl", ".safetensors", ".model", ".gguf", ".txt", ".yaml", ".jinja")
 
 
@@ -176,14 +181,16 @@ def write_sources(place: Path) -> Path:
     """Real folders of each kind: models, an adapter, a learned vocabulary, a GGUF file, a recipe."""
     import parts
     from lexigraft import graft, learn
+    from lexigraft.recipe import Recipe
+    from lexigraft.runfile import Running, RunState, StageState
     from test_check_gallery import Ground, write_gallery, written_gguf
 
     write_gallery(place)
     corpus = place / "corpus.txt"
     corpus.write_text(parts.corpus_text(documents=6))
     learned = place / "learned"
-    learn(place / "sp", corpus=[corpus], tokens="8", min_count=2, output=learned)
-    graft(place / "sp", learned, output=place / "grafted", pad_to=8)
+    found = learn(place / "sp", corpus=[corpus], tokens="8", min_count=2, output=learned)
+    grafted = graft(place / "sp", learned, output=place / "grafted", pad_to=8)
     (place / "gguf").mkdir()
     made = written_gguf(Ground(place, place / "scratch"))
     made.rename(place / "gguf" / "tiny.gguf")
@@ -194,7 +201,31 @@ def write_sources(place: Path) -> Path:
         "learn: {tokens: 8, terms: []}\ngraft: {init: mean, pad_to: 8}\n"
         "train: {stages: [{mode: lora, max_steps: 2}]}\ncontrol: false\n"
     )
+    (place / "blend").mkdir()
+    (place / "blend" / "recipe.yaml").write_text(BLEND.format(place.resolve()))
+    (place / "run").mkdir()
+    recipe = Recipe.read(place / "recipe" / "recipe.yaml")
+    stages = {
+        "learn": StageState(key="0a", output="1b", seconds=2.5, result=found.to_json()),
+        "graft": StageState(key="2c", output="3d", seconds=0.5, result=grafted.to_json()),
+    }
+    running = Running(stage="train", key="4e")
+    RunState(recipe=recipe, stages=stages, running=running).save(place / "run")
     return place
+
+
+BLEND = """
+models:
+  - model: {0}/base
+    parameters: {{weight: 0.5, density: 0.6}}
+  - model: {0}/model
+    parameters: {{weight: [0.2, 0.7], density: [{{filter: mlp, value: 0.5}}, {{value: 0.4}}]}}
+merge_method: ties
+base_model: {0}/base
+parameters: {{normalize: true, lambda: 1.0}}
+dtype: float32
+tokenizer: {{source: union, pad_to_multiple_of: 8}}
+"""
 
 
 def linked(source: Path, target: Path) -> Path:
@@ -328,6 +359,48 @@ def actions(
             lambda: learn(base, corpus=[corpus], tokens="6", min_count=2, output=out),
             [base],
         )
+    if verb == "blend":
+        from lexigraft.steps.blend import blend
+
+        if draw.random() < 0.5:
+            recipe = take("blend")
+            call = lambda: blend([recipe / "recipe.yaml"], output=out)  # noqa: E731
+            return "blend with a recipe", call, [recipe]
+        base, model = take("base"), take("model")
+        method = draw.choice(("linear", "slerp", "ties", "della"))
+        numbers = {"t": 0.4} if method == "slerp" else {}
+        numbers |= {"density": [0.5]} if method in ("ties", "della") else {}
+        return (
+            f"blend --method {method}",
+            lambda: blend([base, model], base=base, method=method, output=out, **numbers),
+            [base, model],
+        )
+    if verb == "split":
+        from lexigraft.steps.split import split
+
+        base, adapter = take("sp"), take("adapter")
+        return "split", lambda: split(base, adapter, output=out), [base, adapter]
+    if verb == "extract":
+        from lexigraft.steps.extract import extract
+
+        base, model = take("base"), take("model")
+        return "extract", lambda: extract(model, base=base, rank=2, output=out), [base, model]
+    if verb == "prune":
+        from lexigraft.steps.prune import prune
+
+        base, corpus = take("base", "sp"), source / "corpus.txt"
+        call = lambda: prune(base, corpus=[corpus], drop="2%", min_count=1000, output=out)  # noqa: E731
+        return "prune", call, [base]
+    if verb == "align":
+        from lexigraft.steps.align import align
+
+        base, model = take("base"), take("model")
+        return "align", lambda: align([base, model], output=out), [base, model]
+    if verb == "run.json":
+        from lexigraft.runfile import RunState
+
+        folder = take("run")
+        return "run.json", lambda: RunState.read(folder), [folder]
     from lexigraft.recipe import Recipe
 
     folder = take("recipe")
@@ -350,10 +423,11 @@ def one_mutant(seed: int, source: Path, place: Path, watch: Watch) -> dict[str, 
     for path in some:
         mutate(path, draw)
     what = f"{verb} with {', '.join(str(path.relative_to(place / 'in')) for path in some)}"
+    print(f"{BEGUN}{what}", file=sys.stderr, flush=True)  # for whoever has to end this process
     before = state(place / "in")
     watch.allowed = (str(place / "out"), tempfile.gettempdir(), *ALLOWED)
     watch.forbidden, watch.found, watch.on = str(place), [], True
-    began = time.process_time()
+    began, wall = time.process_time(), time.monotonic()
     fault, trace, outcome = "", "", "result"
     try:
         result = call()
@@ -371,7 +445,7 @@ def one_mutant(seed: int, source: Path, place: Path, watch: Watch) -> dict[str, 
             raise
         fault, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     watch.on = False
-    seconds = time.process_time() - began
+    seconds, wall = time.process_time() - began, time.monotonic() - wall
     left = sorted(path.name for path in (place / "out").iterdir())
     if watch.found:
         fault = fault or f"reached out: {watch.found[:3]}"
@@ -381,6 +455,8 @@ def one_mutant(seed: int, source: Path, place: Path, watch: Watch) -> dict[str, 
         fault = fault or f"left {left}"
     if seconds > MOST_SECONDS:
         fault = fault or f"took {seconds:.1f} s"
+    if wall > MOST_WALL_SECONDS:
+        fault = fault or f"took {wall:.0f} s on the clock"
     return {
         "seed": seed,
         "what": what,
@@ -451,10 +527,15 @@ def prepare() -> None:
     import gguf  # noqa: F401
     import torch
 
+    import lexigraft.steps.align
+    import lexigraft.steps.blend
     import lexigraft.steps.check
+    import lexigraft.steps.extract
     import lexigraft.steps.graft
     import lexigraft.steps.learn
-    import lexigraft.steps.merge  # noqa: F401
+    import lexigraft.steps.merge
+    import lexigraft.steps.prune
+    import lexigraft.steps.split  # noqa: F401
     from lexigraft.console import set_quiet
 
     torch.set_num_threads(1)
@@ -481,8 +562,9 @@ class Child:
             )  # fmt: skip
         child = self._process
         assert child.stdin is not None and child.stdout is not None
-        watch = threading.Timer(MOST_WALL_SECONDS, child.kill)
+        watch = threading.Timer(MOST_ANSWER_SECONDS, child.kill)
         watch.start()
+        began = time.monotonic()
         try:
             child.stdin.write(f"{seed}\n")
             child.stdin.flush()
@@ -494,17 +576,20 @@ class Child:
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        late = child.poll() is None
+        late = time.monotonic() > began + MOST_ANSWER_SECONDS
         self.close()
         self._errors.seek(0)
-        last = self._errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        begun = [line.removeprefix(BEGUN) for line in lines if line.startswith(BEGUN)]
         self._errors.truncate(0)
         fault = (
-            f"hung for {MOST_WALL_SECONDS:.0f} s" if late else f"died ({child.returncode}) {last}"
+            f"hung for {MOST_ANSWER_SECONDS:.0f} s"
+            if late
+            else f"died ({child.returncode}) {lines[-1:]}"
         )
         return {
             "seed": seed,
-            "what": "?",
+            "what": begun[-1] if begun else "?",
             "outcome": "died",
             "fault": fault,
             "trace": "",

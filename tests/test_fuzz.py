@@ -123,6 +123,30 @@ def test_a_character_that_is_a_token_of_another_kind_already(sources, tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [[""], "x", 7])
+def test_a_blend_recipe_whose_parts_are_of_other_kinds(tmp_path):
+    """Numbers for lists, lists for names; a number of 400 digits."""
+    from lexigraft.blending.settings import from_recipe
+
+    whole, recipe = yaml.safe_load(fuzz.BLEND.format("/x")), tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(whole))
+    assert len(from_recipe(recipe, seed=0).models) == 2
+    density = [{"filter": 7, "value": 0.5}]
+    for wrong in (
+        {"models": 7},
+        {"slices": True},
+        {"slices": {"0": 1}, "models": None},
+        {"slices": [{"sources": 1.5}]},
+        {"dtype": ["float32"]},
+        {"parameters": {"density": density}},
+        {"parameters": {"lambda": 10**400}},
+        {"pad": 1},
+    ):
+        recipe.write_text(yaml.safe_dump({**whole, **wrong}))
+        with pytest.raises(LexigraftError) as fault:
+            from_recipe(recipe, seed=0)
+        assert str(recipe) in fault.value.found
+
+
 def test_an_index_whose_metadata_is_no_object(ground, tmp_path, metadata):
     """It is written anew: the total size is counted, not believed."""
     from lexigraft import graft

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -429,6 +430,39 @@ def _remove_dead_partials(output: Path) -> None:
 
 
 @contextlib.contextmanager
+def full_disk(output: Path) -> Iterator[None]:
+    """A disk that fills up while `output` is made, in the user's terms; other faults as they are.
+
+    Raises:
+        LexigraftError: a full disk.
+    """
+    try:
+        yield
+    except Exception as fault:
+        number = _system_error(fault)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        limit = " (a limit on the size of files)" if number == errno.EFBIG else ""
+        raise LexigraftError(
+            f"the disk of {output} is full{limit}",
+            needed="room for the whole output",
+            fix="free some space or choose another -o",
+        ) from fault
+
+
+def _system_error(fault: Exception) -> int | None:
+    """The system's number of a fault, also of one that native code tells in words alone."""
+    if isinstance(fault, OSError):
+        return fault.errno
+    if told := re.search(r"\(os error (\d+)\)", str(fault)):  # Rust: safetensors, tokenizers
+        return int(told[1])
+    # torch.save, whose writer never says why; what it wrote is shorter than what it was given.
+    if "inline_container" in str(fault) and "unexpected pos" in str(fault):
+        return errno.ENOSPC
+    return None
+
+
+@contextlib.contextmanager
 def disk_faults(output: Path) -> Iterator[None]:
     """What the system says of a disk while `output` is made, in the user's terms.
 
@@ -436,15 +470,9 @@ def disk_faults(output: Path) -> Iterator[None]:
         LexigraftError: a full disk, or a file that cannot be written or read.
     """
     try:
-        yield
+        with full_disk(output):
+            yield
     except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            limit = " (a limit on the size of files)" if fault.errno == errno.EFBIG else ""
-            raise LexigraftError(
-                f"the disk of {output} is full{limit}",
-                needed="room for the whole output; nothing was kept",
-                fix="free some space or choose another -o",
-            ) from fault
         raise LexigraftError(
             f"{fault.filename or output}: {fault.strerror or fault}",
             needed="a folder that can be written, and inputs that can be read and stay as they are",

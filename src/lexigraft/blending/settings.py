@@ -198,7 +198,7 @@ def from_recipe(path: Path, *, seed: int) -> Settings:
         models.pop(place)
         own.pop(place)
     dtype = data.get("out_dtype", data.get("dtype"))
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and str(dtype) not in _DTYPES:
         raise recipe.refusal(f"dtype: {dtype}", "one of " + ", ".join(_DTYPES))
     source, pad_to = recipe.tokenizer(data)
     settings = Settings(
@@ -248,10 +248,11 @@ class _Recipe:
         """The models, of `models` or of the one slice that takes all layers of each."""
         slices = data.get("slices")
         if slices is None:
-            entries = data.get("models") or []
+            entries = self.items(data, "models")
             for entry in entries:
                 self.require_keys(entry, ("model", "parameters"), "models")
         else:
+            slices = self.items(data, "slices")
             if len(slices) != 1 or "models" in data:
                 raise self.refusal(
                     f"{len(slices)} slices", "models blended layer by layer: one slice, all layers"
@@ -259,12 +260,18 @@ class _Recipe:
             self.require_keys(slices[0], ("sources", "parameters"), "slices")
             if "parameters" in slices[0]:
                 raise self.refusal("parameters of a slice", "parameters of the recipe")
-            entries = slices[0].get("sources") or []
+            entries = self.items(slices[0], "sources")
             for entry in entries:
                 self.require_keys(entry, ("model", "layer_range", "parameters"), "slices.sources")
         if not entries:
             raise self.refusal("it names no model", "models, or slices with their sources")
-        return list(entries)
+        return entries
+
+    def items(self, data: Mapping[str, Any], key: str) -> list[Any]:
+        found = data.get(key) or []
+        if not isinstance(found, list):
+            raise self.refusal(f"{key}: {found}", "a list")
+        return found
 
     def model(self, entry: Mapping[str, Any]) -> str:
         name = entry.get("model")
@@ -305,20 +312,28 @@ class _Recipe:
 
 
 def _is_setting(value: Any) -> bool:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return True
     if not isinstance(value, list) or not value:
         return False
     if all(isinstance(part, dict) for part in value):
         return all(
-            set(part) <= {"filter", "value"} and _is_flat(part.get("value")) for part in value
+            set(part) <= {"filter", "value"}
+            and isinstance(part.get("filter"), str | None)
+            and _is_flat(part.get("value"))
+            for part in value
         )
     return _is_flat(value)
 
 
 def _is_flat(value: Any) -> bool:
     parts = value if isinstance(value, list) and value else [value]
-    return all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
+    return all(map(_is_number, parts))
+
+
+def _is_number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, float) or (whole and abs(value) < 2**63)
 
 
 def _evaluate(setting: Setting, name: str, depth: float) -> float | None:

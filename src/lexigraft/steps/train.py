@@ -20,6 +20,7 @@ from lexigraft.files import (
     disk_faults,
     existing_parent,
     fsync_tree,
+    full_disk,
     refuse_existing,
     refuse_overwriting,
     replace_folder,
@@ -297,7 +298,7 @@ def train(
             near=existing_parent(output),
         )
     workplace = _packed(source, texts, settings, output, resume=resume, force=force)
-    with shared(workplace, partial_of(output)) as folder:
+    with full_disk(output), shared(workplace, partial_of(output)) as folder:
         job = prepare(source, texts, settings, folder / BLOCKS)
         _require_rows_to_train(job)
         points = _points(job, measurements, eval_at_bytes, eval_at_tokens)
