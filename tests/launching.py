@@ -22,6 +22,15 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def peak_megabytes(code: str, *arguments: object) -> float:
+    """The most memory that a process which runs `code` has had at a time."""
+    code += "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    # A shell between us and the child: Linux hands a parent's peak down to its children.
+    done = subprocess.run(["sh", "-c", '"$@"', "sh", *command], capture_output=True, check=True)
+    return int(done.stdout.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 class Silent:
     """What makes a handler of requests print nothing."""
 

@@ -122,7 +122,6 @@ def test_a_character_that_is_a_token_of_another_kind_already(sources, tmp_path):
         assert fault.fix
 
 
-@pytest.mark.parametrize("metadata", [[""], "x", 7])
 def test_a_blend_recipe_whose_parts_are_of_other_kinds(tmp_path):
     """Numbers for lists, lists for names; a number of 400 digits."""
     from lexigraft.blending.settings import from_recipe
@@ -139,7 +138,6 @@ def test_a_blend_recipe_whose_parts_are_of_other_kinds(tmp_path):
         {"dtype": ["float32"]},
         {"parameters": {"density": density}},
         {"parameters": {"lambda": 10**400}},
-        {"pad": 1},
     ):
         recipe.write_text(yaml.safe_dump({**whole, **wrong}))
         with pytest.raises(LexigraftError) as fault:
@@ -147,6 +145,7 @@ def test_a_blend_recipe_whose_parts_are_of_other_kinds(tmp_path):
         assert str(recipe) in fault.value.found
 
 
+@pytest.mark.parametrize("metadata", [[""], "x", 7])
 def test_an_index_whose_metadata_is_no_object(ground, tmp_path, metadata):
     """It is written anew: the total size is counted, not believed."""
     from lexigraft import graft

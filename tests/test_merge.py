@@ -10,12 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import adapter_parts
+import launching
+import parts
 from adapter_parts import ADDED, FORMS, HAN, NEW, TOKENS
 from adapter_parts import tensors as weights
 from lexigraft import merge
@@ -1264,3 +1267,48 @@ def test_mutated_headers_are_merged_or_named(tmp_path):
         except LexigraftError as fault:
             assert fault.fix
     assert not list(tmp_path.glob("out.partial-*"))
+
+
+def of_many_layers(folder: Path, layers: int, *, seed: int) -> Path:
+    """A model with 8 MB of bfloat16 per layer, and an adapter of it in `adapter`."""
+    torch.manual_seed(seed)
+    rows, width = 2**16, 64
+    base, adapter = parts.write_byte_level(folder / "model", vocab_size=TOKENS), folder / "adapter"
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(layers)]
+    saved = {f"{name}.weight": torch.randn(rows, width).bfloat16() for name in names}
+    saved["model.embed_tokens.weight"] = torch.randn(TOKENS, width).bfloat16()
+    save_file(saved, base / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "vocab_size": TOKENS, "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter.mkdir()
+    lora = {f"{name}.lora_A.weight": torch.randn(1, width) for name in names}
+    lora |= {f"{name}.lora_B.weight": torch.randn(rows, 1) for name in names}
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in lora.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "call",
+    [
+        "merge(a / 'model', a / 'adapter', output=out)",
+        "blend([a / 'model', b / 'model'], base=a / 'model', method='ties', density=[0.5], "
+        "output=out)",
+    ],
+    ids=["merge", "blend"],
+)
+def test_peak_memory_does_not_grow_with_the_layers(tmp_path, call):
+    """Where values are computed: four layers, then twenty, 160 MB of each model."""
+    code = "import sys; from pathlib import Path; from lexigraft import blend, merge; "
+    code += f"a, b, out = map(Path, sys.argv[1:]); {call}"
+    peaks = []
+    for layers in (4, 20):
+        place = tmp_path / str(layers)
+        one, two = (of_many_layers(place / f"{n}", layers, seed=n) for n in range(2))
+        peaks.append(launching.peak_megabytes(code, one, two, place / "out"))
+    assert peaks[1] < peaks[0] + 64, peaks
