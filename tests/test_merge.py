@@ -260,6 +260,51 @@ def test_ia3_is_peft_s(tmp_path, conv1d, dtype):
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_ia3_and_saved_rows_go_into_the_base_as_it_was_before_the_graft(tmp_path, padded, shards):
+    from peft import IA3Config, get_peft_model
+
+    rows = 448 if padded else TOKENS
+    base = adapter_parts.write_base(tmp_path / "base", tied=False, rows=rows, shards=shards)
+    grafted = adapter_parts.write_grafted(base, tmp_path / "grafted")
+    config = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(adapter_parts.load(grafted), config)
+    torch.manual_seed(11)
+    adapter_parts.move_what_trains(model)
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(grafted / name, adapter / name)
+    merge(base, adapter, output=tmp_path / "merged")
+    unmerged = adapter_parts.unmerged(grafted, adapter)
+    got, expected = (
+        adapter_parts.logits(one, TOKENS + ADDED)
+        for one in (adapter_parts.load(tmp_path / "merged"), unmerged)
+    )
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_patterns_beside_saved_rows_on_a_padded_base_in_bfloat16(tmp_path, tied, shards):
+    scene = adapter_parts.scene(
+        tmp_path, "rows-both", tied=tied, padded=True, dtype="bfloat16", shards=shards,
+        use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 32},
+    )  # fmt: skip
+    merge(scene.base, scene.adapter, output=tmp_path / "merged")
+    peft = adapter_parts.merged_by_peft(scene.grafted, scene.adapter, "rows-both", tied=tied)
+    ours = adapter_parts.load(tmp_path / "merged").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in peft.items())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "lora",
