@@ -1342,8 +1342,7 @@ def of_many_layers(folder: Path, layers: int, *, seed: int) -> Path:
     "call",
     [
         "merge(a / 'model', a / 'adapter', output=out)",
-        "blend([a / 'model', b / 'model'], base=a / 'model', method='ties', density=[0.5], "
-        "output=out)",
+        "blend([a / 'model', b / 'model'], base=a / 'model', method='linear', output=out)",
     ],
     ids=["merge", "blend"],
 )
