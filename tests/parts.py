@@ -348,6 +348,54 @@ def finish_unigram(
             path.unlink()
 
 
+def write_idle(folder: Path, kind: str) -> tuple[Path, int]:
+    """A tokenizer with one token that no text becomes, and the id of that token.
+
+    Args:
+        folder: where to.
+        kind: `byte` (no merge makes it), `sp` (no pieces join to it), `unigram` (its score is so
+            low that it never wins) or `wordpiece` (a Han character inside a word).
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    if kind == "byte":
+        path = write_byte_level(folder) / "tokenizer.json"
+        data = json.loads(path.read_text("utf-8"))
+        parts = {part for merge in data["model"]["merges"] for part in merge}
+        leaf = next(t for t in data["model"]["vocab"] if len(t) > 4 and t not in parts)
+        data["model"]["merges"] = [m for m in data["model"]["merges"] if "".join(m) != leaf]
+        path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+        return folder, int(data["model"]["vocab"][leaf])
+    if kind == "wordpiece":
+        path = write_wordpiece(folder) / "vocab.txt"
+        lines = path.read_text("utf-8").splitlines()
+        place = len(lines) - 2
+        data = (folder / "tokenizer.json").read_text("utf-8")
+        name = json.dumps(lines[place])
+        assert data.count(f"{name}:") == 1
+        (folder / "tokenizer.json").write_text(data.replace(f"{name}:", '"##患":'), "utf-8")
+        lines[place] = "##患"
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        return folder, place
+    folder.mkdir(parents=True)
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(_unigram_bytes(300) if kind == "unigram" else _sentencepiece_bytes(400))
+    long = [i for i, p in enumerate(model.pieces) if p.type == 1 and len(p.piece) > 3]
+    if kind == "unigram":
+        lowest = min(piece.score for piece in model.pieces if piece.type == 1)
+        place = long[0]
+        model.pieces[place].score = lowest - 90
+        model.pieces[long[1]].score = lowest - 99  # by which what is unknown is scored: it stays
+        (folder / "spiece.model").write_bytes(model.SerializeToString())
+        finish_unigram(folder, files="both", extra_ids=10)
+    else:
+        place = long[-1]
+        model.pieces[place].piece = "zqzq"
+        (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+        finish_llama(folder)
+    return folder, place
+
+
 def write_model(
     folder: Path,
     *,

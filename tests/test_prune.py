@@ -202,6 +202,44 @@ def test_never_trained_rows_go_first(tmp_path):
     assert set(family.map.ids) - set(families.load(tmp_path / "out").map.ids) == gone
 
 
+IDLE = [
+    "byte",
+    "wordpiece",
+    *(pytest.param(k, marks=pytest.mark.matrix) for k in ("sp", "unigram")),
+]
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_tokens_that_no_text_becomes_go_before_all_others(kind, texts, tmp_path):
+    """The reason is named; a row that was never trained is next, then what the corpus lacks."""
+    base, idle = parts.write_idle(tmp_path / "base", kind)
+    family = families.load(base)
+    parts.write_model(base, tokens=family.map.tokens, eos=min(family.map.special))
+    alone = prune(base, output=tmp_path / "out", pad_to=1)
+    assert alone.dropped == {"unreachable": 1} and "(1 unreachable)" in "\n".join(alone.lines())
+    assert alone.tokens_after == alone.rows_after == family.map.tokens - 1
+    (line,) = (tmp_path / "out" / "undo" / "dropped_tokens.jsonl").read_text("utf-8").splitlines()
+    token = family.map.texts[idle]
+    told = json.loads(line)
+    assert (told["id"], told["token"], told["why"]) == (idle, token, "unreachable")
+    assert families.load(tmp_path / "out").map.ids.keys() == family.map.ids.keys() - {token}
+    unprune(tmp_path / "out", output=tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(base)
+    lines = (texts / "domain.txt").read_text("utf-8").splitlines()
+    taken = {i for line in family.encode_batch(lines) for i in line} | family.fixed
+    taken |= {part for parts_ in family.needs().values() for part in parts_}
+    leaf = max(i for i, t in family.map.texts.items() if len(t) > 3 and i not in {idle, *taken})
+    parts.overwrite_row(base, "model.embed_tokens.weight", leaf, bytes(4 * 32))
+    for count, reasons in (
+        (1, {"unreachable": 1}), (2, {"unreachable": 1, "untrained": 1}),
+        (3, {"unreachable": 1, "untrained": 1, "rare": 1}),
+    ):  # fmt: skip
+        some = prune(
+            base, corpus=[texts / "domain.txt"], drop=count, output=tmp_path / "no", dry_run=True
+        )
+        assert some.dropped == reasons and some.domain.changed == 0
+
+
 def test_ids_in_settings_move_along(texts, tmp_path):
     """Law 11: what a setting, a template or a suppress list names stays, under its new id."""
     base = write_base(tmp_path / "base", "byte")

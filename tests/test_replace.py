@@ -91,7 +91,7 @@ def test_what_goes_first_and_what_never_goes(tmp_path):
     idle = sorted(set(base.map.texts) - used - base.fixed)
     leaf = min(set(idle) - {part for of in base.needs().values() for part in of})
     first = gone(base, 60, untrained=[leaf, max(used - base.fixed)])
-    order = ("unreachable", "untrained", "rare")
+    order = ("untrained", "rare")  # of what no text becomes, see the next test
     assert list(first.values()) == sorted(first.values(), key=order.index)
     assert [i for i, why in first.items() if why == "untrained"] == [leaf]
     rare = [i for i, why in first.items() if why == "rare"]
@@ -104,6 +104,29 @@ def test_what_goes_first_and_what_never_goes(tmp_path):
     assert rare[0] not in gone(base, 5, kept=rare[:1])
     with pytest.raises(LexigraftError, match="--general"):
         gone(base, 60, by_use=False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["wordpiece", *(pytest.param(k, marks=pytest.mark.matrix) for k in ("byte", "sp", "unigram"))],
+)
+def test_a_row_that_no_text_reaches_is_the_first_to_be_given_away(kind, tmp_path):
+    base, idle = parts.write_idle(tmp_path / "base", kind)
+    family = families.load(base)
+    first = gone(family, 3, untrained=[])
+    assert list(first.items())[0] == (idle, "unreachable")
+    assert list(first.values()) == ["unreachable", "rare", "rare"]
+    (tmp_path / "corpus.txt").write_text(parts.corpus_text(documents=6), "utf-8")
+    result = learn(
+        base, corpus=[tmp_path / "corpus.txt"], replace=1, min_count=2, allow_more=True,
+        output=tmp_path / "v",
+    )  # fmt: skip
+    assert (result.replaced.unreachable, result.replaced.count) == (1, 1)
+    assert "1 that no text has, 0 never trained, 0 least used" in "\n".join(result.lines())
+    new = families.load(tmp_path / "v").map
+    assert new.texts.keys() == family.map.texts.keys()
+    assert [i for i, text in family.map.texts.items() if new.texts[i] != text] == [idle]
+    assert [one.id for one in Manifest.read(tmp_path / "v").last("learn").replaced] == [idle]
 
 
 @pytest.mark.parametrize("kind", ["ranks", "lone model"])

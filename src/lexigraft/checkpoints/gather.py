@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,9 @@ def interleaved(
     """
     stays = np.zeros(len(kept) + len(removed_ids), bool)
     stays[kept] = True
-    mine, theirs = by_row(tensor), by_row(removed)
+    mine = by_row(tensor)
+    # Not `by_row` of it: one removed row looks like a bias stored as (1, V).
+    theirs = replace(removed, shape=(len(removed_ids), *mine.shape[1:]))
 
     def blocks() -> Iterator[Array]:
         at = [0, 0]

@@ -114,6 +114,10 @@ def contexts(tokens: Iterable[str]) -> Iterator[str]:
 def unreachable(family: Family, ids: Iterable[int]) -> Iterator[int]:
     """Those of `ids` whose own text is not read as them, neither alone nor in common places."""
     texts = family.map.texts
+    may_come_out: Callable[[int], bool] | None = getattr(family, "may_come_out", None)
+    if may_come_out is not None:  # it is known without any text
+        yield from (token_id for token_id in ids if not may_come_out(token_id))
+        return
     for token_id in ids:
         if family.pieces(texts[token_id]) == [token_id]:
             continue

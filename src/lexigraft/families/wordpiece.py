@@ -218,6 +218,16 @@ class WordPiece(PlainCounting):
     def _may_be_read(self, symbol: str) -> bool:
         return symbol in self._vocabulary or is_word(self._unmarked(symbol)[0])
 
+    def may_come_out(self, token_id: int) -> bool:
+        """False for a token that the rules before the vocabulary always change or cut apart.
+
+        Such are `##患` and `患者` where each Han character is a word, `Cell` where all is in lower
+        case, `[unused1]` where punctuation stands alone. Any other is the longest match of a word.
+        """
+        text, inner = self._unmarked(self.map.texts[token_id])
+        before = ("x", "7", text) if inner else ("",)
+        return any(self._words_of(one + text) == [one + text] for one in before)
+
     def _words_of(self, text: str) -> list[str]:
         """Words as the engine cuts them before it looks at the vocabulary."""
         engine = self._engine

@@ -85,7 +85,9 @@ def choose(
             nor `listed`, every token may go, the rarest first.
     """
     needs = family.needs()
-    stay = {*protected, *family.fixed, *_singles(family, frozenset(scripts))}
+    stay = {*protected, *family.fixed}
+    idle = set(unreachable(family, family.map.texts.keys() - stay))
+    stay.update(i for i in _singles(family, frozenset(scripts)) if i not in idle)
     every = counts is not None and (most is not None or not (scripts or listed))
     wanted = frozenset(map(str.upper, scripts))
     asked: dict[int, int] = {}
@@ -99,7 +101,7 @@ def choose(
         elif every:
             asked[token_id] = 4
     asked |= dict.fromkeys(set(untrained) & family.map.texts.keys() - stay, 1)
-    asked |= dict.fromkeys(unreachable(family, family.map.texts.keys() - stay), 0)
+    asked |= dict.fromkeys(idle, 0)
     frequency = Counter[int]()
     if counts is not None:
         frequency.update({int(i): int(counts[i]) for i in np.flatnonzero(counts)})

@@ -102,8 +102,8 @@ def choose_leaving(
 ) -> dict[int, str]:
     """The tokens to go, id -> why, in the order in which they go.
 
-    The chat template's tokens stay, the highest id, and tokens whose text the others cannot
-    spell. Without its last tokens, the result is one as well: none needs a token behind it.
+    The chat template's tokens stay, the highest id, and tokens that come out of texts which the
+    others cannot spell. Without its last tokens, the result is one as well: none needs a token behind it.
 
     Args:
         family: the base.
@@ -145,12 +145,13 @@ def choose_leaving(
 
 
 def _not_spelled(family: Family, gone: Mapping[int, str]) -> list[int]:
-    """Those of the tokens whose text the others do not spell."""
+    """Those of the tokens that texts have and the others do not spell."""
     with tempfile.TemporaryDirectory(prefix="lexigraft-") as scratch:
         left = vacate(family, sorted(gone), Path(scratch))
         return [
             token_id
-            for token_id in gone
-            if b"".join(map(left.token_bytes, left.pieces(family.map.texts[token_id])))
+            for token_id, why in gone.items()
+            if why != "unreachable"
+            and b"".join(map(left.token_bytes, left.pieces(family.map.texts[token_id])))
             != family.token_bytes(token_id)
         ]
