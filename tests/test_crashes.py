@@ -29,7 +29,7 @@ from test_check_gallery import Ground, source, vocab_size_raised_by_hand  # noqa
 
 KILLS = [*range(6), *(pytest.param(n, marks=pytest.mark.matrix) for n in range(6, 200))]
 VERBS = ("learn", "graft", "merge", "check --fix", "train")
-PARTS = ("split", "extract", "align", "prune", "blend")
+PARTS = ("split", "extract", "align", "prune", "blend", "learn --replace")
 ALL = (*VERBS, *PARTS)
 
 # A verb in a process of its own, and what ends it: at the N-th event of the file system (an open, a
@@ -46,7 +46,7 @@ if verb == "check --fix":
     from lexigraft.steps.check import mend as call
 else:
     import lexigraft
-    call = getattr(lexigraft, verb)
+    call = getattr(lexigraft, verb.split()[0])
 seen = 0
 def count(name, given):
     global seen
@@ -102,6 +102,10 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
     corpus = {"corpus": [str(place / "corpus.txt")], "output": str(output)}
     return {
         "learn": ([str(place / "sp")], {**corpus, "tokens": "6", "min_count": 2}),
+        "learn --replace": (
+            [str(place / "sp")],
+            {**corpus, "general": corpus["corpus"], "replace": 4, "min_count": 2},
+        ),
         "graft": ([str(place / "sp"), str(place / "vocab")], {"output": str(output)}),
         "merge": ([str(place / "sp"), [str(place / "adapter")]], {"output": str(output)}),
         "split": ([str(place / "sp"), str(place / "adapter")], {"output": output.name}),
@@ -237,7 +241,7 @@ def test_a_second_kill_while_an_output_is_replaced_loses_nothing(place, whole, t
 def test_a_full_disk_is_one_message_and_nothing_is_left(place, tmp_path, verb):
     """Files of this process may have 20,000 bytes: what a full quota does (EFBIG, as ENOSPC)."""
     before = contents(place)
-    limit = 2_000 if verb in ("learn", "extract") else 20_000
+    limit = 2_000 if verb in ("learn", "learn --replace", "extract") else 20_000
     status, _, errors = done(verb, place, tmp_path / "out", -limit)
     assert status == 2, errors
     assert "full" in errors and "Traceback" not in errors
@@ -282,7 +286,13 @@ def test_a_folder_that_may_not_be_written_is_one_message(place, tmp_path, verb):
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param(verb, marks=[] if verb in (*VERBS, "split", "align") else pytest.mark.matrix)
+        for verb in ALL
+    ],
+)
 def test_an_output_below_a_file_is_one_message(place, tmp_path, verb):
     """What is refused to everyone, the superuser too: no folder can be made there."""
     (tmp_path / "file").write_text("kept")

@@ -7,7 +7,10 @@ prune + undo = base, an aligned model says what it said, replaced rows put back 
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,12 +102,19 @@ def trained(scene) -> list[int]:
 
 
 def split_laws(scene, root: Path) -> Moved:
-    pair = split(scene.base, scene.adapter, output=root / "pair")
+    # Named as it is from `root`: the adapter's config says so.
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        split(scene.base, scene.adapter, output="pair")
+    finally:
+        os.chdir(before)
+    base, adapter = root / "pair" / "base", root / "pair" / "adapter"
     merge(scene.base, scene.adapter, output=root / "merged")
-    merge(pair.base, pair.adapter, output=root / "again")
+    merge(base, adapter, output=root / "again")
     assert weights(root / "again") == weights(root / "merged")
     rows = trained(scene)
-    return Moved(scene.base, pair.base, kept(rows), set(rows))
+    return Moved(scene.base, base, kept(rows), set(rows))
 
 
 def extract_laws(scene, root: Path) -> Moved:
@@ -194,11 +204,26 @@ def cells():
             )  # which learns twice
             marks = () if is_quick else (pytest.mark.matrix,)
             label = f"{verb.__name__.removesuffix('_laws')}-{adapter_parts.label(case)}"
-            yield pytest.param(verb, case, marks=marks, id=label)
+            apart = verb is split_laws or not is_quick
+            yield pytest.param(verb, case, apart, marks=marks, id=label)
 
 
-@pytest.mark.parametrize(("verb", "case"), cells())
-def test_laws_hold_for_every_verb_that_moves_rows(verb, case, tmp_path):
+def in_a_child(verb, scene, root: Path) -> None:
+    """`verb` once more, in a process that orders sets and dicts of texts in another way."""
+    folders = [str(folder) for folder in (scene.base, scene.grafted, scene.adapter, root)]
+    script = (
+        "import sys; from pathlib import Path; import adapter_parts, test_laws_of_parts as t;"
+        "*scene, root = map(Path, sys.argv[2:]);"
+        "getattr(t, sys.argv[1])(adapter_parts.Scene(*scene), root)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, verb.__name__, *folders],
+        check=True, cwd=Path(__file__).parent, env={**os.environ, "PYTHONHASHSEED": "77"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "case", "apart"), cells())
+def test_laws_hold_for_every_verb_that_moves_rows(verb, case, apart, tmp_path):
     form = "rows" if case["tied"] else "rows-both"
     scene = adapter_parts.scene(tmp_path / "in", form, **case)
     inputs = contents(tmp_path / "in")
@@ -207,6 +232,8 @@ def test_laws_hold_for_every_verb_that_moves_rows(verb, case, tmp_path):
     moved = verb(scene, tmp_path / "one")
     require_laws(moved)
     assert contents(tmp_path / "in") == inputs  # law 17
-    verb(scene, tmp_path / "two")
-    same = {name: data for name, data in contents(tmp_path / "one").items() if "pair" not in name}
-    assert all(contents(tmp_path / "two")[name] == data for name, data in same.items())  # law 6
+    if apart:
+        in_a_child(verb, scene, tmp_path / "two")
+    else:
+        verb(scene, tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")  # law 6

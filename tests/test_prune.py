@@ -3,9 +3,12 @@
 import json
 import random
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
 
 import adapter_parts
 import parts
@@ -13,7 +16,11 @@ from lexigraft import check, families, graft, learn, prune, unprune
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.rows import by_row, read_rows
 from lexigraft.checkpoints.token_ids import stated_ids, with_ids
+from lexigraft.checks.conversion import _convert, gguf_writer
+from lexigraft.checks.facts import read_facts
+from lexigraft.cli import app
 from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.families.tokenmap import parse_sentencepiece
 from lexigraft.files import sha256_file
 from lexigraft.manifest import Manifest
 from lexigraft.selection.pruning import script_of
@@ -202,6 +209,73 @@ def test_never_trained_rows_go_first(tmp_path):
     assert set(family.map.ids) - set(families.load(tmp_path / "out").map.ids) == gone
 
 
+def with_template(folder, kind):
+    """A tokenizer whose post-processor puts in special tokens with the highest ids."""
+    if kind == "bert":
+        parts.write_wordpiece(folder, lines=False)
+    else:
+        parts.write_byte_level(folder)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    vocabulary, added = data["model"]["vocab"], data["added_tokens"]
+    if kind == "bert":
+        first = len(added)
+        ids = {token: i - first if i >= first else i - first + len(vocabulary)
+               for token, i in vocabulary.items()}  # fmt: skip
+        data["model"]["vocab"] = ids
+        for token in added:
+            token["id"] = ids[token["content"]]
+        names, step = ("[CLS]", "[SEP]"), data["post_processor"]
+    else:
+        ids, names = {t["content"]: t["id"] for t in added}, ("<|im_end|>", "<|endoftext|>")
+        step = {"type": "RobertaProcessing", "trim_offsets": False, "add_prefix_space": False}
+    start, end = names
+    step |= {"cls": [start, ids[start]], "sep": [end, ids[end]]}
+    if kind == "llama3":
+        text = [
+            {"SpecialToken": {"id": start, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ]
+        pair = [
+            *text,
+            {"SpecialToken": {"id": start, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ]
+        step = {
+            "type": "TemplateProcessing", "single": text, "pair": pair,
+            "special_tokens": {start: {"id": start, "ids": [ids[start]], "tokens": [start]}},
+        }  # fmt: skip
+        step = {"type": "Sequence", "processors": [data["post_processor"], step]}
+    data["post_processor"] = step
+    path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+    return folder, names
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama3", *(pytest.param(k, marks=pytest.mark.matrix) for k in ("roberta", "bert"))]
+)
+def test_templates_put_in_the_same_special_tokens(kind, texts, tmp_path):
+    """Law 1 of what a post-processor adds: texts and pairs of texts, with specials, as read by both."""
+    from transformers import AutoTokenizer
+
+    base, (start, end) = with_template(tmp_path / "base", kind)
+    family = families.load(base)
+    parts.write_model(base, tokens=family.map.tokens, eos=family.map.ids[end])
+    prune(base, corpus=[texts / "domain.txt"], output=tmp_path / "out")
+    pruned = families.load(tmp_path / "out").map.ids
+    assert pruned[start] != family.map.ids[start] and pruned[end] != family.map.ids[end]
+    lines = (texts / "domain.txt").read_text("utf-8").split("\n\n")
+    inputs = [*lines, *pairwise(lines)]
+    one, two = (Tokenizer.from_file(str(f / "tokenizer.json")) for f in (base, tmp_path / "out"))
+    for old, new in zip(one.encode_batch(inputs), two.encode_batch(inputs), strict=True):
+        assert (old.tokens, old.type_ids) == (new.tokens, new.type_ids) and old.ids != new.ids
+        assert old.tokens[0] == start and new.ids == [pruned[token] for token in new.tokens]
+        assert kind == "llama3" or old.tokens[-1] == end
+    loaded = [AutoTokenizer.from_pretrained(f) for f in (base, tmp_path / "out")]
+    old, new = (t.convert_ids_to_tokens(t(lines[0])["input_ids"]) for t in loaded)
+    assert old == new == one.encode(lines[0]).tokens
+
+
 IDLE = [
     "byte",
     "wordpiece",
@@ -363,8 +437,21 @@ def test_undone_after_training_and_what_cannot_be(texts, tmp_path):
     pruned = tmp_path / "pruned"
     prune(base, corpus=[texts / "domain.txt"], output=pruned)
     parts.overwrite_row(pruned, "model.embed_tokens.weight", 300, bytes(4 * 32))
+    told = unprune(pruned, output=tmp_path / "back", dry_run=True)
+    assert not (tmp_path / "back").exists() and told.exact is None
+    shapes = {one["tensor"]: one["shape"] for one in told.plan}
+    old_shapes = {one["tensor"]: one["old_shape"] for one in told.plan}
+    assert shapes == {n: list(t.shape) for n, t in Checkpoint.open(base).tensors.items()}
+    assert old_shapes == {n: list(t.shape) for n, t in Checkpoint.open(pruned).tensors.items()}
+    arguments = ["prune", "--undo", str(pruned), "-o", str(tmp_path / "back"), "--dry-run"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0 and said.output.splitlines() == told.lines()
+    assert told.lines()[-1] == f"would be written: {tmp_path / 'back'}"
     undone = unprune(pruned, output=tmp_path / "back")
-    assert not undone.exact and undone.rows == 382
+    assert not undone.exact and (undone.rows, undone.tokens) == (told.rows, told.tokens) == (
+        382,
+        382,
+    )
     old = next(i for i, n in Manifest.read(pruned).last("prune").places.items() if n == 300)
     assert not rows_of(tmp_path / "back", "model.embed_tokens.weight")[old].any()
     shutil.copyfile(base / "tokenizer.json", pruned / "tokenizer.json")
@@ -375,13 +462,45 @@ def test_undone_after_training_and_what_cannot_be(texts, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sp-both", pytest.param("byte", marks=pytest.mark.matrix)])
 def test_a_gguf_of_the_result_is_written_and_read(kind, texts, tmp_path):
-    pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf")
     base = write_base(tmp_path / "base", kind)
     prune(base, corpus=[texts / "domain.txt"], output=tmp_path / "out", pad_to=1)
     found = check(tmp_path / "out", consumer="gguf")
     told = {f.code for f in found.findings} & {"LG911", "LG912", "LG913"}
     # A converter that knows pre-tokenizers by ids of a text has to be told the name.
     assert told == ({"LG911"} if kind == "byte" else set()), [f.found for f in found.findings]
+    family, path = families.load(tmp_path / "out"), tmp_path / "out.gguf"
+    writer = gguf_writer(tmp_path / "out", _convert(read_facts(tmp_path / "out")), path)
+    tables = {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    for name, ours in tables.items():
+        writer.add_tensor(name, rows_of(tmp_path / "out", ours))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = gguf.GGUFReader(path)
+    read = {
+        name.split("tokenizer.ggml.")[-1]: part.contents() for name, part in reader.fields.items()
+    }
+    assert read["tokens"] == [family.map.texts[i] for i in range(family.map.tokens)]
+    kinds = [gguf.TokenType(number).name for number in read["token_type"]]
+    special = {i for i, name in enumerate(kinds) if name in ("CONTROL", "UNKNOWN")}
+    assert special == set(family.map.special)
+    assert read["eos_token_id"] == family.map.ids["<|endoftext|>" if kind == "byte" else "</s>"]
+    places = Manifest.read(tmp_path / "out").last("prune").places
+    if kind == "byte":
+        merges = json.loads((tmp_path / "out" / "tokenizer.json").read_text("utf-8"))["model"][
+            "merges"
+        ]
+        assert read["merges"] == [" ".join(merge) for merge in merges]
+    else:
+        old = parse_sentencepiece((base / "tokenizer.model").read_bytes(), base)
+        score = {places[i]: p.score for i, p in enumerate(old.pieces) if i in places}
+        assert read["scores"] == [score[i] for i in range(family.map.tokens)]
+        assert kinds.count("BYTE") == 256
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, ours in tables.items():
+        assert np.array_equal(tensors[name], rows_of(base, ours)[sorted(places)])
 
 
 @pytest.mark.matrix

@@ -114,7 +114,7 @@ def test_a_row_that_no_text_reaches_is_the_first_to_be_given_away(kind, tmp_path
     base, idle = parts.write_idle(tmp_path / "base", kind)
     family = families.load(base)
     first = gone(family, 3, untrained=[])
-    assert list(first.items())[0] == (idle, "unreachable")
+    assert next(iter(first.items())) == (idle, "unreachable")
     assert list(first.values()) == ["unreachable", "rare", "rare"]
     (tmp_path / "corpus.txt").write_text(parts.corpus_text(documents=6), "utf-8")
     result = learn(

@@ -67,6 +67,9 @@ def calls(base: Path, vocab: Path, adapter: Path, corpus: Path, out: Path) -> di
         "graft": lambda: graft(base, vocab, output=out / "graft"),
         "merge": lambda: merge(base, [adapter], output=out / "merge"),
         "learn": lambda: learn(base, corpus=[corpus], tokens="4", output=out / "learn"),
+        "learn --replace": lambda: learn(
+            base, corpus=[corpus], general=[corpus], replace=2, output=out / "replace"
+        ),
         "train": lambda: train(base, corpus=[corpus], max_steps=1, output=out / "train"),
         "eval": lambda: evaluate([base], corpus=[corpus], speed_characters=0),
         "split": lambda: split(base, adapter, output=out / "split"),

@@ -152,26 +152,32 @@ def _listed(kind: str, tokens: TokenMap, rows: int, score: float) -> Converted:
 
 def _round_trip(folder: Path, converted: Converted) -> list[str]:
     """The token list, written with merges and special ids by the gguf package, and read back."""
-    import gguf
-
     with tempfile.TemporaryDirectory(prefix="lexigraft-") as scratch:
         path = Path(scratch) / "vocab.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_tokenizer_model(converted.kind)
-        writer.add_token_list([t.encode("utf-8", "surrogatepass") for t in converted.texts])
-        writer.add_token_scores(converted.scores)
-        writer.add_token_types(converted.types)
-        # It warns of templates that it cannot follow, in the words of the file.
-        logging.getLogger("gguf").setLevel(logging.CRITICAL)
-        special = gguf.SpecialVocab(
-            folder, load_merges=converted.kind == "gpt2", n_vocab=len(converted.texts)
-        )
-        special.add_to_gguf(writer, quiet=True)
+        writer = gguf_writer(folder, converted, path)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
         # The package's own reader takes ten times as long.
         return read_gguf_header(path).texts(TOKENS)
+
+
+def gguf_writer(folder: Path, converted: Converted, path: Path) -> Any:
+    """A writer of the gguf package for `path`, given tokens, merges and special ids."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(converted.kind)
+    writer.add_token_list([t.encode("utf-8", "surrogatepass") for t in converted.texts])
+    writer.add_token_scores(converted.scores)
+    writer.add_token_types(converted.types)
+    # It warns of templates that it cannot follow, in the words of the file.
+    logging.getLogger("gguf").setLevel(logging.CRITICAL)
+    special = gguf.SpecialVocab(
+        folder, load_merges=converted.kind == "gpt2", n_vocab=len(converted.texts)
+    )
+    special.add_to_gguf(writer, quiet=True)
+    return writer
 
 
 def _unconverted(found: str) -> Finding:

@@ -210,14 +210,14 @@ def prune(
     if undo:
         spelled = {"listed": "list", "adapters": "adapter"}
         given = [f"--{spelled.get(name, name)}" for name, value in options.items() if value]
-        if given or dry_run:
+        if given:
             raise LexigraftError(
-                f"--undo together with {(*given, '--dry-run')[0]}",
+                f"--undo together with {given[0]}",
                 needed="--undo alone: it writes what the model was",
                 fix=f"lexigraft prune --undo {model} -o {output}",
             )
-        undone = step.unprune(model, output=output, force=force)
-        print_result(undone, as_json, ["check", output])
+        undone = step.unprune(model, output=output, force=force, dry_run=dry_run)
+        print_result(undone, as_json, ["check", output], dry_run=dry_run)
         return
     result = step.prune(
         model,

@@ -103,7 +103,8 @@ def choose_leaving(
     """The tokens to go, id -> why, in the order in which they go.
 
     The chat template's tokens stay, the highest id, and tokens that come out of texts which the
-    others cannot spell. Without its last tokens, the result is one as well: none needs a token behind it.
+    others cannot spell. Without its last tokens, the result is one as well: none needs a token
+    behind it.
 
     Args:
         family: the base.

@@ -144,11 +144,6 @@ class PruneResult:
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        plan = [
-            f"{entry['tensor']}: {entry['old_shape']} -> {entry['shape']}"
-            for entry in self.plan
-            if entry["old_shape"] != entry["shape"]
-        ]
         why = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         back = (
             [f"{self.kept_back:,} tokens that were asked for stay: the corpus or others need them"]
@@ -156,7 +151,7 @@ class PruneResult:
             else []
         )
         return [
-            *plan,
+            *_changes(self.plan),
             f"{self.tokens_before:,} -> {self.tokens_after:,} tokens ({why})",
             *back,
             *([] if self.domain is None else [self.domain.line("corpus")]),
@@ -170,32 +165,44 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class UndoResult:
-    """What `unprune` did.
+    """What `unprune` did, or with a dry run would do.
 
     Attributes:
         output: the base.
         tokens: of its tokenizer.
         rows: of its vocabulary tensors.
-        exact: its old rows are the base's, bit for bit; False where the pruned model was trained.
+        exact: its old rows are the base's, bit for bit; False where the pruned model was trained,
+            None with a dry run, for it is seen in what was written.
+        plan: with a dry run, every tensor; else empty.
     """
 
     output: Path
     tokens: int
     rows: int
-    exact: bool
+    exact: bool | None
+    plan: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
-        return {**self.__dict__, "output": str(self.output)}
+        result = {
+            "output": str(self.output),
+            "tokens": self.tokens,
+            "rows": self.rows,
+            "exact": self.exact,
+        }
+        return {**result, "plan": self.plan} if self.plan else result
 
     def lines(self) -> list[str]:
         """What a person reads."""
+        size = f"{self.rows:,} rows, {self.tokens:,} tokens"
+        if self.plan:
+            return [*_changes(self.plan), size, f"would be written: {self.output}"]
         said = (
             "its rows are the base's, bit for bit"
             if self.exact
             else "rows of tokens that were kept are those of the pruned model, trained since"
         )
-        return [f"{self.rows:,} rows, {self.tokens:,} tokens; {said}", f"model: {self.output}"]
+        return [f"{size}; {said}", f"model: {self.output}"]
 
 
 @working("pruning")
@@ -330,18 +337,27 @@ def prune(
     return result
 
 
-def unprune(pruned: str | Path, *, output: str | Path, force: bool = False) -> UndoResult:
+def unprune(
+    pruned: str | Path, *, output: str | Path, force: bool = False, dry_run: bool = False
+) -> UndoResult:
     """Write the model that `pruned` was made from to the folder `output`.
 
     Tensors are the base's bit for bit, tokenizer files and settings byte for byte. Where the
     pruned model was changed since, rows of kept tokens and other tensors are as they are now.
 
+    Args:
+        pruned: a folder that `prune` wrote, with its undo map.
+        output: the folder to write.
+        force: replace an existing output.
+        dry_run: return the plan, write nothing.
+
     Raises:
         LexigraftError: the folder holds no undo map, or one of another model.
     """
     folder, target = local_folder(pruned), Path(output)
-    refuse_existing(target, force=force)
-    refuse_overwriting(target, [folder])
+    if not dry_run:
+        refuse_existing(target, force=force)
+        refuse_overwriting(target, [folder])
     inputs = Inputs([folder, folder / UNDO])
     undo, record = folder / UNDO, _undo_record(folder)
     checkpoint = Checkpoint.open(folder)
@@ -357,6 +373,8 @@ def unprune(pruned: str | Path, *, output: str | Path, force: bool = False) -> U
         for tensor in [checkpoint.tensors[name]]
     ]
     plan = Plan.of(checkpoint).replace(planned)
+    if dry_run:
+        return UndoResult(target, record.base.tokens, record.rows_before, None, plan.to_json())
     with publish(target, force=force, inputs=inputs) as partial:
         with progress("writing weights", sum(file.bytes for file in plan.files)) as advance:
             write_plan(plan, partial, advance=advance)
@@ -659,6 +677,15 @@ def _require_moved(family: Family, pruned: Family, places: Mapping[int, int]) ->
             needed="every token that stays under its new id",
             fix="report this base tokenizer as a bug of lexigraft",
         )
+
+
+def _changes(plan: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each tensor whose shape changes."""
+    return [
+        f"{entry['tensor']}: {entry['old_shape']} -> {entry['shape']}"
+        for entry in plan
+        if entry["old_shape"] != entry["shape"]
+    ]
 
 
 def _by_reason(pruning: Pruning) -> dict[str, int]:
