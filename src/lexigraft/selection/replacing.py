@@ -18,6 +18,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.proof import HARD_TEXTS
 from lexigraft.families.replacing import refuse_ranks, vacate
+from lexigraft.files import disk_faults
 from lexigraft.selection.pruning import Reading, choose, count_tokens, prove, template_ids
 
 _ALL = 2**62  # no number of occurrences keeps a token
@@ -148,7 +149,8 @@ def choose_leaving(
 def _not_spelled(family: Family, gone: Mapping[int, str]) -> list[int]:
     """Those of the tokens that texts have and the others do not spell."""
     with tempfile.TemporaryDirectory(prefix="lexigraft-") as scratch:
-        left = vacate(family, sorted(gone), Path(scratch))
+        with disk_faults(Path(scratch)):
+            left = vacate(family, sorted(gone), Path(scratch))
         return [
             token_id
             for token_id, why in gone.items()
