@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lexigraft import text_formats
@@ -301,6 +301,7 @@ def parts_read(file):
     part_bytes=st.integers(1, 90),
     limit=st.integers(8, 60),
 )
+@example(text="\n  ab患患", part_bytes=2, limit=8)  # a window that a part ends in
 def test_parts_of_a_file_hold_the_documents_of_the_whole(tmp_path_factory, text, part_bytes, limit):
     """Whatever the size of parts and whatever the longest document, for .txt and .jsonl."""
     path = tmp_path_factory.mktemp("parts") / "a.txt"

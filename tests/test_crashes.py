@@ -108,7 +108,10 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
         ),
         "graft": ([str(place / "sp"), str(place / "vocab")], {"output": str(output)}),
         "merge": ([str(place / "sp"), [str(place / "adapter")]], {"output": str(output)}),
-        "split": ([str(place / "sp"), str(place / "adapter")], {"output": output.name}),
+        "split": (
+            [str(place / "sp"), str(place / "adapter")],
+            {"output": str(output.relative_to(standing(output)))},
+        ),
         "extract": (
             [str(place / "model")],
             {"base": str(place / "base"), "rank": 2, "output": str(output)},
@@ -124,11 +127,16 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
     }[verb]
 
 
+def standing(output: Path) -> Path:
+    """The nearest folder around an output that is there."""
+    return next(folder for folder in output.parents if folder.is_dir())
+
+
 def start(verb: str, place: Path, output: Path, event: int) -> subprocess.Popen[str]:
     given = json.dumps(asked(verb, place, output))
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, verb, given, str(event)],
-        cwd=output.parent if verb == "split" else None,  # which writes the name that it was given
+        cwd=standing(output) if verb == "split" else None,  # which writes the name it was given
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

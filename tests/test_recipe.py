@@ -120,6 +120,7 @@ def test_a_changed_file_is_learned_from_again(project):
         assert "learn" not in grown(project), name
 
 
+@pytest.mark.matrix
 def test_only_what_decides_the_result_makes_it_learn_again(project):
     grown(project)
     changes = [

@@ -84,6 +84,7 @@ def test_a_run_stops_and_the_best_measurement_is_what_is_written(place, stopped)
     assert not stopped.output.with_name("adapter.partial").exists()
 
 
+@pytest.mark.matrix
 def test_a_run_that_is_killed_stops_where_the_whole_one_did(place, stopped, tmp_path):
     out = tmp_path / "out"
     killed_after_a_checkpoint(place / "tied", place / "corpus.txt", out, STOPS)

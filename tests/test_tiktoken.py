@@ -162,6 +162,7 @@ def test_tiktoken_takes_ranks_as_ids_and_special_tokens_in_the_gap():
     assert encoding.n_vocab == 401
 
 
+@pytest.mark.matrix
 def test_readers_that_count_lines_move_the_special_tokens(made):
     """Why `limits` names transformers' converter: it gives special tokens the next free ids."""
     from transformers.convert_slow_tokenizer import TikTokenConverter

@@ -104,6 +104,7 @@ def test_kills_at_random_moments_change_nothing(place, tmp_path, mode):
         assert weights(out) == weights(tmp_path / "whole")
 
 
+@pytest.mark.matrix
 def test_another_vocabulary_is_no_way_to_go_on(place, tmp_path):
     """The two numbers of tokens are named."""
     out = tmp_path / "out"

@@ -318,13 +318,12 @@ def _txt_documents(part: Part, stream: IO[bytes], remarks: Remarks) -> Iterator[
     place = part.start
     data = b""
     while True:
-        wanted = DOCUMENT_LIMIT - len(data)
-        if part.end is not None:
-            wanted = min(wanted, part.end - place - len(data))
-        data += stream.read(wanted)
-        if not data:
+        # Beyond the end of the part too: where a window ends depends on what follows.
+        data += stream.read(DOCUMENT_LIMIT - len(data))
+        left = len(data) if part.end is None else part.end - place
+        if not data or not left:
             return
-        size = len(data) if len(data) < DOCUMENT_LIMIT else _window(data)
+        size = min(left, len(data) if len(data) < DOCUMENT_LIMIT else _window(data))
         window = _without_mark(data[:size], remarks) if place == 0 else data[:size]
         dropped = size - len(window)
         yield from _blocks(_clean(_decoded(part, window, place + dropped), remarks))
