@@ -29,7 +29,7 @@ from merge import installed, run
 RESULTS = Path(__file__).parent / "results" / "extract.md"
 PACKAGES = ("numpy", "torch", "transformers", "safetensors", "mergekit")
 # hidden, ffn, layers
-SIZES = {"smoke": (256, 512, 4), "2": (2048, 5632, 16)}
+SIZES = {"smoke": (256, 512, 4), "0.5": (1024, 2816, 16), "2": (2048, 5632, 16)}
 NEW_TOKENS = 7
 
 TIE = """
