@@ -435,8 +435,10 @@ def mend(
         LexigraftError: there is nothing of this kind to mend, the folder is a run, `output` exists
             or is the folder itself, or the disk is full.
     """
+    from lexigraft.runfile import RUN_FILE  # few folders are runs
+
     folder, output = _local(path), Path(output)
-    if _run_of(read_facts(folder)) is not None:
+    if (folder / RUN_FILE).is_file() and _run_of(read_facts(folder)) is not None:
         raise LexigraftError(
             f"{folder} is a run, of which --fix would copy no part",
             needed="one of its parts",
