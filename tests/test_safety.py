@@ -136,15 +136,16 @@ def test_no_verb_runs_code_of_a_folder_without_the_flag(ground, corpus, tmp_path
 
 
 def test_inputs_that_are_links_are_read_and_never_written_through(ground, corpus, tmp_path):
-    """A hub cache is made of links. What is behind them stays; what is written are files."""
-    real = ground.sp
+    """A hub cache is made of links, to files that are called by a hash and have no ending. What is
+    behind them stays; what is written are files."""
+    hub = tmp_path / "hub"
+    commit = cached(hub, "someone/sp", ground.sp)
+    cached(hub, "someone/vocab", ground.copy("vocab"))
+    linked, vocab = (hub / f"models--someone--{n}" / "snapshots" / commit for n in ("sp", "vocab"))
+    real = hub / "models--someone--sp" / "blobs"
     kept = {p.name: p.read_bytes() for p in real.iterdir()}
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in real.iterdir():
-        (linked / path.name).symlink_to(path)
     adapter = ground.adapter
-    graft(linked, ground.copy("vocab"), output=tmp_path / "model")
+    graft(linked, vocab, output=tmp_path / "model")
     merge(linked, [adapter], output=tmp_path / "merged")
     split(linked, adapter, output=tmp_path / "pair")
     extract(tmp_path / "merged", base=linked, rank=2, output=tmp_path / "found")

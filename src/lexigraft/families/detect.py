@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -212,7 +213,7 @@ def open_safely(path: Path) -> None:
     """
     if _OWN.get():
         return
-    fault = _opening(str(path.resolve()), sha256_file(path)).result()
+    fault = _opening(_at(path), sha256_file(path)).result()
     if fault is not None:
         raise LexigraftError(
             f"{path} cannot be opened ({fault})",
@@ -228,7 +229,12 @@ def open_ahead(folders: Iterable[Path]) -> None:
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is not None:
             with suppress(OSError):  # `load` will say it
-                _opening(str(path.resolve()), sha256_file(path))
+                _opening(_at(path), sha256_file(path))
+
+
+def _at(path: Path) -> str:
+    """Where a file lies, under its own name: in a hub cache the file behind it is called a hash."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow the link
 
 
 @lru_cache(maxsize=64)
