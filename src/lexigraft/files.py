@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 LOCK_NAME = ".lexigraft-lock"
 MANIFEST = "lexigraft.json"
@@ -322,9 +321,11 @@ def scratch(output: Path) -> Iterator[Path]:
     Raises:
         LexigraftError: the parent of `output` cannot be written, or the disk is full.
     """
+    from filelock import FileLock  # whoever only reads needs none
+
     place = Path(os.path.abspath(output))  # noqa: PTH100 - as in `publish`
     _remove_dead_partials(place)
-    partial = place.with_name(f"{place.name}.partial-{secrets.token_hex(4)}")
+    partial = place.with_name(f"{place.name}.partial-{os.urandom(4).hex()}")
     lock = FileLock(_lock_of(partial))
     make_folder(place.parent)
     try:
@@ -388,7 +389,7 @@ def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:
     aside: Path | None = None
     try:
         if force and (output.exists() or output.is_symlink()):
-            aside = output.with_name(f"{output.name}.old-{secrets.token_hex(4)}")
+            aside = output.with_name(f"{output.name}.old-{os.urandom(4).hex()}")
             output.rename(aside)
         partial.rename(output)
     except OSError as fault:
@@ -415,6 +416,10 @@ def replace_folder(partial: Path, output: Path, *, force: bool = False) -> None:
 
 def _remove_dead_partials(output: Path) -> None:
     """Remove partial folders of `output` whose lock nobody holds: their run was killed."""
+    import glob
+
+    from filelock import FileLock, Timeout
+
     found = {
         path.with_name(path.name.removesuffix(".lock"))
         for path in output.parent.glob(f"{glob.escape(output.name)}.partial-*")

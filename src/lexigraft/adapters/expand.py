@@ -10,12 +10,12 @@ import numpy as np
 
 from lexigraft.adapters.config import AdapterConfig
 from lexigraft.adapters.folder import Adapter
+from lexigraft.adapters.match import Change
 from lexigraft.adapters.misfits import Misfits
 from lexigraft.adapters.rebuild import lost_source, rebuilt_rows
 from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.adapters.vocabulary import (
-    Change,
     VocabularyRows,
     equal_rows,
     moved_rows,

@@ -11,19 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.folder import Addition, Expert, LowRank
+from lexigraft.adapters.keys import PREFIX
 from lexigraft.adapters.misfits import Misfits
-from lexigraft.adapters.pure import PREFIX
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
 from lexigraft.checkpoints.rows import BLOCK_BYTES, read_rows
 from lexigraft.errors import LexigraftError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # Parameter, in the order of registration -> its projections, as families call them on disk.
 PARAMETERS = {
@@ -116,6 +116,8 @@ def stacked_factors(
         parts += [] if own == rank else [_zeros(rank - own, inner)]
 
     def b() -> Iterator[npt.NDArray[Any]]:
+        import numpy as np  # a check of headers needs none
+
         step = max(1, BLOCK_BYTES // (4 * rank * len(experts)))
         for start in range(0, outer, step):
             stop = min(start + step, outer)
@@ -135,7 +137,12 @@ def stacked_factors(
 
 
 def _zeros(rows: int, width: int) -> Compute:
-    return Compute(4 * rows * width, lambda: iter([np.zeros((rows, width), np.float32)]))
+    def zeros() -> Iterator[npt.NDArray[Any]]:
+        import numpy as np
+
+        yield np.zeros((rows, width), np.float32)
+
+    return Compute(4 * rows * width, zeros)
 
 
 def _of_parameter(

@@ -26,7 +26,7 @@ Part = Literal[
     "refused",
 ]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # A name inside the adapter file -> the part it plays. `.default` is the adapter's own name, which
 # older versions of PEFT left in the file.
 _PARTS: tuple[tuple[str, Part], ...] = (
@@ -90,7 +90,7 @@ def parse(name: str) -> Key:
     >>> parse("base_model.model.lm_head.lokr_w1").form
     'LoKr'
     """
-    inner = name.removeprefix(_PREFIX)
+    inner = name.removeprefix(PREFIX)
     if "base_layer.lora_" not in inner or ".experts." in inner:  # whose wrappers lie in each other
         for pattern, part in _PARTS:
             match = re.search(pattern, inner)

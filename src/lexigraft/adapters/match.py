@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.experts import expert_additions, is_of_experts
 from lexigraft.adapters.folder import Adapter, Addition, LowRank, Scale
 from lexigraft.adapters.misfits import Misfits
-from lexigraft.adapters.vocabulary import Change, single_rows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.header import FLOATS, Tensor
@@ -28,6 +28,33 @@ _OLDER_NAMES = (
 )
 # Experts and router, in memory and as Mixtral and its kin are stored.
 _MIXTURE = (".mlp.", ".block_sparse_moe.")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one vocabulary tensor; empty where it does nothing.
+
+    Attributes:
+        full: values of every row that the adapter knows, None where it holds none.
+        ids: token ids whose rows were trained singly, in the order of `values`.
+        values: those rows, shape (len(ids), D).
+        added: LoRA that is added to the rows, those of `full` where there are some.
+    """
+
+    full: Tensor | None = None
+    ids: tuple[int, ...] = ()
+    values: Tensor | None = None
+    added: Addition | None = None
+
+    def __bool__(self) -> bool:
+        return any(part is not None for part in (self.full, self.values, self.added))
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model that it was trained on; 0 where it does not tell."""
+        if self.added is not None:
+            return self.added.low_rank.shape[0]
+        return 0 if self.full is None else by_row(self.full).rows
 
 
 @dataclass(frozen=True)
@@ -320,10 +347,26 @@ def _vocabulary_changes(
         if name in rows:
             module = modules[rows[name].name]
             ids = adapter.config.ids_of(module) or _shared_ids(adapter)
-            single = single_rows(module, rows[name], ids, adapter.config.path)
+            single = _single_rows(module, rows[name], ids, adapter.config.path)
             change = Change(change.full, single.ids, single.values)
         changes[name] = change
     return changes
+
+
+def _single_rows(module: str, values: Tensor, ids: tuple[int, ...] | None, config: Path) -> Change:
+    """The change of an adapter that trained single rows of `module`.
+
+    Raises:
+        LexigraftError: the config does not say which rows, or not as many as there are.
+    """
+    if ids is None or len(ids) != values.rows:
+        said = "no ids" if ids is None else f"{len(ids)} ids"
+        raise LexigraftError(
+            f"{values.name} holds {values.rows} rows, {config} names {said} for {module}",
+            needed="the token id of every row, in trainable_token_indices or token_indices",
+            fix="copy adapter_config.json and adapter_model.safetensors from the same run",
+        )
+    return Change(None, ids, values)
 
 
 def _shared_ids(adapter: Adapter) -> tuple[int, ...] | None:

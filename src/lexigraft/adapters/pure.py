@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.folder import Addition
+from lexigraft.adapters.keys import PREFIX
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, CopyRows, PlannedTensor
 from lexigraft.checkpoints.rows import in_blocks
 
 Array = npt.NDArray[Any]
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)

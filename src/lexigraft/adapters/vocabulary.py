@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
-from lexigraft.adapters.folder import Addition, LowRank
+from lexigraft.adapters.folder import LowRank
+from lexigraft.adapters.match import Change
 from lexigraft.adapters.rounding import Rounding
 from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
@@ -42,33 +42,6 @@ Array = npt.NDArray[Any]
 RowReader = Callable[[int, int], Array]
 
 _SHOWN_SPANS = 8
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does to one vocabulary tensor; empty where it does nothing.
-
-    Attributes:
-        full: values of every row that the adapter knows, None where it holds none.
-        ids: token ids whose rows were trained singly, in the order of `values`.
-        values: those rows, shape (len(ids), D).
-        added: LoRA that is added to the rows, those of `full` where there are some.
-    """
-
-    full: Tensor | None = None
-    ids: tuple[int, ...] = ()
-    values: Tensor | None = None
-    added: Addition | None = None
-
-    def __bool__(self) -> bool:
-        return any(part is not None for part in (self.full, self.values, self.added))
-
-    @property
-    def rows(self) -> int:
-        """Rows of the model that it was trained on; 0 where it does not tell."""
-        if self.added is not None:
-            return self.added.low_rank.shape[0]
-        return 0 if self.full is None else by_row(self.full).rows
 
 
 @dataclass(frozen=True)
@@ -384,22 +357,6 @@ def _new_rows(
 
 def _ids(start: int, stop: int) -> str:
     return f"{start:,}-{stop - 1:,}"
-
-
-def single_rows(module: str, values: Tensor, ids: tuple[int, ...] | None, config: Path) -> Change:
-    """The change of an adapter that trained single rows of `module`.
-
-    Raises:
-        LexigraftError: the config does not say which rows, or not as many as there are.
-    """
-    if ids is None or len(ids) != values.rows:
-        said = "no ids" if ids is None else f"{len(ids)} ids"
-        raise LexigraftError(
-            f"{values.name} holds {values.rows} rows, {config} names {said} for {module}",
-            needed="the token id of every row, in trainable_token_indices or token_indices",
-            fix="copy adapter_config.json and adapter_model.safetensors from the same run",
-        )
-    return Change(None, ids, values)
 
 
 def equal_rows(one: VocabularyRows, other: VocabularyRows) -> bool:

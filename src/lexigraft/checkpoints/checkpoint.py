@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.checkpoints.header import Header, Tensor, read_header
 from lexigraft.checkpoints.rows import read_rows
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import read_json, read_object, require_folder
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # tensor.rs, MAX_HEADER_SIZE.
 HEADER_LIMIT_BYTES = 100_000_000
@@ -105,6 +106,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     2
     """
     import ml_dtypes
+    import numpy as np  # headers alone need no numbers
 
     types: dict[str, Any] = {
         "BOOL": np.bool_,
@@ -134,7 +136,7 @@ def wide_type(dtype: str) -> str:
 
 def raw(block: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return memoryview(block.reshape(-1).view("u1"))  # type: ignore[arg-type]
 
 
 def data_bytes(dtype: str, shape: Iterable[int]) -> int:

@@ -7,15 +7,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.checkpoints.checkpoint import SINGLE, Checkpoint
 from lexigraft.checkpoints.header import DTYPE_BITS, Tensor, data_bytes, header_bytes
 from lexigraft.errors import LexigraftError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 DEFAULT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers 4 refuses files without
 
@@ -269,6 +269,8 @@ def parse_size(size: str | int) -> int:
     if found is not None:
         number, unit, binary = found.groups()
         power = "KMGT".index(unit.upper()) + 1 if unit else 0
+        from fractions import Fraction
+
         count = int(Fraction(number) * (1024 if binary else 1000) ** power)
         if count > 0:
             return count

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.errors import LexigraftError
 from lexigraft.files import changed
+
+if TYPE_CHECKING:  # shapes alone, as in a check of headers, need no numpy
+    import numpy as np
+    import numpy.typing as npt
 
 # Sums run over blocks of this size, whoever calls: so two callers get the same mean, bit for bit.
 BLOCK_BYTES = 4 * 2**20
@@ -24,11 +25,13 @@ def block_rows(tensor: Tensor) -> int:
 
 def widened(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Rows in a type that sums may run in: float32, or float64 where they are stored so."""
-    return rows if rows.dtype == np.float64 else rows.astype(np.float32, copy=False)
+    return rows if rows.dtype == "f8" else rows.astype("f4", copy=False)
 
 
 def lengths(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The Euclidean length of each row, in the type of `rows`: shape (n, D) -> (n,)."""
+    import numpy as np
+
     found: npt.NDArray[Any] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     return found
 
@@ -52,6 +55,8 @@ def read_rows(tensor: Tensor, start: int = 0, stop: int | None = None) -> npt.ND
     Raises:
         LexigraftError: the rows do not exist, or the file became shorter.
     """
+    import numpy as np
+
     stop = tensor.rows if stop is None else stop
     if not 0 <= start <= stop <= tensor.rows:
         raise LexigraftError(
@@ -107,6 +112,8 @@ def read_ids(tensor: Tensor, ids: Sequence[int]) -> npt.NDArray[Any]:
     Raises:
         LexigraftError: a row does not exist, or the file became shorter.
     """
+    import numpy as np
+
     blocks = [read_rows(tensor, start, stop) for start, stop in runs(ids)]
     if not blocks:
         return np.empty((0, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
@@ -134,7 +141,16 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return all(
-        block.tobytes() == read_rows(other, first, first + len(block)).tobytes()
-        for first, block in in_blocks(one)
-    )
+    return all(a == b for a, b in zip(_byte_blocks(one), _byte_blocks(other), strict=True))
+
+
+def _byte_blocks(tensor: Tensor) -> Iterator[bytes]:
+    """The bytes of a tensor on disk, which need no numpy."""
+    with tensor.path.open("rb", buffering=0) as stream:
+        stream.seek(tensor.begin)
+        for start in range(0, tensor.bytes, BLOCK_BYTES):
+            size = min(BLOCK_BYTES, tensor.bytes - start)
+            block = stream.read(size)
+            if len(block) != size:
+                raise changed(tensor.path, "became shorter")
+            yield block

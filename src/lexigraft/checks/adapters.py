@@ -8,13 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lexigraft.adapters.classifier import without_head
-from lexigraft.adapters.config import AdapterConfig
-from lexigraft.adapters.folder import Adapter
-from lexigraft.adapters.keys import parse
-from lexigraft.adapters.match import match
-from lexigraft.adapters.misfits import Misfits
-from lexigraft.checkpoints.config import refuse_quantised
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checks.facts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts
 from lexigraft.checks.findings import Finding, finding, from_error
@@ -68,6 +61,8 @@ def _vocabulary_axis(name: str) -> int | None:
         match = pattern.search(name)
         if match:
             return axis if name[: match.start()].rsplit(".", 1)[-1] in _VOCABULARY_MODULES else None
+    from lexigraft.adapters.keys import parse
+
     key = parse(name)
     if key.part not in ("full", "saved", "base"):
         return None
@@ -205,6 +200,8 @@ def _empty(empty: list[Tensor]) -> Finding:
 
 
 def _unsupported(adapter: Facts) -> Iterator[Finding]:
+    from lexigraft.adapters.config import AdapterConfig
+
     try:
         AdapterConfig.read(adapter.folder)
     except LexigraftError as fault:
@@ -366,6 +363,12 @@ def _shapes(model: Facts, adapter: Facts) -> Iterator[Finding]:
     """Tensors of the adapter that have no place in the model, or another shape: all in one."""
     if model.checkpoint is None or model.vocabulary is None:
         return
+    from lexigraft.adapters.classifier import without_head
+    from lexigraft.adapters.folder import Adapter
+    from lexigraft.adapters.match import match
+    from lexigraft.adapters.misfits import Misfits
+    from lexigraft.checkpoints.config import refuse_quantised
+
     misfits = Misfits()
     try:
         refuse_quantised(model.checkpoint)  # whose weights are packed

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Finding, finding
 from lexigraft.families.llama_cpp import SPACE
 from lexigraft.families.tokenmap import TokenMap, first_difference, prefix_hash, without
-from lexigraft.manifest import MANIFEST, Manifest
+from lexigraft.files import MANIFEST
+
+if TYPE_CHECKING:
+    from lexigraft.manifest import Manifest
 
 
 def manifest_findings(facts: Facts) -> Iterator[Finding]:
@@ -63,7 +66,7 @@ def _settings(facts: Facts, manifest: Manifest) -> Iterator[Finding]:
     if not isinstance(named, str):
         return
     states = {
-        Manifest(records=manifest.records[:count]).hash
+        type(manifest)(records=manifest.records[:count]).hash
         for count in range(len(manifest.records) + 1)
     }
     if named not in states:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.families.tokenmap import SENTENCEPIECE_FILES, TokenMap, joined
-from lexigraft.manifest import Manifest
+
+if TYPE_CHECKING:
+    from lexigraft.manifest import Manifest
 
 # In the order in which loaders look for them.
 VOCABULARIES = ("tokenizer.json", *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 import typer
+from typer.models import CommandInfo
 
 from lexigraft import __version__
 from lexigraft.console import is_first_process, plain
@@ -39,7 +41,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        _application(sys.argv[1:])()
     except LexigraftError as fault:
         _fail(fault)
     except (
@@ -60,6 +62,20 @@ def main() -> None:
                 fix="mend the permissions or the name, and run the command again",
             )
         )
+
+
+def _application(words: Sequence[str]) -> typer.Typer:
+    """What is to run `words`: all verbs, or the one that is named, as each takes its time."""
+    named = [verb for verb in app.registered_commands if words[:1] == [_name(verb)]]
+    if not named:
+        return app
+    one = copy.copy(app)
+    one.registered_commands = named
+    return one
+
+
+def _name(verb: CommandInfo) -> str:
+    return verb.name or getattr(verb.callback, "__name__", "").replace("_", "-")
 
 
 def _fail(fault: LexigraftError) -> None:

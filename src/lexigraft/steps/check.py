@@ -31,6 +31,7 @@ from lexigraft.checks.weights import (
 from lexigraft.console import plain_line
 from lexigraft.errors import LexigraftError
 from lexigraft.files import (
+    MANIFEST,
     Inputs,
     is_there,
     publish,
@@ -41,7 +42,6 @@ from lexigraft.files import (
     write_json,
 )
 from lexigraft.hub import is_hub_id, local_folder
-from lexigraft.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from lexigraft.runfile import RunState

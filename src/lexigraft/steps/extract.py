@@ -24,8 +24,9 @@ import numpy.typing as npt
 
 from lexigraft.adapters.experts import stacked, stacked_factors
 from lexigraft.adapters.folder import Addition, LowRank
+from lexigraft.adapters.keys import PREFIX
 from lexigraft.adapters.match import has_conv1d
-from lexigraft.adapters.pure import PREFIX, PureLora, targets
+from lexigraft.adapters.pure import PureLora, targets
 from lexigraft.adapters.writing import adapter_plan, write_adapter
 from lexigraft.blending.inputs import Model, is_blendable, require_alike
 from lexigraft.checkpoints.architectures import table
