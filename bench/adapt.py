@@ -98,6 +98,13 @@ class Bench:
         found: dict[str, Any] = read_json(done)
         return found
 
+    def has_words(self, case: Case) -> bool:
+        """Whether any word was learned: a little text may support none."""
+        folder = self.work / case.name
+        folder.mkdir(exist_ok=True)
+        self._vocab(case, folder)
+        return self._words(folder) > 0
+
     def _control(self, case: Case, folder: Path) -> dict[str, Any]:
         stage = self._train(case, self.base, folder / "control", "--mode", "lora")
         self._tool("merge", self.base, folder / "control", "-o", folder / "control-merged")
@@ -321,7 +328,10 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
     for language in options.languages:
         for size in (SUPPORTED, LARGER):
             rows = list(rows_of(found, language, size))
-            if len(rows) > 1:
+            if size == SUPPORTED and len(rows) == 1:
+                lines += ["", f"## {language}, words {size}", ""]
+                lines += ["None: no word occurs often enough in this text, so `learn` adds none."]
+            elif len(rows) > 1:
                 lines += ["", f"## {language}, words {size}", ""]
                 lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
                 lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -350,8 +360,9 @@ def main() -> None:
     for seed in range(options.seeds):
         for language in options.languages:
             for size in options.sizes:
-                for arm in options.arms:
-                    run = bench.run(Case(language, seed, size), arm)
+                case = Case(language, seed, size)
+                for arm in options.arms if bench.has_words(case) else ("control",):
+                    run = bench.run(case, arm)
                     if run not in found:
                         found.append(run)
     text = report(found, options)

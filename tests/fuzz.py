@@ -277,20 +277,14 @@ class Watch:
             self.found.append(f"{name} {place}")
 
 
-def kept_loader() -> None:
-    """One transformers child for all mutants: `learn` and `check` start it once."""
+def impatient_loader() -> None:
+    """transformers has 20 seconds to answer."""
     from lexigraft.checks import conversion, probe
     from lexigraft.families.loader import TransformersLoader
 
-    class Kept(TransformersLoader):
-        def close(self) -> None:
-            if self._child is not None and self._child.poll() is not None:
-                super().close()  # it died; the next question starts another
-
-    shared = Kept(seconds=20)
     step = sys.modules["lexigraft.steps.learn"]
     for module in (conversion, probe, step):
-        module.TransformersLoader = lambda: shared  # type: ignore[attr-defined]
+        module.TransformersLoader = lambda: TransformersLoader(seconds=20)  # type: ignore[attr-defined]
 
 
 def actions(
@@ -540,7 +534,7 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     set_quiet(True)
-    kept_loader()
+    impatient_loader()
 
 
 # -- the pool

@@ -11,8 +11,9 @@ import pytest
 import parts
 from lexigraft import families
 from lexigraft.errors import LexigraftError
+from lexigraft.families import loader as loading
 from lexigraft.families.continued_bpe import Merge
-from lexigraft.families.loader import TransformersLoader, prove_loader
+from lexigraft.families.loader import TransformersLoader, _spare, prove_loader
 from lexigraft.families.proof import HARD_TEXTS
 
 TEXTS = [*HARD_TEXTS, "The patient was treated for bronchitis. 患者冠状动脉正常。"]
@@ -143,6 +144,7 @@ def test_remote_code_is_neither_run_nor_asked_for(folders, loader, tmp_path):
 
 
 def test_a_hanging_child_is_ended_and_the_next_question_answered(folders):
+    _spare.drop()  # a child that has started already may answer in time
     with TransformersLoader(seconds=0.01) as loader:
         assert loader.encode(folders["byte-level"], ["a"]) is None
         assert "no answer in" in loader.reason
@@ -154,6 +156,36 @@ def test_a_hanging_child_is_ended_and_the_next_question_answered(folders):
 def test_a_killed_child_is_reported_with_its_status(folders):
     with TransformersLoader() as loader:
         assert loader.encode(folders["byte-level"], ["a"]) is not None
-        loader._child.kill()
+        loader._child.process.kill()
         assert loader.encode(folders["byte-level"], ["a"]) is None
         assert "status -9" in loader.reason
+
+
+def test_a_child_is_used_again_and_reads_a_changed_folder_anew(folders, tmp_path):
+    folder = shutil.copytree(folders["byte-level"], tmp_path / "folder")
+    with TransformersLoader() as loader:
+        child = loader._child.process
+        before = loader.read(folder, ["a patient"])
+    extension(families.load(folders["byte-level"]), tmp_path / "extended")
+    shutil.copyfile(tmp_path / "extended" / "tokenizer.json", folder / "tokenizer.json")
+    with TransformersLoader() as loader:
+        assert loader._child.process is child
+        after = loader.read(folder, ["a patient"])
+    assert after.tokens > before.tokens
+
+
+def test_a_child_that_met_a_fault_is_not_used_again(folders, tmp_path):
+    with TransformersLoader() as loader:
+        child = loader._child.process
+        assert loader.encode(tmp_path, ["a"]) is None
+        assert loader.encode(folders["byte-level"], ["a"]) is not None
+    assert child.poll() is not None
+
+
+def test_a_child_that_nobody_needs_ends(folders, monkeypatch):
+    monkeypatch.setattr(loading, "_IDLE_SECONDS", 0.1)
+    with TransformersLoader() as loader:
+        child = loader._child.process
+        assert loader.encode(folders["byte-level"], ["a"]) is not None
+        assert child.poll() is None
+    assert child.wait(timeout=10) is not None

@@ -20,7 +20,16 @@ def splits(token: str, known: Iterable[str]) -> list[tuple[str, str]]:
 
 def ordered_splits(token: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every way to cut `token` into two tokens, the lowest ids first."""
-    return sorted(splits(token, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    # A plain loop: 150,000 tokens have a million cuts, most of them with no token on the left.
+    found = []
+    for cut in range(1, len(token)):
+        left = ids.get(token[:cut])
+        if left is not None:
+            right = ids.get(token[cut:])
+            if right is not None:
+                found.append((left, right, cut))
+    found.sort()
+    return [(token[:cut], token[cut:]) for _, _, cut in found]
 
 
 def beginnings_and_ends(tokens: Iterable[str]) -> frozenset[str]:

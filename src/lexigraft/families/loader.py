@@ -4,10 +4,12 @@ What users call is `AutoTokenizer.from_pretrained`, which chooses a class, may c
 `tokenizer.model` and may replace normalizer and pre-tokenizer. It runs in a child so that neither
 transformers nor a crash of native code comes into the process that learns. torch is hidden from
 the child: tokenizers do not need it, and its import is most of the start (4 s with, 1.5 s without).
+A child that has done its work waits some seconds for more, so that the next need not be started.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ from lexigraft.files import python_child
 MOST_TEXTS = 1_000
 MOST_CHARACTERS = 1_000_000
 _SECONDS = 300.0  # for one answer; the first one includes transformers' imports
+_IDLE_SECONDS = 10.0  # how long a child waits for its next use
 
 # One JSON object a line on stdin and stdout. What libraries print goes to stderr instead.
 _CHILD = """
@@ -41,7 +44,7 @@ folder = tokenizer = None
 for line in sys.stdin:
     request = json.loads(line)
     try:
-        if folder != request["folder"]:
+        if request["anew"] or folder != request["folder"]:
             folder = None
             began = time.perf_counter()
             tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)
@@ -83,6 +86,62 @@ class Reading:
     seconds: float
 
 
+class _Child:
+    """The process, and what it writes to stderr."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`)
+        self.process = subprocess.Popen(
+            python_child(_CHILD),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+            env=environment,
+        )
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+class _Spare:
+    """At most one child that waits for its next use, and ends if there is none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._end = threading.Timer(0, self.drop)
+
+    def take(self) -> _Child | None:
+        """The waiting child, if it lives."""
+        with self._lock:
+            self._end.cancel()
+            child, self._child = self._child, None
+        if child is not None and child.process.poll() is not None:
+            child.end()
+            return None
+        return child
+
+    def keep(self, child: _Child) -> None:
+        self.drop()
+        with self._lock:
+            self._child = child
+            self._end = threading.Timer(_IDLE_SECONDS, self.drop)
+            self._end.daemon = True
+            self._end.start()
+
+    def drop(self) -> None:
+        if (child := self.take()) is not None:
+            child.end()
+
+
+_spare = _Spare()
+atexit.register(_spare.drop)
+
+
 class TransformersLoader:
     """`AutoTokenizer` in a child process: no torch, no remote code, no network.
 
@@ -93,8 +152,9 @@ class TransformersLoader:
     def __init__(self, *, seconds: float = _SECONDS) -> None:
         self.reason: str | None = None
         self._seconds = seconds
-        self._child: subprocess.Popen[str] | None = None
-        self._errors: IO[bytes] | None = None
+        self._child: _Child | None = None
+        self._anew = True  # a child may remember a folder as it was for somebody before
+        self._sound = True  # it has answered whatever it was asked, always without a fault
 
     def __enter__(self) -> TransformersLoader:
         self.start()
@@ -109,29 +169,19 @@ class TransformersLoader:
         self.close()
 
     def start(self) -> None:
-        """Start the child, unless it runs; returns at once."""
-        if self._child is not None:
-            return
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
-        self._child = subprocess.Popen(
-            python_child(_CHILD),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-            env=environment,
-        )
+        """Start the child, or take one that waits; returns at once."""
+        if self._child is None:
+            self._child = _spare.take() or _Child()
+            self._anew = self._sound = True
 
     def close(self) -> None:
-        """End the child."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
+        """Leave the child to the next user; end it if it may not be sound."""
+        child, self._child = self._child, None
+        if child is not None:
+            if self._sound and child.process.poll() is None:
+                _spare.keep(child)
+            else:
+                child.end()
 
     def encode(self, folder: Path, texts: Sequence[str]) -> list[list[int]] | None:
         """Ids of each text without template tokens; None if transformers could not."""
@@ -140,23 +190,25 @@ class TransformersLoader:
 
     def read(self, folder: Path, texts: Sequence[str]) -> Reading | None:
         """What transformers makes of `texts`; None, with `reason`, if it fails, dies or hangs."""
-        request = json.dumps({"folder": str(Path(folder).resolve()), "texts": list(texts)})
-        answer = self._ask(request)
+        answer = self._ask({"folder": str(Path(folder).resolve()), "texts": list(texts)})
         fault = answer.pop("fault", None)
         self.reason = f"transformers could not load {folder} ({fault})" if fault else None
         return None if fault else Reading(**answer)
 
-    def _ask(self, request: str) -> dict[str, Any]:
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         self.start()
-        child = self._child
-        assert child is not None and child.stdin is not None and child.stdout is not None
+        assert self._child is not None
+        process = self._child.process
+        assert process.stdin is not None and process.stdout is not None
+        request = json.dumps({**question, "anew": self._anew})
+        sound, self._sound = self._sound, False
         # Killing the child ends a blocked write as well as a blocked read.
-        watch = threading.Timer(self._seconds, child.kill)
+        watch = threading.Timer(self._seconds, process.kill)
         watch.start()
         try:
-            child.stdin.write(request + "\n")
-            child.stdin.flush()
-            line = child.stdout.readline()
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
         except OSError:
             line = ""
         finally:
@@ -164,16 +216,16 @@ class TransformersLoader:
             watch.cancel()
         if line.endswith("\n"):
             answer: dict[str, Any] = json.loads(line)
+            self._anew, self._sound = False, sound and "fault" not in answer
             return answer
-        fault = f"no answer in {self._seconds:.0f} s" if late else self._last_words(child)
+        fault = f"no answer in {self._seconds:.0f} s" if late else self._last_words(self._child)
         self.close()  # the next question starts a new child
         return {"fault": fault}
 
-    def _last_words(self, child: subprocess.Popen[str]) -> str:
-        code = child.wait()
-        assert self._errors is not None
-        self._errors.seek(0)
-        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+    def _last_words(self, child: _Child) -> str:
+        code = child.process.wait()
+        child.errors.seek(0)
+        lines = child.errors.read().decode("utf-8", "replace").strip().splitlines()
         return f"it ended with status {code}" + (f": {lines[-1][:300]}" if lines else "")
 
 
