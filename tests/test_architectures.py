@@ -530,6 +530,21 @@ def test_wrong_roles_are_named(roles):
         vocabulary_of(checkpoint, roles)
 
 
+def test_roles_without_an_embedding_are_no_layout():
+    tensors = {"model.embed_tokens.weight": (96, 32), "huh.weight": (96, 32), **BODY}
+    checkpoint = fake(tensors, {"model_type": "llama", "vocab_size": 96})
+    with pytest.raises(LexigraftError, match=r"input embedding .* model\.embed_tokens") as fault:
+        vocabulary_of(checkpoint, {"huh.weight": "head"})
+    assert fault.value.fix.startswith("add --tensor model.embed_tokens.weight=embed")
+
+
+@pytest.mark.parametrize("shape", [(), (96,), (96, 32, 1)])
+def test_a_table_has_a_row_of_numbers_per_token(shape):
+    checkpoint = fake({"model.embed_tokens.weight": shape}, {"model_type": "llama"})
+    with pytest.raises(LexigraftError, match="cannot be the input embedding"):
+        vocabulary_of(checkpoint)
+
+
 def test_different_rows_are_named():
     tensors = {"model.embed_tokens.weight": (96, 32), "lm_head.weight": (100, 32)}
     with pytest.raises(LexigraftError) as fault:

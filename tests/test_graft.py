@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -316,9 +317,10 @@ def test_every_method_can_be_asked_for(init, make, tmp_path):
     assert filecmp.cmp(tmp_path / "model" / SINGLE, tmp_path / "again" / SINGLE, shallow=False)
 
 
-def test_link_shares_untouched_shards(make, tmp_path):
+def test_link_shares_untouched_shards(make, tmp_path, capsys):
     base, vocab = make(4, tied=True, layers=4, shard_size="40KB")
     plain = graft(base, vocab, output=tmp_path / "plain")
+    assert "--link" not in capsys.readouterr().err
     linked = graft(base, vocab, output=tmp_path / "linked", link=True)
     for name in Checkpoint.open(base).shards:
         assert filecmp.cmp(tmp_path / "plain" / name, tmp_path / "linked" / name, shallow=False)
@@ -326,6 +328,26 @@ def test_link_shares_untouched_shards(make, tmp_path):
     assert shared
     saved = sum(path.stat().st_size for path in shared)
     assert plain.bytes_written - linked.bytes_written == saved
+    said = capsys.readouterr().err
+    assert f"{len(shared)} of {len(Checkpoint.open(base).shards)} files of weights" in said
+    assert f"those of {base}: a program that writes into one in place changes both" in said
+
+
+def test_link_says_where_nothing_can_be_linked(make, tmp_path, capsys):
+    base, vocab = make(4, tied=True)
+    graft(base, vocab, output=tmp_path / "model", link=True)
+    assert "nothing to link" in capsys.readouterr().err  # the only file holds the embedding
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == base.stat().st_dev:
+        pytest.skip("this machine has no second file system at /dev/shm")
+    (base / SINGLE).unlink()
+    parts.write_model(base, tokens=TokenMap.read(base).tokens, layers=4, shard_size="20KB")
+    with tempfile.TemporaryDirectory(dir=other) as place:
+        dry = graft(base, vocab, output=f"{place}/model", link=True, dry_run=True)
+        assert "on another disk" in capsys.readouterr().err
+        real = graft(base, vocab, output=f"{place}/model", link=True)
+        assert "could be linked" in capsys.readouterr().err
+    assert dry.bytes_written == real.bytes_written > Checkpoint.open(base).bytes
 
 
 def test_a_dry_run_tells_the_truth_and_writes_nothing(make, tmp_path):
@@ -341,7 +363,18 @@ def test_a_dry_run_tells_the_truth_and_writes_nothing(make, tmp_path):
         name: list(tensor.shape) for name, tensor in after.tensors.items()
     }
     assert sum(entry["bytes_copied"] for entry in plan.values()) == real.bytes_copied
-    assert any("lm_head.weight" in line for line in dry.lines())
+    tensors, tables = Checkpoint.open(base).tensors, vocabulary_of(after).names
+    for name, entry in plan.items():
+        assert entry["source"] == tensors[name].path.name
+        whole = entry["bytes_copied"] + entry["bytes_computed"]
+        assert whole == entry["bytes_written"] == after.tensors[name].bytes
+        assert entry["rule"] == ("copied and computed" if name in tables else "copied")
+    assert [plan[name]["init"] for name in tables] == real.init.split(",")
+    line = next(line for line in dry.lines() if "lm_head.weight" in line)
+    assert line.endswith(f"computed {plan['lm_head.weight']['bytes_computed']:,} "
+                         "(new rows by half-first)")  # fmt: skip
+    linked = graft(base, vocab, output=tmp_path / "model", link=True, force=True, dry_run=True)
+    assert {entry["rule"] for entry in linked.plan} == {"linked", "copied and computed"}
     assert "plan" not in real.to_json()
 
 

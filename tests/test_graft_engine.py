@@ -27,6 +27,7 @@ from lexigraft.checkpoints.plan import parse_size
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap
 from lexigraft.files import publish, sha256_file
+from lexigraft.steps.check import check
 from lexigraft.steps.graft import graft
 
 
@@ -201,6 +202,33 @@ def test_a_real_disk_that_others_fill(made, tmp_path, monkeypatch):
         theirs.touch()
         monkeypatch.setattr(os, "copy_file_range", fill)
         assert "full" in refused(half, vocab, disk / "out").found
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.matrix
+def test_a_real_disk_that_shares_blocks(made, tmp_path):
+    """btrfs: untouched shards take no room, and none is asked for them."""
+    maker = shutil.which("mkfs.btrfs")
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    disk.mkdir()
+    with image.open("wb") as stream:
+        stream.truncate(400 * 2**20)
+    if maker is None or subprocess.run([maker, "-q", image], check=False).returncode:
+        pytest.skip("no mkfs.btrfs here")
+    if subprocess.run(["mount", "-o", "loop", image, disk], check=False).returncode:
+        pytest.skip("mounting a file system needs more rights")
+    try:
+        base = holes(made[0], disk / "base", 0.15)
+        for shard in base.glob("*.safetensors"):
+            with shard.open("r+b") as stream:  # of real bytes: a hole takes no room
+                stream.seek(2**16)
+                stream.write(b"\x3c\x3d" * (15 * 2**20))
+                os.fsync(stream.fileno())
+        assert shutil.disk_usage(disk).free < Checkpoint.open(base).bytes + 64 * 2**20
+        result = graft(base, made[1], output=disk / "model")
+        assert result.bytes_written < Checkpoint.open(base).bytes / 3
+        assert check(disk / "model", base=base, deep=True).ok
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -227,6 +227,8 @@ def failing(spelled):
     raise RuntimeError("not today")
 def broken(spelled):
     return np.full((len(spelled.ids), *spelled.center.shape), np.nan)
+def alike(spelled):
+    return np.zeros((len(spelled.ids), *spelled.center.shape), np.float32)
 def large(spelled):
     rows = half(spelled).astype(np.float64)
     rows[1] = 1e300
@@ -260,6 +262,7 @@ def test_a_function_of_ones_own(own, made, tmp_path):
         ("own_rows:listed", "a list"),
         ("own_rows:failing", "RuntimeError: not today"),
         ("own_rows:broken", "NaN or infinity .* for 12 new tokens"),
+        ("own_rows:alike", "the 12 new tokens .* the same row"),
         ("own_rows:large", "NaN or infinity .* for 1 new tokens"),
         ("own_rows:number", "is a int"),
         ("own_rows:absent", "AttributeError"),

@@ -207,7 +207,7 @@ def require_free_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(existing_parent(folder)).free
     if free < needed_bytes:
         raise LexigraftError(
-            f"{free / 1e9:,.2f} GB free on the disk of {folder}",
+            f"{free / 1e9:,.2f} GB free on the disk of {existing_parent(folder.parent)}",
             needed=f"{needed_bytes / 1e9:,.2f} GB",
             fix="free some space or choose another -o",
         )

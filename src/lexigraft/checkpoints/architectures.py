@@ -25,6 +25,7 @@ from lexigraft.files import MANIFEST
 
 Role = Literal["embed", "head", "bias"]
 
+_WORDS = {"embed": "input embedding", "head": "output head"}
 # Names that checkpoints with code of their own, or older transformers, give these tensors.
 _MORE_NAMES: Mapping[str, Role] = {
     "embed_out.weight": "head",  # GPT-NeoX
@@ -123,6 +124,7 @@ def vocabulary_of(
     for name in checkpoint.tensors:
         if match := _COPIES.search(name):
             found.setdefault(name, "embed" if match[1] else "head")
+    _require_tables(checkpoint, found)
     rows = _common_rows(checkpoint, found)
     if not roles:
         found |= _beyond_the_class(checkpoint, found, rows)
@@ -281,12 +283,12 @@ def _by_name_and_shape(checkpoint: Checkpoint) -> dict[str, Role]:
     stated = get(checkpoint.config, _size_path(checkpoint.config))
     if len(embeds) != 1:
         fitting = [name for name, tensor in candidates.items() if tensor.shape[0] == stated]
-        raise _ambiguous(checkpoint, embeds or fitting, "input embedding")
+        raise _ambiguous(checkpoint, embeds or fitting, _WORDS["embed"])
     shape = candidates[embeds[0]].shape
     same = [n for n, t in candidates.items() if t.shape == shape and n != embeds[0]]
     heads = [name for name in same if known.get(_last_two(name)) == "head"]
     if len(same) > len(heads) or len(heads) > 1:
-        raise _ambiguous(checkpoint, [embeds[0], *same], "output head")
+        raise _ambiguous(checkpoint, [embeds[0], *same], _WORDS["head"])
     found: dict[str, Role] = {embeds[0]: "embed", **dict.fromkeys(heads, "head")}
     for name, tensor in flat.items():
         if known.get(_last_two(name)) == "bias" and by_row(tensor).shape == shape[:1]:
@@ -363,10 +365,25 @@ def _with_role(found: Mapping[str, Role], role: str) -> tuple[str, ...]:
     return tuple(name for name, its in found.items() if its == role)
 
 
+def _require_tables(checkpoint: Checkpoint, found: Mapping[str, Role]) -> None:
+    """One of `found` is an embedding, and embeddings and heads have a row of numbers per token."""
+    for name, role in found.items():
+        shape = checkpoint.tensors[name].shape
+        if role != "bias" and len(shape) != 2:
+            raise LexigraftError(
+                f"{name} {list(shape)} of {checkpoint.folder} cannot be the {_WORDS[role]}",
+                needed="one row of numbers per token",
+                fix=f"lexigraft check {checkpoint.folder}, or name the right tensor: "
+                f"--tensor NAME={role}",
+            )
+    if "embed" not in found.values():
+        rows = {checkpoint.tensors[name].rows for name in found}
+        near = [name for name, tensor in checkpoint.tensors.items() if tensor.rows in rows]
+        raise _ambiguous(checkpoint, [n for n in near if n not in found], _WORDS["embed"])
+
+
 def _common_rows(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     rows = {name: by_row(checkpoint.tensors[name]).rows for name in names}
-    if not rows:
-        raise _ambiguous(checkpoint, [], "input embedding")
     if len(set(rows.values())) > 1:
         raise LexigraftError(
             "the vocabulary tensors have different numbers of rows: "

@@ -87,6 +87,12 @@ class PlannedTensor:
         """How much of it is copied from disk."""
         return sum(part.bytes for part in self.parts if isinstance(part, CopyRows))
 
+    @property
+    def rule(self) -> str:
+        """How it comes about: `copied`, `computed`, or `copied and computed`."""
+        kinds = {"copied" if isinstance(part, CopyRows) else "computed" for part in self.parts}
+        return " and ".join(sorted(kinds, reverse=True)) or "copied"
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -242,7 +248,7 @@ class Plan:
         return content
 
     def to_json(self, *, link: bool = False) -> list[dict[str, Any]]:
-        """Per tensor: file, old and new shape, bytes copied and written (the dry run)."""
+        """Per tensor where from, where to, by which rule, shapes and bytes (the dry run)."""
         return [
             _entry(file, tensor, self.sources.get(tensor.name), link and bool(file.verbatim))
             for file in self.files
@@ -285,9 +291,12 @@ def _entry(
     return {
         "tensor": tensor.name,
         "file": file.name,
+        "source": old.path.name if old else None,
+        "rule": "linked" if linked else tensor.rule,
         "dtype": tensor.dtype,
         "old_shape": list(old.shape) if old else None,
         "shape": list(tensor.shape),
         "bytes_copied": 0 if linked else tensor.bytes_copied,
+        "bytes_computed": tensor.bytes - tensor.bytes_copied,
         "bytes_written": 0 if linked else tensor.bytes,
     }

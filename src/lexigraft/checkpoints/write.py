@@ -17,7 +17,7 @@ from lexigraft.checkpoints.header import raw
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedFile
 from lexigraft.console import Advance
 from lexigraft.errors import LexigraftError
-from lexigraft.files import changed, require_free_space, write_json
+from lexigraft.files import changed, fsync_path, require_free_space, write_json
 
 # What a call copies stays in the processor's cache: 64 MB at a time cost twice the CPU seconds.
 COPY_STEP_BYTES = 4 * 2**20
@@ -50,8 +50,10 @@ def write_plan(
     Returns the bytes of tensors copied from the input, and the bytes of weights put on the disk.
 
     Peak memory is one copy buffer and one computed block per thread, whatever the model's size.
-    Each file is flushed to the disk. With `link`, shards that do not change become hard links of
-    the input's (resolved) files where the file system allows, and are not counted.
+    Each file is flushed to the disk. A shard that does not change is taken over without a byte
+    written, and not counted, where the file system can: with `link` as a hard link of the input's
+    (resolved) file, else by sharing its blocks. Room is asked for what is left, before its first
+    byte.
 
     Args:
         plan: what to write.
@@ -67,7 +69,9 @@ def write_plan(
         LexigraftError: the disk lacks room, an input became shorter, or a file does not hold what
             was written to it.
     """
-    require_free_space(out, plan.sizes(link=link)[1] + SIDE_FILES_BYTES)
+    taken = {file.name for file in plan.files if _taken_over(file, out, link)}
+    left = sum(file.bytes for file in plan.files if file.name not in taken)
+    require_free_space(out, left + SIDE_FILES_BYTES)
     stopped = threading.Event()
 
     def step(count: int) -> None:
@@ -80,7 +84,12 @@ def write_plan(
     with ThreadPoolExecutor(workers) as pool:
         # Computed values take longest: they come first, so that they are not what is waited for.
         files = sorted(plan.files, key=lambda file: file.verbatim is not None)
-        jobs = [pool.submit(_write_file, file, out, link, step, replay) for file in files]
+        jobs = [
+            pool.submit(_flush, file, out, step, replay)
+            if file.name in taken
+            else pool.submit(_write_file, file, out, step, replay)
+            for file in files
+        ]
         try:
             if meanwhile is not None:
                 meanwhile()
@@ -101,22 +110,32 @@ def _ignore(count: int) -> None:
     """`advance` where nobody is watching."""
 
 
-def _write_file(
-    file: PlannedFile, out: Path, link: bool, advance: Advance, replay: bool
-) -> tuple[int, int]:
+def _taken_over(file: PlannedFile, out: Path, link: bool) -> bool:
+    """Put an unchanged shard in its place without writing it; False where that cannot be done."""
+    if file.verbatim is None:
+        return False
     target = out / file.name
-    if link and file.verbatim is not None and _linked(file.verbatim, target):
-        _require_size(target, file)
-        advance(file.bytes)
-        return 0, 0
+    if not (link and _linked(file.verbatim, target)) and not _cloned(file.verbatim, target):
+        return False
+    if target.stat().st_size != file.bytes:
+        raise changed(file.verbatim, "changed its size")
+    return True
+
+
+def _flush(file: PlannedFile, out: Path, advance: Advance, replay: bool) -> tuple[int, int]:
+    fsync_path(out / file.name)
+    advance(file.bytes)
+    if replay:
+        _replay(file, out / file.name, ())
+    return 0, 0
+
+
+def _write_file(file: PlannedFile, out: Path, advance: Advance, replay: bool) -> tuple[int, int]:
+    target = out / file.name
     computed: list[bytes] | None = [] if replay else None
     with target.open("xb", buffering=0) as stream:  # mode 0666 & ~umask, as any other file
         if file.verbatim is not None:
-            if _cloned(file.verbatim, stream):
-                _require_size(target, file)
-                advance(stream.seek(0, os.SEEK_END))
-            else:
-                _copy(file.verbatim, 0, file.bytes, stream, advance)
+            _copy(file.verbatim, 0, file.bytes, stream, advance)
         else:
             _write(stream, file.head, advance)
             for run in _runs(part for tensor in file.tensors for part in tensor.parts):
@@ -128,11 +147,6 @@ def _write_file(
     return sum(tensor.bytes_copied for tensor in file.tensors), size
 
 
-def _require_size(target: Path, file: PlannedFile) -> None:
-    if target.stat().st_size != file.bytes:
-        raise changed(file.verbatim, "changed its size")
-
-
 def _linked(source: Path, target: Path) -> bool:
     try:
         os.link(source.resolve(), target)
@@ -141,18 +155,19 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def _cloned(source: Path, target: BinaryIO) -> bool:
+def _cloned(source: Path, target: Path) -> bool:
     """Share the blocks of `source`, where the file system can (btrfs, XFS, bcachefs)."""
     if not sys.platform.startswith("linux"):
         return False
     import fcntl
 
-    with source.open("rb") as stream:
+    with source.open("rb") as stream, target.open("xb") as clone:
         try:
-            fcntl.ioctl(target.fileno(), _FICLONE, stream.fileno())
+            fcntl.ioctl(clone.fileno(), _FICLONE, stream.fileno())
         except OSError as fault:
             if fault.errno not in _NO_KERNEL_COPY:
                 raise
+            target.unlink()
             return False
     return True
 

@@ -158,7 +158,11 @@ def graft(
     ] = None,
     pad_to: Annotated[int, typer.Option(help="Rows are a multiple of this.", min=1)] = 64,
     link: Annotated[
-        bool, typer.Option("--link", help="Hard-link untouched shards instead of copying.")
+        bool,
+        typer.Option(
+            "--link",
+            help="Hard-link untouched shards instead of copying: base and result share them.",
+        ),
     ] = False,
     max_shard_size: MaxShardSize = None,
     tensor: Annotated[

@@ -127,8 +127,7 @@ class Start:
                 spread,
             )
             result = function(spelled)
-            if ":" not in name:  # what a function of the user's own should give, only they know
-                _require_different(tensor, name, spelled, result)
+            _require_different(tensor, name, spelled, result)
             return _stored(tensor, name, spelled.ids, result)
 
         return rows
@@ -159,7 +158,9 @@ def _require_different(tensor: Tensor, name: str, spelled: Spelled, rows: Array)
         f"{tensor.name}: --init {name} gives the {len(rows):,} new tokens "
         f"{_ids(spelled.ids)} the same row",
         needed="different rows for tokens that are spelled differently",
-        fix=f"look at {tensor.name} of the base (is it all alike?), or take --init mean-all",
+        fix=f"look at {tensor.name} of the base (is it all alike?)"
+        + (f" and at what {name} returns" if ":" in name else "")
+        + ", or take --init mean-all",
     )
 
 

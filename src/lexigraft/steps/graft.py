@@ -51,6 +51,7 @@ from lexigraft.families.replacing import without_tokens
 from lexigraft.families.tokenmap import TokenMap, readable
 from lexigraft.files import (
     Inputs,
+    existing_parent,
     publish,
     read_object,
     refuse_existing,
@@ -151,11 +152,16 @@ class GraftResult:
 
 def _plan_line(entry: Mapping[str, Any]) -> str:
     old, new = entry["old_shape"], entry["shape"]
-    change = f"{new}" if old == new else f"{old} -> {new}"
-    return (
-        f"{entry['file']}  {entry['tensor']}  {entry['dtype']} {change}  "
-        f"copied {entry['bytes_copied']:,}  written {entry['bytes_written']:,}"
-    )
+    shapes = f"{new}" if old == new else f"{old} -> {new}"
+    moved = "" if entry["source"] == entry["file"] else f"  from {entry['source']}"
+    parts = [
+        f"{word} {entry[f'bytes_{word}']:,}"
+        for word in ("copied", "computed")
+        if entry[f"bytes_{word}"]
+    ]
+    rows = f" (new rows by {entry['init']})" if "init" in entry else ""
+    done = ", ".join(parts) or entry["rule"]
+    return f"{entry['file']}  {entry['tensor']}  {entry['dtype']} {shapes}{moved}  {done}{rows}"
 
 
 @working("grafting")
@@ -242,8 +248,9 @@ def graft(
             job = replace(job, plan=job.plan.recut(max_shard_size))
         text = None if probe is None else job.probe_text(probe)
         if dry_run:
-            sizes = job.plan.sizes(link=link)
-            return job.result(output, sizes, start=start, link=link, dry_run=True)
+            linked = link and job.may_link(output)
+            sizes = job.plan.sizes(link=linked)
+            return job.result(output, sizes, start=start, link=linked, dry_run=True)
         with publish(output, force=force, inputs=inputs) as partial:
             sizes = job.write(partial, link=link)
             statistics = job.row_statistics(partial)
@@ -344,8 +351,16 @@ class _Job:
             self.vocabulary.tied,
             *sizes,
             time.perf_counter() - start,
-            plan=self.plan.to_json(link=link) if dry_run else [],
+            plan=self.entries(link=link) if dry_run else [],
         )
+
+    def entries(self, *, link: bool) -> list[dict[str, Any]]:
+        """Every tensor of the plan; of those that grow also the method of their new rows."""
+        roles = roles_of(self.vocabulary)
+        methods = {name: {"init": self.start.choice.of(role)} for name, role in roles.items()}
+        return [
+            {**entry, **methods.get(entry["tensor"], {})} for entry in self.plan.to_json(link=link)
+        ]
 
     def write(self, partial: Path, *, link: bool) -> tuple[int, int]:
         """Write the whole folder; bytes copied, and bytes of weights written."""
@@ -359,7 +374,37 @@ class _Job:
                 meanwhile=lambda: self.write_side_files(partial),
             )
         self.write_manifest(partial)
+        if link:
+            self.tell_of_links(partial)
         return sizes
+
+    def may_link(self, output: Path) -> bool:
+        """True unless the output is on another disk than the base, which is said."""
+        there = existing_parent(output).stat().st_dev
+        if all((self.checkpoint.folder / n).stat().st_dev == there for n in self.checkpoint.shards):
+            return True
+        note(f"--link: {output} is on another disk than the base: files would be copied")
+        return False
+
+    def tell_of_links(self, partial: Path) -> None:
+        """How many files `--link` shares with the base, and what that means."""
+        unchanged = [file for file in self.plan.files if file.verbatim is not None]
+        linked = [file for file in unchanged if (partial / file.name).samefile(file.verbatim or "")]
+        if linked:
+            size = sum(file.bytes for file in linked)
+            note(
+                f"--link: {len(linked)} of {len(self.plan.files)} files of weights "
+                f"({size / 1e6:,.1f} MB) are those of {self.checkpoint.folder}: a program that "
+                "writes into one in place changes both models; to replace, move or delete it is "
+                "safe"
+            )
+        elif unchanged:
+            note(
+                "--link: no file could be linked (another disk, or a file system without hard "
+                "links): they are copies"
+            )
+        else:
+            note("--link: nothing to link, for every file of weights holds a vocabulary tensor")
 
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
