@@ -43,6 +43,15 @@ def test_the_general_limit_is_against_the_base_and_before_training_without_one()
     assert StopRule(general_limit=0.01, general=1.0).reason(found[:3]) is None
 
 
+def test_a_graft_that_begins_beyond_the_general_limit_may_come_back():
+    rule = StopRule(general_limit=0.01, general=1.0)
+    figures = [1.05, 1.04, 1.02, 1.005, 1.02]
+    told = [rule.reason(log([3.0] * n, figures[:n])) for n in range(2, 6)]
+    assert told[:3] == [None] * 3 and "1.0%" in told[3]  # it was within the limit, and is no more
+    assert "1.0%" in rule.reason(log([3.0] * 2, [1.05, 1.06]))
+    assert rule.best(log([3.0] * 4, figures[:4])) == 3
+
+
 def test_without_a_rule_the_end_is_what_is_kept():
     rule = StopRule()
     assert not rule.is_set and rule.reason(log([1.0, 2.0, 3.0])) is None

@@ -275,13 +275,22 @@ def test_the_learning_rate_warms_up_from_the_first_step():
         ({"corpus": "general.txt"}, LexigraftError, "none of the 40 new tokens"),
         ({"corpus": "absent.txt"}, LexigraftError, "absent.txt"),
         ({"block_size": 10_000}, LexigraftError, "512"),
+        ({"max_steps": 0}, LexigraftError, "--max-steps 0"),
+        ({"max_bytes": 0}, LexigraftError, "--max-bytes 0"),
+        ({"learning_rate": -1.0}, LexigraftError, "--learning-rate -1.0"),
+        ({"new_row_learning_rate": math.nan}, LexigraftError, "at least 1e-12"),
+        ({"replay": 1.0}, LexigraftError, "at most 0.9"),
+        ({"measurements": 0}, LexigraftError, "--measurements 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(place, tmp_path, changes, error, told):
     model = changes.pop("model", "tied")
     corpus = changes.pop("corpus", "corpus.txt")
     with pytest.raises(error) as fault:
-        train(place / model, corpus=[place / corpus], output=tmp_path / "o", max_steps=2, **changes)
+        train(
+            place / model, corpus=[place / corpus], output=tmp_path / "o",
+            **{"max_steps": 2, **changes},
+        )  # fmt: skip
     assert told in str(fault.value)
     assert list(tmp_path.iterdir()) == []
 

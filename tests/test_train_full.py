@@ -169,6 +169,23 @@ def test_new_rows_and_lora_are_float32_beside_16_bit_weights(place, tmp_path, mo
     }
 
 
+def test_layers_that_cannot_be_computed_again_are_refused(place, tmp_path):
+    import transformers
+
+    base, model = tmp_path / "base", tmp_path / "model"
+    parts.write_byte_level(base)
+    config = transformers.AutoConfig.for_model(
+        "ctrl", vocab_size=FIRST, n_embd=32, n_layer=1, n_head=2, dff=32, eos_token_id=380
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    with pytest.raises(RefusalError, match="--gradient-checkpointing"):
+        train(
+            base, corpus=[place / "corpus.txt"], output=model, gradient_checkpointing=True,
+            max_steps=1, block_size=32,
+        )  # fmt: skip
+    assert not model.exists() and not (tmp_path / "model.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [

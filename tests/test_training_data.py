@@ -221,6 +221,24 @@ def test_a_disk_that_fills_up_while_texts_are_packed(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_that_changes_while_it_is_read(place, tmp_path):
+    """It is told before anything is trained; what the user does with it later is nobody's business."""
+    corpus = tmp_path / "corpus.txt"
+    shutil.copyfile(place / "corpus.txt", corpus)
+
+    def meddle(name, given):
+        if armed and name == "open" and str(given[0]) == str(corpus):
+            armed.clear()
+            with corpus.open("a") as stream:
+                stream.write("more")
+
+    armed = [True]
+    sys.addaudithook(meddle)
+    with pytest.raises(LexigraftError, match=r"corpus\.txt was changed while it was read"):
+        train(place / "tied", corpus=[corpus], output=tmp_path / "out", max_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
 def test_rare_tokens_are_named_before_training(place, capsys):
     job = prepare(place / "tied", corpus_of(place), settings(max_bytes=4000))
     told = capsys.readouterr().err

@@ -108,11 +108,11 @@ class TrainStage(_Part):
     old_row_scale: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] | None = None
-    warmup: float | None = Field(default=None, ge=0, lt=1)
+    warmup: float | None = Field(default=None, ge=0, le=0.9)
     gradient_accumulation: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] | None = None
-    replay: float | None = Field(default=None, ge=0, lt=1)
+    replay: float | None = Field(default=None, ge=0, le=0.9)
     replay_schedule: Literal["even", "early"] | None = None
     patience: int | None = Field(default=None, ge=1)
     general_limit: float | None = Field(default=None, ge=0, lt=1)

@@ -28,7 +28,8 @@ class StopRule:
     Attributes:
         patience: after so many measurements without a new best; None for never.
         general_limit: at a measurement whose general bits per byte are this share above
-            `general`; None for never.
+            `general`, unless they began there and have fallen since: a graft may cost more at
+            first, and training lead back; None for never.
         general: those of the base; None where they are unknown, and before training counts.
     """
 
@@ -67,12 +68,17 @@ class StopRule:
         """Why the training stops at the last measurement; None where it goes on."""
         if not self.is_set or len(log) < 2:
             return None
-        if self.exceeds(log, len(log) - 1):
+        if self.exceeds(log, len(log) - 1) and not self._comes_back(log):
             return f"general text got worse by more than {self.general_limit:.1%}"
         without = len(log) - 1 - self.best(log)
         if self.patience is not None and without >= self.patience:
             return f"{without} measurements without a better one"
         return None
+
+    def _comes_back(self, log: Log) -> bool:
+        """Whether general text has been beyond the limit all along, and less so than at first."""
+        first, last = log[0]["general_bpb"] or 0.0, log[-1]["general_bpb"] or 0.0
+        return last < first and all(self.exceeds(log, place) for place in range(len(log)))
 
     def require_texts(self, *, domain: bool, general: bool) -> None:
         """Raise where what the rule looks at is not measured for want of text.

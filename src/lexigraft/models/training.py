@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lexigraft.console import is_first_process
-from lexigraft.errors import LexigraftError, StoppedError
+from lexigraft.errors import LexigraftError, RefusalError, StoppedError
 from lexigraft.files import read_json, write_json
 from lexigraft.models.adapter_files import (
     read_trained,
@@ -393,7 +394,7 @@ def fit(
     if checkpoint is not None:
         monitor.progress = Progress.read(checkpoint)
     if schedule.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(model)
     data: Any = blocks if schedule.processes == 1 else _WholeSteps(blocks, schedule.step_blocks)
     with _told_apart(), quiet_transformers(), _stopped_by_sigterm(monitor):
         trainer = AdapterTrainer(
@@ -429,6 +430,19 @@ def fit(
         read_trained(best_state(folder / BEST, step), model, rows)
     _require_finite(model, folder)
     return monitor
+
+
+def _recompute_activations(model: Any) -> None:
+    try:
+        with warnings.catch_warnings():  # transformers renames the method
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as fault:
+        raise RefusalError(
+            f"--gradient-checkpointing ({str(fault).splitlines()[0]})",
+            needed="a kind of model whose layers can be computed again",
+            fix="leave it out, and use a smaller --batch-size with --gradient-accumulation",
+        ) from None
 
 
 class _WholeSteps:

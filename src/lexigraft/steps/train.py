@@ -17,6 +17,7 @@ from lexigraft.corpus import text_files
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import (
     BASE_CARD,
+    Inputs,
     disk_faults,
     existing_parent,
     fsync_tree,
@@ -64,6 +65,29 @@ KNOWN = {
     "schedule": ("cosine", "wsd", "constant"),
     "replay_schedule": ("even", "early"),
     "dtype": ("auto", "float32", "bfloat16", "float16", *QUANTISED),
+}
+# The least and the most that a number may be.
+RANGES = {
+    "passes": (1, math.inf),
+    "max_steps": (1, math.inf),
+    "max_bytes": (1, math.inf),
+    "max_tokens": (1, math.inf),
+    "block_size": (8, math.inf),
+    "batch_size": (1, math.inf),
+    "gradient_accumulation": (1, math.inf),
+    "learning_rate": (1e-12, math.inf),
+    "new_row_learning_rate": (1e-12, math.inf),
+    "old_row_scale": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, 0.9),
+    "lora_rank": (1, math.inf),
+    "lora_alpha": (1e-12, math.inf),
+    "replay": (0, 0.9),
+    "patience": (1, math.inf),
+    "general_limit": (0, math.inf),
+    "measurements": (1, math.inf),
+    "measured_bytes": (1, math.inf),
+    "save_steps": (1, math.inf),
 }
 # Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
 RATES = {
@@ -248,11 +272,13 @@ def train(
         trust_remote_code: run the Python files that `model` brings for its architecture.
 
     Raises:
-        LexigraftError: no text, no new token in the text, ids without a row, a full disk.
+        LexigraftError: no text, no new token in the text, ids without a row, a full disk, a model
+            or a text that changes while it is read.
         RefusalError: an architecture whose rows cannot be trained alone, or a `dtype` in which
             the mode cannot train.
     """
     refuse_other_ways()
+    _require_ranges(measurements=measurements, measured_bytes=measured_bytes, save_steps=save_steps)
     asked = trackers(report_to)
     output = Path(output)
     source = local_folder(model)
@@ -288,7 +314,9 @@ def train(
     refuse_existing(output, force=force)
     texts_read = [path for specs in (corpus, general, held_out) for path in text_files(specs)]
     refuse_overwriting(output, [source, *texts_read])
+    models = Inputs([source] if origin is None else [source, origin])
     with disk_faults(output):
+        documents = Inputs(texts_read)
         texts = read_texts(
             corpus,
             general,
@@ -297,6 +325,7 @@ def train(
             measured_bytes=measured_bytes,
             near=existing_parent(output),
         )
+        documents.require_unchanged()
     workplace = _packed(source, texts, settings, output, resume=resume, force=force)
     with full_disk(output), shared(workplace, partial_of(output)) as folder:
         job = prepare(source, texts, settings, folder / BLOCKS)
@@ -314,6 +343,7 @@ def train(
             trust_remote_code=trust_remote_code,
         )
         if is_first_process():
+            models.require_unchanged()
             fsync_tree(folder / "result")
             replace_folder(folder / "result", output, force=force)
     return result
@@ -364,6 +394,7 @@ def find_learning_rate(
             fix="run it without a launcher, with --gradient-accumulation for the same step",
         )
     source = local_folder(model)
+    _require_ranges(max_steps=max_steps, measured_bytes=measured_bytes)
     wanted = _settings(
         source, **{**settings, "max_steps": max_steps or FINDER_STEPS, "max_bytes": None}
     )
@@ -387,6 +418,7 @@ def find_learning_rate(
 
 def _settings(source: Path, **given: Any) -> Settings:
     """What decides the weights; what is None, or not given, takes the default of mode and size."""
+    _require_ranges(**given)
     for name, known in KNOWN.items():
         if given.get(name, known[0]) not in known:
             option = "--" + name.replace("_", "-")
@@ -415,6 +447,19 @@ def _settings(source: Path, **given: Any) -> Settings:
             f"block of {wanted.block_size} tokens (--block-size: smaller ones waste less)"
         )
     return wanted
+
+
+def _require_ranges(**given: Any) -> None:
+    for name in RANGES.keys() & {key for key, value in given.items() if value is not None}:
+        least, most = RANGES[name]
+        if not least <= given[name] <= most:  # so that what is no number is refused too
+            option = "--" + name.replace("_", "-")
+            raise LexigraftError(
+                f"{option} {given[name]}",
+                needed=f"at least {least:g}"
+                + (f" and at most {most:g}" if most < math.inf else ""),
+                fix=f"use {option} {least:g} or more, or leave it out",
+            )
 
 
 def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
