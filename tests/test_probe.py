@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import parts
+import test_architectures
 from extend import extend
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -309,6 +310,24 @@ def test_what_does_not_predict_the_next_token_is_refused(config, world, tmp_path
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(RefusalError, match="does not predict the next token"):
         probe_text(families.load(base), families.load(world / "vocab"), world / "text.txt")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava", "gemma3", "paligemma"])
+def test_models_that_also_see_images_are_probed_unless_they_look_ahead(kind, tmp_path):
+    base = test_architectures.write_tokenizer(tmp_path / "base")
+    test_architectures.build(kind, test_architectures.KINDS[kind].tied[0], base)
+    vocab = extend(base, tmp_path / "vocab", 2)
+    text = written(tmp_path / "text.txt", parts.plain_english()[:3000])
+    options = {"output": tmp_path / "model", "pad_to": 1, "probe": text}
+    if kind == "paligemma":  # each token of its prompt sees all of it
+        with pytest.raises(RefusalError, match=r"PaliGemma.* looks at a token"):
+            graft(base, vocab, **options)
+        assert not (tmp_path / "model").exists()
+        return
+    found = graft(base, vocab, **options).probe
+    assert 0 < found.new.mean < 0.02
+    assert found.kl < 1e-6
 
 
 @pytest.mark.real

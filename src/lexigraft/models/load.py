@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +61,12 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     labels: int | None = None,
+    reading: bool = False,
 ) -> Any:
     """The causal language model in `folder`, frozen and in eval mode.
 
     Args:
+        reading: text will only be read with it: a model that also sees images counts as well.
         labels: make it a classifier of so many labels instead, whose head is random where the
             folder has none.
         dtype: of its weights, by name; without it float32 on a CPU, which computes fastest in it,
@@ -79,7 +81,7 @@ def load_model(
         RefusalError: the folder needs code of its own, which was not allowed to run.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
     Checkpoint.open(folder)  # no pickle, and no index that names files of other folders
     if not trust_remote_code:
@@ -90,9 +92,12 @@ def load_model(
     if dtype in QUANTISED:
         used = torch.float32 if place == "cpu" else torch.bfloat16
         more = _quantised(dtype, used)
-    loader: Any = AutoModelForCausalLM
+    loader: Any = transformers.AutoModelForCausalLM
+    if reading:
+        loader = getattr(transformers, reading_class(folder) or "AutoModelForCausalLM")
     if labels is not None:
-        loader, more = AutoModelForSequenceClassification, {**more, "num_labels": labels}
+        loader = transformers.AutoModelForSequenceClassification
+        more = {**more, "num_labels": labels}
     try:
         with quiet_transformers():
             model = loader.from_pretrained(
@@ -107,6 +112,30 @@ def load_model(
         kind = "a causal language model" if labels is None else "a classifier"
         raise _not_loaded(folder, fault, kind) from None
     return (model if dtype in QUANTISED else model.to(place)).eval().requires_grad_(False)
+
+
+def reading_class(folder: Path) -> str | None:
+    """The auto class of transformers for a model that tells of each token what comes next.
+
+    A causal language model, also one that sees images beside its text; None for any other. Where
+    the config does not say, or names code of its own, it is taken for one.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    config = read_object(folder / "config.json")
+    named = {str(name) for name in config.get("architectures") or []}
+    if config.get("is_encoder_decoder"):
+        return None
+    if not named or "auto_map" in config or named & _listed(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return "AutoModelForCausalLM"
+    # A nested language model: what stands beside it, such as Pix2Struct, joins two models.
+    seeing = named & _listed(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return "AutoModelForImageTextToText" if seeing and "text_config" in config else None
+
+
+def _listed(names: Mapping[str, Any]) -> set[str]:
+    """The classes of a table of transformers, which has one or several per type."""
+    return {n for some in names.values() for n in ([some] if isinstance(some, str) else some)}
 
 
 def _not_loaded(folder: Path, fault: Exception, kind: str) -> LexigraftError:

@@ -227,7 +227,7 @@ def _score_model(
     trust_remote_code: bool,
     advance: Callable[[int], None],
 ) -> ModelScore:
-    model = load_model(folder, trust_remote_code=trust_remote_code)
+    model = load_model(folder, trust_remote_code=trust_remote_code, reading=True)
     start, _ = start_and_end(reader)
     ids = new_ids(folder, reader)
 
