@@ -209,6 +209,32 @@ def test_a_stored_copy_of_the_embedding_stays_a_copy(kind, init, base, vocab, tm
     assert_same_scores(kind, before, tmp_path / "model")
 
 
+@pytest.mark.parametrize("kind", ["mt5", pytest.param("bart", marks=pytest.mark.matrix)])
+def test_encoder_and_decoder_may_store_their_table_thrice(kind, base, vocab, tmp_path):
+    """As Google and Facebook publish them; mT5's head is its own, whatever its class says today."""
+    build(kind, None if kind == "bart" else False, base)
+    shared = "model.shared.weight" if kind == "bart" else "shared.weight"
+    copies = [shared.replace("shared", f"{part}.embed_tokens") for part in ("encoder", "decoder")]
+
+    def as_published(tensors):
+        table = tensors[shared]
+        own = {} if kind == "bart" else {"lm_head.weight": np.flip(table, axis=0).copy()}
+        return tensors | {name: table.copy() for name in copies} | own
+
+    change_tensors(base, as_published)
+    change_config(base, tie_word_embeddings=kind == "bart")
+    before = loaded(kind, base)
+    result = graft(base, vocab, output=tmp_path / "model")
+    assert result.tied == (kind == "bart")
+    new = load_file(tmp_path / "model" / SINGLE)
+    assert {new[name].tobytes() for name in copies} == {new[shared].tobytes()}
+    assert new[shared].shape == (ROWS, 32)
+    if kind == "mt5":
+        fresh = slice(TOKENS, TOKENS + ADDED)
+        assert (new["lm_head.weight"][fresh] != new[shared][fresh]).any(axis=1).all()
+    assert_same_scores(kind, before, tmp_path / "model")
+
+
 def test_a_tied_model_may_be_stored_under_the_name_of_its_head(base, vocab, tmp_path):
     """Loaders tie in both directions: the name that is there is the source."""
     build("llama", True, base)
