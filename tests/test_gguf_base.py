@@ -202,6 +202,15 @@ def test_what_is_no_whole_model(tokenizer, tmp_path, monkeypatch):
     assert "pip install" in fault.fix
 
 
+def test_room_for_both_models_is_asked_for_before_the_first(tokenizer, tmp_path):
+    source = write_gguf(tmp_path / "a.gguf", tokenizer[0], "F16")
+    target = tmp_path / "folder"
+    target.mkdir()
+    with pytest.raises(LexigraftError, match="GB free"):
+        gguf_base.write_folder(source, target, models=10**9)
+    assert not list(target.iterdir())
+
+
 def test_a_tokenizer_of_another_model_is_named(tokenizer, tmp_path):
     folder, _ = tokenizer
     source = write_gguf(tmp_path / "tiny.gguf", folder, "F16")

@@ -85,11 +85,17 @@ def gguf_file(path: Path) -> Path | None:
 
 
 @working("de-quantising the GGUF file")
-def write_folder(source: Path, folder: Path) -> Dequantised:
+def write_folder(source: Path, folder: Path, *, models: int = 1) -> Dequantised:
     """Write the model and the tokenizer of a GGUF file into the existing `folder`.
 
     The whole model is in memory in float32 meanwhile. Weights of a quantised file are written in
     bfloat16, others in the type that they have.
+
+    Args:
+        source: the file.
+        folder: where to.
+        models: for how many models of this size the disk must have room before anything is done:
+            2 where another will be made of this one.
 
     Raises:
         LexigraftError: torch or the GGUF reader is not installed, or the disk lacks room.
@@ -103,7 +109,7 @@ def write_folder(source: Path, folder: Path) -> Dequantised:
             fix=INSTALL,
         )
     try:
-        done, pre = _looked_into(source, folder)
+        done, pre = _looked_into(source, folder, models)
         _write_model(source, folder, done.dtype)
         _write_tokenizer(source, folder, pre)
     except LexigraftError:
@@ -118,7 +124,7 @@ def write_folder(source: Path, folder: Path) -> Dequantised:
     return done
 
 
-def _looked_into(source: Path, folder: Path) -> tuple[Dequantised, str]:
+def _looked_into(source: Path, folder: Path, models: int) -> tuple[Dequantised, str]:
     """The type of the weights and the name of the pre-tokenizer."""
     from gguf import GGMLQuantizationType
 
@@ -132,7 +138,8 @@ def _looked_into(source: Path, folder: Path) -> tuple[Dequantised, str]:
         raise ValueError("it holds no weights")
     kind = GGMLQuantizationType(kinds.most_common(1)[0][0]).name
     dtype = _PLAIN.get(kind, "bfloat16")
-    require_free_space(folder, sum(numbers.values()) * (4 if dtype == "float32" else 2))
+    size = sum(numbers.values()) * (4 if dtype == "float32" else 2)
+    require_free_space(folder, models * size)
     return Dequantised(kind, dtype), str(header.metadata.get("tokenizer.ggml.pre", ""))
 
 

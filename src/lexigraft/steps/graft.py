@@ -241,7 +241,7 @@ def graft(
         donor,
         seed,
     )
-    with _as_folder(base, output) as folder:
+    with _as_folder(base, output, models=1 if dry_run else 2) as folder:
         families.open_ahead((folder, vocab))
         job = _prepare(folder, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
         if max_shard_size is not None:
@@ -270,15 +270,18 @@ def _refuse_swapped(base: Path, vocab: Path, output: Path) -> None:
 
 
 @contextmanager
-def _as_folder(base: Path, output: Path) -> Iterator[Path]:
-    """`base`, or where it is a GGUF file a folder made of it, which goes when the work is done."""
+def _as_folder(base: Path, output: Path, *, models: int) -> Iterator[Path]:
+    """`base`, or where it is a GGUF file a folder made of it, which goes when the work is done.
+
+    `models` of its size must fit on the disk.
+    """
     if base.is_dir():
         yield base
         return
     with scratch(output) as place:
         folder = place / base.stem  # the manifest calls the base by this name
         folder.mkdir()
-        note(f"{base.name} is {write_folder(base, folder).words}")
+        note(f"{base.name} is {write_folder(base, folder, models=models).words}")
         yield folder
 
 
@@ -400,8 +403,8 @@ class _Job:
             )
         elif unchanged:
             note(
-                "--link: no file could be linked (another disk, or a file system without hard "
-                "links): they are copies"
+                "--link: no file could be linked (another disk, files of somebody else, or a file "
+                "system without hard links): none is shared"
             )
         else:
             note("--link: nothing to link, for every file of weights holds a vocabulary tensor")
