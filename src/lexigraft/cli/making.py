@@ -261,7 +261,9 @@ def train(
     max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
     block_size: Annotated[
         int | None,
-        typer.Option(help="Tokens per block.", show_default="512; distill: 256", min=8),
+        typer.Option(
+            help="Text per block, in tokens of the base.", show_default="512; distill: 256", min=8
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 1,
     gradient_accumulation: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,6 +52,7 @@ _SHOWN = 60  # characters of a document, in a message
 _KEY = "key.json"
 _PACKED = 8  # bytes of packed blocks per byte of text: three numbers of 4 bytes for each token
 _FIRST = 64  # documents that tell how long tokens are
+SMALLEST_BLOCK = 8
 _CHUNK = 2**18  # tokens that are looked at together
 
 
@@ -305,6 +307,33 @@ def plan_of(family: Family, texts: Texts, settings: Settings) -> dict[str, Any]:
             }
         ),
     }
+
+
+def with_blocks_of_text(folder: Path, texts: Texts, settings: Settings) -> Settings:
+    """`settings` whose blocks hold as much text as `block_size` tokens of the base do.
+
+    So a step sees as much text as it would without new words, and rates, schedule and number of
+    steps are those that suit the base. Blocks of as many new tokens would make fewer and larger
+    steps of the same text, which teaches a model less (measured: docs/log.md).
+
+    Args:
+        folder: the model's; one without new tokens keeps its `block_size`.
+    """
+    family = families.load(folder)
+    ids = new_ids(folder, family)
+    if not len(ids):
+        return settings
+    new = new_tokens(folder, family, ids)
+    sample = itertools.islice(in_order(texts.domain, 0), _FIRST)
+    pairs = [(line, new.spelled(line)) for line in family.encode_batch(list(sample))]
+    known = [(len(line), len(spelled)) for line, spelled in pairs if spelled is not None]
+    after, before = (sum(lengths) for lengths in zip(*known, strict=True)) if known else (1, 1)
+    size = max(SMALLEST_BLOCK, round(settings.block_size * after / max(before, 1)))
+    if size != settings.block_size:
+        note(
+            f"blocks of {size:,} tokens: as much text as {settings.block_size:,} tokens of the base"
+        )
+    return replace(settings, block_size=size)
 
 
 @working("packing texts")

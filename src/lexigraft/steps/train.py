@@ -32,6 +32,7 @@ from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
 from lexigraft.models.load import QUANTISED, context_limit, device, load_model, require_row
 from lexigraft.models.preparation import (
+    SMALLEST_BLOCK,
     Job,
     Settings,
     Texts,
@@ -44,6 +45,7 @@ from lexigraft.models.preparation import (
     plan_of,
     prepare,
     read_texts,
+    with_blocks_of_text,
 )
 from lexigraft.models.processes import process_count, refuse_other_ways, shared
 from lexigraft.models.trackers import trackers
@@ -72,7 +74,7 @@ RANGES = {
     "max_steps": (1, math.inf),
     "max_bytes": (1, math.inf),
     "max_tokens": (1, math.inf),
-    "block_size": (8, math.inf),
+    "block_size": (SMALLEST_BLOCK, math.inf),
     "batch_size": (1, math.inf),
     "gradient_accumulation": (1, math.inf),
     "learning_rate": (1e-12, math.inf),
@@ -243,10 +245,11 @@ def train(
             `corpus`, which are then not trained on.
         max_bytes: UTF-8 bytes of text to consume, general text included.
         max_tokens: predicted tokens to consume, to the end of a document.
-        block_size: positions per block, by default 512, with `distill` 256 or a quarter of the
-            model's context (base ids need more room); `batch_size` blocks are computed at once, and
-            `gradient_accumulation` such batches make a step (of each process, where there are
-            several).
+        block_size: text per block, in tokens of the base, by default 512, with `distill` 256 or a
+            quarter of the model's context (base ids need more room): as much text makes fewer
+            positions with new tokens, so that a step sees what it would without them;
+            `batch_size` blocks are computed at once, and `gradient_accumulation` such batches make
+            a step (of each process, where there are several).
         learning_rate, new_row_learning_rate: peaks, of the body and of the new rows; by default
             `RATES`, by mode and size of the model.
         old_rows: in mode `full`, `frozen`, or `slow`: trained at `old_row_scale` of the body's
@@ -326,6 +329,7 @@ def train(
             near=existing_parent(output),
         )
         documents.require_unchanged()
+    settings = with_blocks_of_text(source, texts, settings)
     workplace = _packed(source, texts, settings, output, resume=resume, force=force)
     with full_disk(output), shared(workplace, partial_of(output)) as folder:
         job = prepare(source, texts, settings, folder / BLOCKS)
@@ -399,6 +403,7 @@ def find_learning_rate(
         source, **{**settings, "max_steps": max_steps or FINDER_STEPS, "max_bytes": None}
     )
     texts = read_texts(corpus, general, held_out, seed=wanted.seed, measured_bytes=measured_bytes)
+    wanted = with_blocks_of_text(source, texts, wanted)
     job = prepare(source, texts, wanted)
     _require_rows_to_train(job)
     loaded = load_model(source, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
