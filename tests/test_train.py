@@ -217,7 +217,7 @@ def test_held_out_documents_are_not_trained_on(place):
 
 def test_steps_limit_and_repeat_the_text(place, tmp_path):
     result = train(
-        place / "tied",
+        place / "base_tied",
         corpus=[place / "corpus.txt"],
         output=tmp_path / "out",
         max_steps=3,
@@ -230,11 +230,29 @@ def test_steps_limit_and_repeat_the_text(place, tmp_path):
     assert job.blocks.text_bytes[-1] == pytest.approx(2 * one_pass, abs=100)
 
 
+def test_blocks_hold_as_much_text_with_new_tokens_as_without(place, tmp_path, capsys):
+    """So a step sees as much text, and the same text makes as many steps."""
+    runs = {}
+    for model in ("base_tied", "tied"):
+        runs[model] = train(
+            place / model, corpus=[place / "corpus.txt"], output=tmp_path / model, max_bytes=8000,
+            block_size=64, measurements=1, measured_bytes=500,
+        )  # fmt: skip
+    base, grown = runs["base_tied"], runs["tied"]
+    assert grown.tokens < 0.9 * base.tokens
+    assert grown.steps == pytest.approx(base.steps, rel=0.1)
+    used = read_json(tmp_path / "tied" / "training.json")["settings"]["block_size"]
+    assert used == pytest.approx(64 * grown.tokens / base.tokens, rel=0.1)
+    told = f"blocks of {used} tokens: as much text as 64 tokens of the base"
+    assert capsys.readouterr().err.count(told) == 1
+    assert read_json(tmp_path / "base_tied" / "training.json")["settings"]["block_size"] == 64
+
+
 def test_a_last_block_with_a_single_target_is_a_step_like_any_other(place, tmp_path):
     """Trainer once counted zero targets there, and the loss was divided by zero."""
-    targets = int(job_of(place, "tied", max_bytes=300).blocks.tokens[-1])
+    targets = int(job_of(place, "base_tied", max_bytes=300).blocks.tokens[-1])
     result = train(
-        place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", max_bytes=300,
+        place / "base_tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", max_bytes=300,
         block_size=targets - 1,
     )  # fmt: skip
     assert (result.steps, result.tokens) == (2, targets)
