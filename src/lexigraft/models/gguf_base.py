@@ -101,6 +101,8 @@ def write_folder(source: Path, folder: Path, *, models: int = 1) -> Dequantised:
         LexigraftError: torch or the GGUF reader is not installed, or the disk lacks room.
         RefusalError: an architecture, or a damaged file, that transformers does not read.
     """
+    from lexigraft.models.load import quiet_transformers  # graft of any other base needs none
+
     missing = [name for name in ("torch", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         raise LexigraftError(
@@ -110,8 +112,9 @@ def write_folder(source: Path, folder: Path, *, models: int = 1) -> Dequantised:
         )
     try:
         done, pre = _looked_into(source, folder, models)
-        _write_model(source, folder, done.dtype)
-        _write_tokenizer(source, folder, pre)
+        with quiet_transformers():
+            _write_model(source, folder, done.dtype)
+            _write_tokenizer(source, folder, pre)
     except LexigraftError:
         raise
     except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, ImportError) as fault:
