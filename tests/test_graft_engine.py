@@ -454,6 +454,7 @@ VERBS = {  # the command, then what it waits for
         "learn('BASE', corpus=['field.txt'], tokens=6, workers=1, output='OUT')",
         "proving the tokenizer on texts",
     ),
+    "graft": ("graft('BASE', 'VOCAB', output='OUT')", "writing weights"),
     "train": (
         "train('BASE', corpus=['field.txt'], max_bytes=4000, block_size=64, output='OUT')",
         "packing texts", "measuring the base", "measuring held-out text", "training",
@@ -463,12 +464,15 @@ VERBS = {  # the command, then what it waits for
 
 
 @pytest.mark.parametrize(
-    "verb", [pytest.param(v, marks=[] if v == "learn" else pytest.mark.matrix) for v in VERBS]
+    "verb",
+    [pytest.param(v, marks=[] if v in ("learn", "graft") else pytest.mark.matrix) for v in VERBS],
 )
 def test_a_wait_whose_end_is_known_shows_a_bar_with_rate_and_time_left(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = parts.write_byte_level(Path("BASE"))
     parts.write_model(base, tokens=382, tied=True)
+    if verb == "graft":
+        extend(base, Path("VOCAB"), 5)
     if verb == "extract":
         parts.write_model(shutil.copytree(base, Path("TUNED")), tokens=382, tied=True, seed=1)
     Path("field.txt").write_text(parts.corpus_text(documents=120), "utf-8")
