@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ JSON_LIMIT_BYTES = 512 * 2**20
 # in files up to a size: larger ones are vocabularies and indexes, which nothing walks through.
 JSON_DEPTH = 100
 _DEPTH_LIMIT_BYTES = 2**20
+_HOLDERS = frozenset((dict, list))  # what JSON nests
 
 
 def python_child(code: str, *arguments: str) -> list[str]:
@@ -133,15 +135,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _depth(value: Any) -> int:
     """How deep a JSON value is nested, as far as one beyond the limit."""
-    level, depth = [value], 0
+    level, depth = [value] if type(value) in _HOLDERS else [], 0
     while level and depth <= JSON_DEPTH:
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
+        parts = (holder.values() if type(holder) is dict else holder for holder in level)
+        inner = list(chain.from_iterable(parts))
+        # Most levels of a vocabulary hold plain values alone, which is told without a loop.
+        nested = not _HOLDERS.isdisjoint(map(type, inner))
+        level = [one for one in inner if type(one) in _HOLDERS] if nested else []
         depth += 1
     return depth
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -92,8 +92,8 @@ class VocabularyTensors:
 @cache
 def table() -> dict[str, dict[str, Any]]:
     """The generated table: model_type -> names, config path and defaults, or why it is refused."""
-    file = resources.files("lexigraft.checkpoints").joinpath("architectures.json")
-    content: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8"))
+    text = Path(__file__).with_suffix(".json").read_text("utf-8")
+    content: dict[str, dict[str, Any]] = json.loads(text)
     return content
 
 
@@ -188,10 +188,10 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
 
 def recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
     """What `graft --tensor` was told, now or before a `prune`, for tensors still there."""
-    from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
-
     if not (checkpoint.folder / MANIFEST).is_file():
         return {}
+    from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
+
     manifest = Manifest.read(checkpoint.folder)
     records = [manifest.last(stage) for stage in ("graft", "prune")] if manifest else []
     told: Mapping[str, str] = next(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,12 +18,14 @@ from lexigraft.checkpoints.growth import NewRows, Survey, require_finite
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import by_row, read_ids
 from lexigraft.embeddings.choice import Choice, method
-from lexigraft.embeddings.donor import Donor, Sums
 from lexigraft.embeddings.methods import Array, Pieces, Spelled, Weights, told_apart_by
 from lexigraft.embeddings.spelling import characters_of, spell
 from lexigraft.embeddings.spread import spread_of
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family, TokenMap, new_ids
+
+if TYPE_CHECKING:
+    from lexigraft.embeddings.donor import Donor, Sums
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,13 @@ def _tokenizer_data(path: str, _changed: int, _size: int) -> Any:
 
 
 def _read_tokenizer_json(path: Path) -> TokenMap:
-    data = tokenizer_data(path)
+    state = path.stat()
+    return _tokenizer_map(str(path.resolve()), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_map(path: str, changed: int, size: int) -> TokenMap:
+    data = _tokenizer_data(path, changed, size)
     vocabulary: Any = data["model"]["vocab"]
     if isinstance(vocabulary, dict):
         texts = _from_pairs(vocabulary.items())

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lexigraft import families
 from lexigraft.checkpoints.architectures import (
@@ -34,7 +35,14 @@ from lexigraft.checkpoints.fit import (
     require_floats,
     require_free_ids,
 )
-from lexigraft.checkpoints.growth import Growth, Survey, grown, require_finite, survey
+from lexigraft.checkpoints.growth import (
+    Growth,
+    NewRows,
+    Survey,
+    grown,
+    require_finite,
+    survey,
+)
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
@@ -44,13 +52,14 @@ from lexigraft.checks.rows import RowStatistics, row_statistics
 from lexigraft.console import note, progress, working
 from lexigraft.embeddings import Start, choose, roles_of
 from lexigraft.embeddings.copying import Copied, read_copies
-from lexigraft.embeddings.donor import ATOMS, Donor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.replacing import without_tokens
 from lexigraft.families.tokenmap import TokenMap, readable
 from lexigraft.files import (
+    MANIFEST,
     Inputs,
+    changed,
     existing_parent,
     publish,
     read_object,
@@ -295,20 +304,36 @@ class _Table:
     def __init__(self, tensor: Tensor, growth: Growth) -> None:
         self._tensor = tensor
         self._growth = growth
+        self._survey: Survey | None = None
         self.new = hashlib.sha256()
 
-    @cached_property
+    @property
     def survey(self) -> Survey:
         """Hash and mean of the old rows."""
-        found = survey(self._tensor, self._growth.first_id, self._growth.replaced)
-        require_finite(self._tensor, found)
-        return found
+        # No cached_property: up to Python 3.11 its lock lets the threads of two tables take turns.
+        if self._survey is None:
+            found = survey(self._tensor, self._growth.first_id, self._growth.replaced)
+            require_finite(self._tensor, found)
+            self._survey = found
+        return self._survey
 
-    def planned(self, start: Start, role: Role) -> PlannedTensor:
-        """The grown tensor."""
-        rows = start.rows(self._tensor, role, lambda: self.survey)
+    def planned(self, spelled: Future[_Spelled], role: Role) -> PlannedTensor:
+        """The grown tensor; `spelled` is waited for where the new rows are made."""
+
+        @cache
+        def made() -> NewRows:
+            _ = self.survey  # while the tokenizers are still being read
+            return spelled.result().start.rows(self._tensor, role, lambda: self.survey)
+
+        def rows(start: int, stop: int) -> npt.NDArray[Any]:
+            return made()(start, stop)
+
         return grown(
-            self._tensor, self._growth, rows, lambda: self.survey.mean, observe=self.new.update
+            self._tensor,
+            self._growth,
+            rows,
+            lambda: self.survey.mean,
+            observe=self.new.update,
         )
 
 
@@ -323,17 +348,32 @@ class _Asked:
 
 
 @dataclass(frozen=True)
+class _Spelled:
+    """Both tokenizers as their engines read them, and how the new rows start by that."""
+
+    base: Family
+    extended: Family
+    start: Start
+    copied: list[Copied]
+
+
+@dataclass(frozen=True)
 class _Job:
-    """Everything that is decided before the first byte is written."""
+    """Everything that is decided before the first byte is written.
+
+    Attributes:
+        old: the base's token map, on which the plan rests with `new`.
+        new: that of the extension.
+        spelled: what takes the engines longer, while what needs none of it is copied.
+    """
 
     checkpoint: Checkpoint
     vocabulary: VocabularyTensors
-    base: Family
     vocab: Path
-    extended: Family
+    old: TokenMap
+    new: TokenMap
     growth: Growth
-    start: Start
-    copied: list[Copied]
+    spelled: Future[_Spelled]
     pad_to: int
     plan: Plan
     tables: Mapping[str, _Table]
@@ -348,9 +388,9 @@ class _Job:
             self.growth.rows_before,
             self.growth.rows,
             self.growth.tokens,
-            sum(token_id in self.extended.map.texts for token_id in self.growth.new_ids),
+            sum(token_id in self.new.texts for token_id in self.growth.new_ids),
             len(self.growth.replaced),
-            str(self.start.choice),
+            str(self.spelled.result().start.choice),
             self.vocabulary.tied,
             *sizes,
             time.perf_counter() - start,
@@ -359,8 +399,8 @@ class _Job:
 
     def entries(self, *, link: bool) -> list[dict[str, Any]]:
         """Every tensor of the plan; of those that grow also the method of their new rows."""
-        roles = roles_of(self.vocabulary)
-        methods = {name: {"init": self.start.choice.of(role)} for name, role in roles.items()}
+        choice, roles = self.spelled.result().start.choice, roles_of(self.vocabulary)
+        methods = {name: {"init": choice.of(role)} for name, role in roles.items()}
         return [
             {**entry, **methods.get(entry["tensor"], {})} for entry in self.plan.to_json(link=link)
         ]
@@ -411,13 +451,13 @@ class _Job:
 
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
-        used = np.sort(np.fromiter(self.base.map.texts, np.int64))
+        used = np.sort(np.fromiter(self.old.texts, np.int64))
         tensors = Checkpoint.open(model).tensors
+        start = self.spelled.result().start
 
         def of(name: str) -> RowStatistics | None:
             old = np.setdiff1d(used, self.tables[name].survey.untrained, assume_unique=True)
-            ids, pieces = self.start.ids, self.start.pieces
-            return row_statistics(tensors[name], ids, pieces, old, self.text)
+            return row_statistics(tensors[name], start.ids, start.pieces, old, self.text)
 
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(of, self.tables))
@@ -427,7 +467,8 @@ class _Job:
         """What base and result will read."""
         from lexigraft.models.probe import probe_text  # torch, for a probe alone
 
-        return probe_text(self.base, self.extended, spec)
+        spelled = self.spelled.result()
+        return probe_text(spelled.base, spelled.extended, spec)
 
     def probe(self, model: Path, text: ProbeText, *, trust: bool) -> ProbeResult:
         """What base and written folder `model` say of `text`."""
@@ -446,7 +487,7 @@ class _Job:
 
     def text(self, token_id: int) -> str:
         """What an id stands for; bytes that are no whole character in hexadecimal."""
-        return readable(self.extended.token_bytes(token_id))
+        return readable(self.spelled.result().extended.token_bytes(token_id))
 
     def write_side_files(self, partial: Path) -> None:
         """Config, tokenizer, and what else the base holds beside its weights."""
@@ -463,7 +504,8 @@ class _Job:
         # What the manifest will need and takes a while, while others write.
         import lexigraft.manifest  # noqa: F401
 
-        _ = self.base.map.hash, self.extended.map.hash
+        _ = self.old.hash, self.new.hash
+        self.spelled.result()  # its fault stops those who write
 
     def write_manifest(self, partial: Path) -> None:
         """What binds the new rows to the tokenizer; once they are written."""
@@ -483,13 +525,13 @@ class _Job:
             GraftRecord(
                 base=BaseTokenizer(
                     name=recorded_name(self.checkpoint.folder),
-                    token_map=self.base.map.hash,
+                    token_map=self.old.hash,
                     tokens=growth.first_id,
                 ),
                 rows_before=growth.rows_before,
                 tied=self.vocabulary.tied,
                 base_rows={name: table.survey.sha256 for name, table in self.tables.items()},
-                token_map=self.extended.map.hash,
+                token_map=self.new.hash,
                 tokens=growth.tokens,
                 first_id=growth.first_id,
                 rows=growth.rows,
@@ -504,18 +546,21 @@ class _Job:
         )
 
     def _init(self) -> dict[str, Any]:
-        return {"init": str(self.start.choice), "seed": self.start.seed}
+        start = self.spelled.result().start
+        return {"init": str(start.choice), "seed": start.seed}
 
     def _start(self) -> StartRecord:
+        from lexigraft.embeddings.donor import ATOMS
         from lexigraft.manifest import CopiedRow, DonorRecord, StartRecord
 
-        donor, choice = self.start.donor, self.start.choice
+        spelled = self.spelled.result()
+        donor, choice = spelled.start.donor, spelled.start.choice
         return StartRecord(
             methods={name: choice.of(role) for name, role in roles_of(self.vocabulary).items()},
             reason=choice.reason,
             copies=[
                 CopiedRow(id=one.id, source=one.source, pieces=list(one.pieces))
-                for one in self.copied
+                for one in spelled.copied
             ],
             donor=None
             if donor is None
@@ -542,30 +587,41 @@ def _prepare(
     refuse_ungathered(checkpoint)
     vocabulary = with_copies(checkpoint, vocabulary_of(checkpoint, tensor_roles))
     require_floats(checkpoint, vocabulary)
-    family = families.load(base)
-    extended = families.load(require_folder(vocab, "the extended tokenizer"))
-    new_map = extended.map
-    require_fitting_rows(checkpoint, vocabulary, family.map.tokens, new_map.tokens)
-    replaced = _replaced(vocab, family.map, new_map)
-    require_extension(base, family.map, vocab, new_map, replaced)
-    require_free_ids(checkpoint, family.map, new_map, replaced)
+    require_folder(vocab, "the extended tokenizer")
+    try:
+        old, new = TokenMap.read(base), TokenMap.read(vocab)
+        require_fitting_rows(checkpoint, vocabulary, old.tokens, new.tokens)
+        replaced = _replaced(vocab, old, new)
+        require_extension(base, old, vocab, new, replaced)
+        require_free_ids(checkpoint, old, new, replaced)
+    except LexigraftError:
+        for folder in (base, vocab):  # what no engine can read is the graver fault
+            families.load(folder)
+        raise
     mention_normalised_head(checkpoint, vocabulary)
-    step = pad_to if new_map.tokens > family.map.tokens else 1  # nothing grows: nothing to round
-    growth = Growth.to(vocabulary.rows, family.map.tokens, new_map.tokens, step, replaced)
-    with without_tokens(family, replaced) as left:
-        start, copied = _start_of(asked, left, extended, tied=vocabulary.tied)
+    step = pad_to if new.tokens > old.tokens else 1  # nothing grows: nothing to round
+    growth = Growth.to(vocabulary.rows, old.tokens, new.tokens, step, replaced)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
+
+    def spell() -> _Spelled:
+        family, extended = _loaded(base, old), _loaded(vocab, new)
+        with without_tokens(family, replaced) as left:
+            start, copied = _start_of(asked, left, extended, tied=vocabulary.tied)
+        return _Spelled(family, extended, start, copied)
+
+    thread = ThreadPoolExecutor(1)
+    spelled = thread.submit(spell)
+    thread.shutdown(wait=False)
     roles = roles_of(vocabulary)
-    planned = [table.planned(start, roles[name]) for name, table in tables.items()]
+    planned = [table.planned(spelled, roles[name]) for name, table in tables.items()]
     return _Job(
         checkpoint=checkpoint,
         vocabulary=vocabulary,
-        base=family,
         vocab=vocab,
-        extended=extended,
+        old=old,
+        new=new,
         growth=growth,
-        start=start,
-        copied=copied,
+        spelled=spelled,
         pad_to=pad_to,
         plan=Plan.of(checkpoint).replace(planned),
         tables=tables,
@@ -573,8 +629,18 @@ def _prepare(
     )
 
 
+def _loaded(folder: Path, known: TokenMap) -> Family:
+    """The tokenizer in `folder`, whose token map is `known` from its files."""
+    family = families.load(folder)
+    if family.map.texts != known.texts:
+        raise changed(folder, "was changed")
+    return family
+
+
 def _replaced(vocab: Path, old: TokenMap, new: TokenMap) -> tuple[int, ...]:
     """Old ids to which `learn` gave other tokens, by the manifest of VOCAB."""
+    if not (vocab / MANIFEST).exists():
+        return ()
     from lexigraft.manifest import Manifest
 
     return (Manifest.read(vocab) or Manifest()).replaced(old.hash, new.hash)
@@ -593,6 +659,8 @@ def _start_of(
     if asked.init_from is not None:
         copied = read_copies(asked.init_from, base, extended.map)
     if asked.donor is not None:
+        from lexigraft.embeddings.donor import Donor
+
         donor = Donor.open(asked.donor, base, extended)
         new = len(donor.wanted)
         note(
