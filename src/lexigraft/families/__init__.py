@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -155,8 +155,14 @@ class Family(Protocol):
         """What a user must know of this kind of tokenizer: sentences, mostly none."""
 
 
-def load(folder: Path, *, own: bool = False) -> Family:
-    """The tokenizer in `folder`; `own` if lexigraft itself has just written it.
+def load(folder: Path, *, own: bool = False, spell: Sequence[str] = ()) -> Family:
+    """The tokenizer in `folder`.
+
+    Args:
+        folder: holds its files.
+        own: lexigraft itself has just written it.
+        spell: tokens whose `pieces` will be asked for; the child process that opens a file first
+            may find them, which leaves an engine less to be opened here.
 
     Raises:
         RefusalError: a family or file that lexigraft does not support, with the reason.
@@ -165,7 +171,7 @@ def load(folder: Path, *, own: bool = False) -> Family:
     from lexigraft.families.detect import load_family, own_files
 
     with own_files() if own else nullcontext():
-        return load_family(folder)
+        return load_family(folder, spell)
 
 
 def new_ids(base: Family, extended: TokenMap) -> list[int]:
@@ -173,11 +179,11 @@ def new_ids(base: Family, extended: TokenMap) -> list[int]:
     return [*base.vacant, *range(base.map.tokens, extended.tokens)]
 
 
-def open_ahead(folders: Iterable[Path]) -> None:
+def open_ahead(folders: Iterable[Path]) -> AbstractContextManager[None]:
     """Say which tokenizers will be loaded: what `load` would wait for starts now, all at once."""
     from lexigraft.families import detect
 
-    detect.open_ahead(folders)
+    return detect.open_ahead(folders)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

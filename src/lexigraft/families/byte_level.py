@@ -43,6 +43,7 @@ from lexigraft.families.words import WordSplitter
 from lexigraft.files import read_object, sha256_json
 
 if TYPE_CHECKING:
+    from lexigraft.families.detect import Told
     from lexigraft.families.replay import Replayed
     from lexigraft.families.segment import Segmenter
 
@@ -57,13 +58,22 @@ class ByteLevelBPE:
     prefix = ""
     vacant: tuple[int, ...] = ()
 
-    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, data: dict[str, Any], told: Told | None = None) -> None:
+        """`told` is what a child process has said of the file: no engine is opened for it here."""
         self.folder = folder
         self.map = _with_added(TokenMap.read(folder), data)
         self._data = data
-        written = folder / "tokenizer.json"  # without it, `data` was made of other files
-        self._engine = engine_of_file(written) if written.is_file() else open_engine(data)
-        require_own_ids(self._engine, self.map, folder)
+        self._known = told.spelled if told else {}
+        if told is None:
+            require_own_ids(self._engine.token_to_id, self.map, folder)
+        else:
+            own, added = data["model"]["vocab"], told.added
+            require_own_ids(lambda text: added.get(text, own.get(text)), self.map, folder)
+
+    @cached_property
+    def _engine(self) -> Tokenizer:
+        written = self.folder / "tokenizer.json"  # without it, `data` was made of other files
+        return engine_of_file(written) if written.is_file() else open_engine(self._data)
 
     @cached_property
     def content_hash(self) -> str:
@@ -90,6 +100,8 @@ class ByteLevelBPE:
     def pieces(self, token: str, *, added: bool = False) -> list[int]:
         """Ids that spell `token` by the merges alone."""
         spelled = byte_text(token.encode()) if added else token
+        if spelled in self._known:
+            return list(self._known[spelled])
         return list(self._plain.encode(spelled, add_special_tokens=False).ids)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -301,15 +313,15 @@ def _opened(opener: Callable[[], Tokenizer]) -> Tokenizer:
         ) from None
 
 
-def require_own_ids(engine: Tokenizer, token_map: TokenMap, folder: Path) -> None:
-    """Stop where the engine gives an added token another id than its file says.
+def require_own_ids(id_of: Callable[[str], int | None], token_map: TokenMap, folder: Path) -> None:
+    """Stop where the engine gives an added token another id than its file says: `id_of` tells.
 
     The engine appends added tokens one by one and ignores their ids, so a hole before one of
     them moves it without a word.
     """
     for token_id in sorted(token_map.added):
         text = token_map.texts[token_id]
-        given = engine.token_to_id(text)
+        given = id_of(text)
         if given is not None and given != token_id:
             raise LexigraftError(
                 f"{folder}: the files give {text!r} id {token_id}, "

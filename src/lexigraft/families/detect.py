@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError, RefusalError
@@ -23,13 +25,23 @@ if TYPE_CHECKING:
     from lexigraft.families import Family
 
 _OPEN_IN_CHILD = """
-import sys
+import json, sys
+added, spelled = {}, []
 if sys.argv[1].endswith(".json"):
     from tokenizers import Tokenizer
-    Tokenizer.from_file(sys.argv[1]).encode("probe 冠状")
+    engine = Tokenizer.from_file(sys.argv[1])
+    engine.encode("probe 冠状")
+    added = {one.content: i for i, one in engine.get_added_tokens_decoder().items()}
+    asked = json.load(sys.stdin)
+    if asked:
+        model = engine.model
+        model.ignore_merges = False
+        read = Tokenizer(model).encode_batch(asked, add_special_tokens=False)
+        spelled = [one.ids for one in read]
 else:
     import sentencepiece
     sentencepiece.SentencePieceProcessor(model_file=sys.argv[1]).encode("probe 冠状")
+print(json.dumps([added, spelled]))
 """
 _CHILD_SECONDS = 120
 _OWN: ContextVar[bool] = ContextVar("own files", default=False)
@@ -37,7 +49,7 @@ _UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto, TrainerSpec.ModelType
 _SENTENCEPIECE_KINDS = {_UNIGRAM: "Unigram", 3: "word", 4: "character"}
 
 
-def load_family(folder: Path) -> Family:
+def load_family(folder: Path, spell: Sequence[str] = ()) -> Family:
     """See `lexigraft.families.load`."""
     folder = require_folder(Path(folder), "tokenizer files")
     if (folder / "tekken.json").is_file():
@@ -46,7 +58,7 @@ def load_family(folder: Path) -> Family:
     ranks = rank_file(folder)
     json_file = folder / "tokenizer.json"
     if json_file.is_file():
-        return _from_json(folder, json_file, model_file, ranks)
+        return _from_json(folder, json_file, model_file, ranks, spell)
     if model_file is not None:
         if model_file == ranks:
             return _tiktoken(folder, ranks, None)
@@ -68,7 +80,11 @@ def load_family(folder: Path) -> Family:
 
 
 def _from_json(
-    folder: Path, json_file: Path, model_file: Path | None, ranks: Path | None
+    folder: Path,
+    json_file: Path,
+    model_file: Path | None,
+    ranks: Path | None,
+    spell: Sequence[str],
 ) -> Family:
     data = tokenizer_data(json_file)
     model = data.get("model") if isinstance(data, dict) else None
@@ -90,7 +106,7 @@ def _from_json(
         raise refusals.marked_bpe(json_file, model)
     if model.get("dropout"):
         raise refusals.random_bpe(json_file, model["dropout"])
-    open_safely(json_file)
+    told = open_safely(json_file, spell if _has_byte_level(data) else ())
     if model.get("byte_fallback"):
         return _from_model(folder, model_file, data)
     if _has_byte_level(data):
@@ -106,7 +122,7 @@ def _from_json(
         from lexigraft.families.byte_level import ByteLevelBPE
 
         require_agreement(folder, data)
-        return ByteLevelBPE(folder, data)
+        return ByteLevelBPE(folder, data, told)
     raise refusals.character_bpe(json_file)
 
 
@@ -200,36 +216,46 @@ def own_files() -> Iterator[None]:
         _OWN.reset(token)
 
 
-def open_safely(path: Path) -> None:
-    """Open a tokenizer file in a child process first.
+def open_safely(path: Path, spell: Sequence[str] = ()) -> Told | None:
+    """Open a tokenizer file in a child process first; what the engine says there of it.
 
     The engines are native code: a hostile file can end the process that reads it, which no
     exception handler here could catch.
 
-    Files that lexigraft itself has just written are opened at once (`own_files`).
+    Files that lexigraft itself has just written are opened at once (`own_files`); then None.
+
+    Args:
+        path: the file.
+        spell: texts of which the merges' ids are wanted, of a `tokenizer.json` of BPE.
 
     Raises:
         LexigraftError: the child failed, was killed or hung.
     """
     if _OWN.get():
-        return
-    fault = _opening(_at(path), sha256_file(path)).result()
-    if fault is not None:
+        return None
+    told = _opening(_at(path), sha256_file(path)).told(spell)
+    if told.fault is not None:
         raise LexigraftError(
-            f"{path} cannot be opened ({fault})",
+            f"{path} cannot be opened ({told.fault})",
             needed="a tokenizer file that its own engine reads",
             fix="copy this file again from the model it belongs to",
         )
+    return told
 
 
-def open_ahead(folders: Iterable[Path]) -> None:
-    """Start the child processes that `load` of each folder will ask for, and do not wait."""
-    for folder in folders:
-        names = ("tokenizer.json", *SENTENCEPIECE_FILES)
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
-        if path is not None:
-            with suppress(OSError):  # `load` will say it
-                _opening(_at(path), sha256_file(path))
+@contextmanager
+def open_ahead(folders: Iterable[Path]) -> Iterator[None]:
+    """Start the child processes that `load` of each folder will ask, and do not wait for them."""
+    with ExitStack() as stack:
+        for folder in folders:
+            names = ("tokenizer.json", *SENTENCEPIECE_FILES)
+            path = next((folder / name for name in names if (folder / name).is_file()), None)
+            if path is not None:
+                with suppress(OSError):  # `load` will say it
+                    opening = _opening(_at(path), sha256_file(path))
+                    stack.callback(opening.close)
+                    opening.start()
+        yield
 
 
 def _at(path: Path) -> str:
@@ -238,22 +264,67 @@ def _at(path: Path) -> str:
 
 
 @lru_cache(maxsize=64)
-def _opening(path: str, _content: str) -> Future[str | None]:
-    """What is wrong with the file, as soon as its child process has said; None if nothing is."""
-    thread = ThreadPoolExecutor(1)
-    opening = thread.submit(_open_in_child, path)
-    thread.shutdown(wait=False)
-    return opening
+def _opening(path: str, _content: str) -> _Opening:
+    return _Opening(path)
 
 
-def _open_in_child(path: str) -> str | None:
-    command = python_child(_OPEN_IN_CHILD, path)
-    try:
-        child = subprocess.run(command, capture_output=True, timeout=_CHILD_SECONDS, check=False)
-        fault = child.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        broken = child.returncode != 0
-    except subprocess.TimeoutExpired:
-        broken, fault = True, [f"no answer in {_CHILD_SECONDS} s"]
-    if not broken:
-        return None
-    return fault[0] if fault else "the reader crashed"
+@dataclass(frozen=True)
+class Told:
+    """What a child process says of a tokenizer file.
+
+    Attributes:
+        fault: what is wrong with it; None if nothing is.
+        added: added token -> the id that the engine gives it.
+        spelled: text -> its ids by the merges alone, for those that were asked.
+    """
+
+    fault: str | None = None
+    added: Mapping[str, int] = field(default_factory=dict)
+    spelled: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+class _Opening:
+    """A child process that opens a tokenizer file at once, is asked once, and ends."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._told: Told | None = None
+
+    def start(self) -> None:
+        """Start the child, unless it runs or has ended."""
+        if self._child is None and self._told is None:
+            pipe, command = subprocess.PIPE, python_child(_OPEN_IN_CHILD, self._path)
+            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+    def told(self, spell: Sequence[str]) -> Told:
+        """What it says; who asks first is told what `spell` is read as."""
+        with self._lock:
+            if self._told is None:
+                self.start()
+                try:
+                    self._told = self._answer(spell)
+                finally:
+                    self.close()
+            return self._told
+
+    def _answer(self, spell: Sequence[str]) -> Told:
+        child = self._child
+        assert child is not None
+        try:
+            said, errors = child.communicate(json.dumps(spell).encode(), _CHILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Told(f"no answer in {_CHILD_SECONDS} s")
+        if child.returncode == 0:
+            added, spelled = json.loads(said)
+            return Told(None, added, dict(zip(spell, spelled, strict=False)))
+        fault = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return Told(fault[0] if fault else "the reader crashed")
+
+    def close(self) -> None:
+        """End the child; who asks later starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.communicate()

@@ -130,7 +130,7 @@ class SentencePieceFiles(ABC):
         self._data = data
         self._engine = engine_of_file(folder / "tokenizer.json") if data else None
         if self._engine is not None:
-            require_own_ids(self._engine, self.map, folder)
+            require_own_ids(self._engine.token_to_id, self.map, folder)
         self._model_name = model_file.name if model_file else None
         self._proto: Any = None
         if model_file:

@@ -92,7 +92,7 @@ class WordPiece(PlainCounting):
         self._engine = next(iter(self._readers.values()))
         self._mark_added()
         for engine in self._readers.values():
-            require_own_ids(engine, self.map, folder)
+            require_own_ids(engine.token_to_id, self.map, folder)
         self._mark: str = self._data["model"].get("continuing_subword_prefix", "##")
         self._longest_word: int = self._data["model"].get("max_input_chars_per_word", 100)
         self._vocabulary: dict[str, int] = self._data["model"]["vocab"]

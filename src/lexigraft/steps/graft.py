@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.replacing import without_tokens
-from lexigraft.families.tokenmap import TokenMap, readable
+from lexigraft.families.tokenmap import TokenMap, byte_text, readable
 from lexigraft.files import (
     MANIFEST,
     Inputs,
@@ -250,8 +250,11 @@ def graft(
         donor,
         seed,
     )
-    with _as_folder(base, output, models=1 if dry_run else 2) as folder:
-        families.open_ahead((folder, vocab))
+    models = 1 if dry_run else 2
+    with (
+        _as_folder(base, output, models=models) as folder,
+        families.open_ahead((folder, vocab)),
+    ):
         job = _prepare(folder, vocab, asked, pad_to=pad_to, tensor_roles=tensor_roles)
         if max_shard_size is not None:
             job = replace(job, plan=job.plan.recut(max_shard_size))
@@ -604,7 +607,8 @@ def _prepare(
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
 
     def spell() -> _Spelled:
-        family, extended = _loaded(base, old), _loaded(vocab, new)
+        texts = [_spelling(new, i) for i in growth.new_ids if i in new.texts]
+        family, extended = _loaded(base, old, texts), _loaded(vocab, new)
         with without_tokens(family, replaced) as left:
             start, copied = _start_of(asked, left, extended, tied=vocabulary.tied)
         return _Spelled(family, extended, start, copied)
@@ -629,9 +633,15 @@ def _prepare(
     )
 
 
-def _loaded(folder: Path, known: TokenMap) -> Family:
+def _spelling(tokens: TokenMap, token_id: int) -> str:
+    """A token as the merges read it."""
+    text = tokens.texts[token_id]
+    return byte_text(text.encode()) if token_id in tokens.added else text
+
+
+def _loaded(folder: Path, known: TokenMap, spell: Sequence[str] = ()) -> Family:
     """The tokenizer in `folder`, whose token map is `known` from its files."""
-    family = families.load(folder)
+    family = families.load(folder, spell=spell)
     if family.map.texts != known.texts:
         raise changed(folder, "was changed")
     return family
