@@ -33,6 +33,7 @@ JSON_LIMIT_BYTES = 512 * 2**20
 # in files up to a size: larger ones are vocabularies and indexes, which nothing walks through.
 JSON_DEPTH = 100
 _DEPTH_LIMIT_BYTES = 2**20
+_FLUSHERS = 8
 _HOLDERS = frozenset((dict, list))  # what JSON nests
 
 
@@ -235,12 +236,14 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, then `folder` itself."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(parent, name)
-            if not path.is_symlink():
-                fsync_path(path)
-        fsync_path(Path(parent))
+    from concurrent.futures import ThreadPoolExecutor  # whoever only reads needs none
+
+    with ThreadPoolExecutor(_FLUSHERS) as pool:  # file systems flush together what waits together
+        for parent, _, names in os.walk(folder, topdown=False):
+            paths = (Path(parent, name) for name in names)
+            for _ in pool.map(fsync_path, [path for path in paths if not path.is_symlink()]):
+                pass  # a fault of one is raised here
+            fsync_path(Path(parent))
 
 
 class Inputs:

@@ -505,9 +505,9 @@ class _Job:
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
         # What the manifest will need and takes a while, while others write.
-        import lexigraft.manifest  # noqa: F401
+        from lexigraft.manifest import Manifest
 
-        _ = self.old.hash, self.new.hash
+        _ = Manifest(), self.old.hash, self.new.hash
         self.spelled.result()  # its fault stops those who write
 
     def write_manifest(self, partial: Path) -> None:
