@@ -53,6 +53,19 @@ def test_pieces_join_to_exactly_the_token(folders, name):
         assert joined == family.token_bytes(token_id), text
 
 
+@pytest.mark.parametrize("name", ["byte", "byte-ignore"])
+def test_a_child_process_spells_as_the_engine_does(folders, tmp_path, name):
+    """What `graft` asks of the process that opens a stranger's file, so that it opens none."""
+    here = families.load(folders[name], own=True)
+    tokens = [text for i, text in here.map.texts.items() if i not in here.map.added]
+    asked = [*tokens, *(f"{one}{other}" for one, other in zip(tokens, tokens[100:]))]
+    folder = shutil.copytree(folders[name], tmp_path / "asked")  # which nobody asked before
+    there = families.load(folder, spell=asked)
+    assert [there.pieces(text) for text in asked] == [here.pieces(text) for text in asked]
+    assert "_engine" not in vars(there)
+    assert there.encode("wie im Himmel") == here.encode("wie im Himmel")
+
+
 def test_token_map_counts_max_id_not_entries(tmp_path):
     folder = parts.write_byte_level(tmp_path / "t")
     data = json.loads((folder / "tokenizer.json").read_text())

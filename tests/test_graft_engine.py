@@ -282,6 +282,19 @@ def test_a_shard_that_may_not_be_read(made):
         assert {path.name for path in root.iterdir()} == {"base", "vocab"}
 
 
+@pytest.mark.parametrize("whose", ["base", "vocab"])
+def test_a_tokenizer_that_only_its_engine_refuses(whose, made, tmp_path):
+    """It is told when weights are copied already; nothing of them stays."""
+    folders = {
+        name: Path(shutil.copytree(folder, tmp_path / name))
+        for name, folder in zip(("base", "vocab"), made)
+    }
+    path = folders[whose] / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder": {"type": "None"}}))
+    fault = refused(folders["base"], folders["vocab"], tmp_path / "out")
+    assert f"{path} cannot be opened" in fault.found
+
+
 def test_a_shard_that_vanishes_while_others_are_copied(copied, tmp_path, monkeypatch):
     """The first copy removes the last shard before it does its work."""
     base, vocab = copied

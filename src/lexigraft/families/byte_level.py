@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from lexigraft.errors import LexigraftError
 from lexigraft.families import copy_tokenizer
@@ -42,7 +41,9 @@ from lexigraft.families.units import Ints, UnitCounter, Units, batches
 from lexigraft.families.words import WordSplitter
 from lexigraft.files import read_object, sha256_json
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # graft needs no engine here: a child process has opened it
+    from tokenizers import Tokenizer
+
     from lexigraft.families.detect import Told
     from lexigraft.families.replay import Replayed
     from lexigraft.families.segment import Segmenter
@@ -113,6 +114,8 @@ class ByteLevelBPE:
     def _plain(self) -> Tokenizer:
         if self._data["model"].get("ignore_merges"):
             return open_engine(plain_model(self._data))
+        from tokenizers import Tokenizer
+
         return Tokenizer(self._engine.model)  # shared, and nothing around it
 
     def count_units(self, chunks: Mapping[str, int]) -> Units:
@@ -289,6 +292,8 @@ def _replaced(
 
 def engine_of_file(path: Path) -> Tokenizer:
     """The engine of a `tokenizer.json`, without truncation and padding: those belong to a use."""
+    from tokenizers import Tokenizer
+
     engine = _opened(lambda: Tokenizer.from_file(str(path)))
     engine.no_truncation()
     engine.no_padding()
@@ -297,6 +302,8 @@ def engine_of_file(path: Path) -> Tokenizer:
 
 def open_engine(data: Mapping[str, Any]) -> Tokenizer:
     """The engine of `tokenizer.json` data."""
+    from tokenizers import Tokenizer
+
     return _opened(lambda: Tokenizer.from_str(json.dumps(data, ensure_ascii=False)))
 
 
