@@ -287,7 +287,7 @@ def test_a_tokenizer_that_only_its_engine_refuses(whose, made, tmp_path):
     """It is told when weights are copied already; nothing of them stays."""
     folders = {
         name: Path(shutil.copytree(folder, tmp_path / name))
-        for name, folder in zip(("base", "vocab"), made)
+        for name, folder in zip(("base", "vocab"), made, strict=True)
     }
     path = folders[whose] / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "decoder": {"type": "None"}}))
