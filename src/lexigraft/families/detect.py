@@ -306,7 +306,7 @@ class _Opening:
                 try:
                     self._told = self._answer(spell)
                 finally:
-                    self.close()
+                    self._end()
             return self._told
 
     def _answer(self, spell: Sequence[str]) -> Told:
@@ -323,7 +323,11 @@ class _Opening:
         return Told(fault[0] if fault else "the reader crashed")
 
     def close(self) -> None:
-        """End the child; who asks later starts another."""
+        """End the child, once who is asking it has an answer; who asks later starts another."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
