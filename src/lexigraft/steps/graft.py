@@ -434,8 +434,11 @@ class _Job:
 
     def tell_of_links(self, partial: Path) -> None:
         """How many files `--link` shares with the base, and what that means."""
-        unchanged = [file for file in self.plan.files if file.verbatim is not None]
-        linked = [file for file in unchanged if (partial / file.name).samefile(file.verbatim or "")]
+        linked = [
+            file
+            for file in self.plan.files
+            if file.verbatim is not None and (partial / file.name).samefile(file.verbatim)
+        ]
         if linked:
             size = sum(file.bytes for file in linked)
             note(
@@ -444,7 +447,7 @@ class _Job:
                 "writes into one in place changes both models; to replace, move or delete it is "
                 "safe"
             )
-        elif unchanged:
+        elif any(file.verbatim for file in self.plan.files):
             note(
                 "--link: no file could be linked (another disk, files of somebody else, or a file "
                 "system without hard links): none is shared"
