@@ -24,6 +24,7 @@ import parts
 import test_pipeline
 from lexigraft import LexigraftError, graft, learn, run
 from lexigraft.files import Inputs
+from lexigraft.stages import require_run_folder
 from lexigraft.steps.check import mend
 from test_check_gallery import Ground, source, vocab_size_raised_by_hand  # noqa: F401
 
@@ -124,6 +125,7 @@ def asked(verb: str, place: Path, output: Path) -> tuple[list[str], dict]:
         "prune": ([str(place / "base")], {**corpus, "drop": "2%", "min_count": 1000}),
         "check --fix": ([str(place.parent / "odd" / "base")], {"output": str(output)}),
         "train": ([str(place / "grafted")], {**corpus, "max_steps": 2, "block_size": 32}),
+        "run": ([str(place / "recipe.yaml")], {"output": str(output)}),
     }[verb]
 
 
@@ -407,6 +409,34 @@ def test_what_is_a_change_of_an_input_and_what_is_none(tmp_path):
         change(folder / name)
         with pytest.raises(LexigraftError, match=f"{name} was changed"):
             inputs.require_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        (200, set()),
+        pytest.param(20_000, {"vocab"}, marks=pytest.mark.matrix),
+        pytest.param(150_000, {"vocab", "model"}, marks=pytest.mark.matrix),
+    ],
+)
+def test_a_run_on_a_full_disk_keeps_whole_stages_and_goes_on(tmp_path, limit, left):
+    """It fills up as the first stage is noted, while the model is grafted, and in training."""
+    test_pipeline.write_inputs(tmp_path)
+    recipe = test_pipeline.RECIPE.format(steps=3) + "control: false\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    output = tmp_path / "out"
+    status, _, errors = done("run", tmp_path, output, -limit)
+    assert status == 2 and "is full" in errors and "Traceback" not in errors, errors
+    assert {path.name for path in output.iterdir()} - {".lexigraft-lock", "run.json"} == left
+    if limit < 20_000:  # that it goes on at all
+        require_run_folder(output)
+        return
+    result = run(tmp_path / "recipe.yaml", output=output)
+    stages = {"vocab": "learn", "model": "graft"}
+    assert set(result.skipped) == {stages[name] for name in left}
+    run(tmp_path / "recipe.yaml", output=tmp_path / "whole")
+    for name in ("vocab", "model", "adapter", "merged"):
+        assert lasting(output / name) == lasting(tmp_path / "whole" / name), name
 
 
 # tests/test_pipeline.py kills a run once in the suite that is always run.

@@ -156,8 +156,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write one file whole or not at all, in place of what may be there."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-    fsync_path(partial)
+    try:
+        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
+        fsync_path(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)  # noqa: PTH105 - the call that is atomic on every system
     fsync_path(path.parent)
 

@@ -14,7 +14,14 @@ from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import readable
-from lexigraft.files import CARD, refuse_existing, refuse_overwriting, scratch, sha256_file
+from lexigraft.files import (
+    CARD,
+    disk_faults,
+    refuse_existing,
+    refuse_overwriting,
+    scratch,
+    sha256_file,
+)
 from lexigraft.hub import local_folder
 from lexigraft.models.gguf_base import gguf_file
 from lexigraft.models.unfinished import partial_of
@@ -103,7 +110,7 @@ def _run(recipe: Recipe, output: Path, *, force: bool = False) -> RunResult:
             needed="one process",
             fix="launch `lexigraft train` alone in several processes",
         )
-    with opened(recipe, output, force=force) as current:
+    with disk_faults(output), opened(recipe, output, force=force) as current:
         _stages(current, recipe)
         report(output)
         _cards(output)

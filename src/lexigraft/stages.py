@@ -150,7 +150,8 @@ def require_run_folder(output: Path) -> None:
     if not output.exists():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if RUN_FILE not in names and names - {LOCK_NAME, "base", "texts", "recipe.yaml"}:
+    begun = {LOCK_NAME, f"{RUN_FILE}.partial", "base", "texts", "recipe.yaml"}
+    if RUN_FILE not in names and names - begun:
         raise LexigraftError(
             f"{output} exists and is no run folder (it has no {RUN_FILE})",
             needed="a new folder, or one of an earlier run",
