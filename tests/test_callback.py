@@ -87,6 +87,8 @@ def test_the_same_run_has_the_same_evidence(place, tmp_path, monkeypatch):
         for key in ("id", "text", "targets", "inputs", "looked_at", "held_out"):
             assert theirs[key] == mine[key]
         assert theirs["moved"] == pytest.approx(mine["moved"], rel=1e-2, abs=1e-4)
+        for key in ("bits", "bits_before"):
+            assert theirs[key] == (mine[key] and pytest.approx(mine[key], rel=2e-3)), key
     rules = [[reason["rule"] for reason in told["verdict"]["reasons"]] for told in (own, found)]
     assert rules[0] == rules[1] and found["verdict"]["verdict"] == own["verdict"]["verdict"]
     assert own.keys() - found.keys() == {"mode", "settings"}

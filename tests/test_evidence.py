@@ -86,8 +86,8 @@ def test_the_loss_is_split_by_old_and_new_targets(job, trained, told):
         assert told["log"][-1][key] == pytest.approx(value, rel=1e-4), key
 
 
-def test_every_row_has_its_evidence(job, trained, told):
-    slow = slow_targets(job, trained)
+def test_every_row_has_its_evidence(place, job, trained, told):
+    slow, before = slow_targets(job, trained), slow_targets(job, load_model(place / "model"))
     rows = {row["id"]: row for row in told["rows"]}
     assert list(rows) == list(job.ids)
     targets, inputs = (
@@ -104,6 +104,12 @@ def test_every_row_has_its_evidence(job, trained, told):
             assert row["top1"] == pytest.approx(np.mean([t[2] == 1 for t in mine]))
             assert row["rank"] == pytest.approx(np.mean([t[2] for t in mine]))
             assert row["leak"] == pytest.approx(np.mean([t[3] for t in mine]), rel=1e-3)
+            for key, found in (
+                ("bits", mine),
+                ("bits_before", [t for t in before if t[0] == token]),
+            ):
+                wanted = np.mean([t[1] for t in found]) / math.log(2)
+                assert row[key] == pytest.approx(wanted, rel=1e-3), key
         elif row["targets"]:
             assert row["looked_at"] == 1 and row["rank"] >= 1  # in training text
         assert row["adopted"] + row["spelled"] + row["missed"] == min(4, row["looked_at"])

@@ -1,5 +1,6 @@
 """Packing, bits per byte and new rows: the parts of training and evaluation."""
 
+import itertools
 import math
 import warnings
 
@@ -154,6 +155,23 @@ def test_reading_is_the_same_for_every_tokenizer_and_mixes_by_bytes():
     first_pass = [text for text in texts if text.startswith("d")][: len(domain)]
     assert sorted(first_pass) == sorted(domain)  # every document once before any comes again
     assert shuffled(domain, 0, 0) != shuffled(domain, 0, 1)
+
+
+@pytest.mark.parametrize("early", [None, 5000])
+def test_parts_of_a_reading_are_the_whole(early):
+    domain = [f"domain {i} " + "x" * (i % 7) for i in range(400)]
+    general = [f"general {i} " * 3 for i in range(90)]
+    ends = (0, 1700, 2900, 5000)
+    parts_of_it = [
+        list(reading(domain, general, seed=3, max_bytes=end, skipped=begin, early=early))
+        for begin, end in itertools.pairwise(ends)
+    ]
+    whole = list(reading(domain, general, seed=3, max_bytes=5000, early=early))
+    found = [text for part in parts_of_it for text in part]
+    assert len(found) == len(whole)
+    # the text in which a part ends is its own, as far as it reads it
+    cut = [place for place, text in enumerate(found) if text != whole[place]]
+    assert len(cut) == 2 and all(whole[place].startswith(found[place].rstrip()) for place in cut)
 
 
 def test_encoding_stops_after_the_tokens_asked_for(base):

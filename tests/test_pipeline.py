@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import parts
 from lexigraft import LexigraftError, card, check, report, run
 from lexigraft.cli import app
+from lexigraft.manifest import Manifest
 from lexigraft.stages import folder_hash
 from lexigraft.steps.check import mend
 from test_check import edit
@@ -251,15 +252,22 @@ def test_a_loader_that_read_nothing_says_why(project, finished, tmp_path):
 
 
 def test_a_stage_of_full_training_needs_no_merge(project):
-    """rows, then full: the last one's folder is the model that is checked and measured."""
-    first = "    - {mode: rows, max_steps: 2, block_size: 64, measured_bytes: 2000}\n"
+    """rows, then full, each with its share of the text: the last one's folder is what is measured."""
+    first = "    - {mode: rows, share: 0.05, block_size: 64, measured_bytes: 2000}\n"
     text = RECIPE.format(steps=4).replace("  stages:\n", "  stages:\n" + first)
+    text = text.replace("max_steps: 4", "share: 0.1")
     (project / "full.yaml").write_text(
         text.replace("mode: lora", "mode: full") + "control: false\n"
     )
     stages = run(project / "full.yaml", output=project / "full").to_json()["stages"]
     assert {"stage1/train", "stage1/merge", "train"} <= set(stages) and "merge" not in stages
     assert stages["check"]["ok"] and stages["train"]["mode"] == "full"
+    records = Manifest.read(project / "full" / "merged").records
+    shares = [record.settings["share"] for record in records if record.stage == "train"]
+    assert shares == [[0.0, 0.05], [0.05, pytest.approx(0.15)]]
+    assert stages["train"]["text_bytes"] == pytest.approx(
+        2 * stages["stage1/train"]["text_bytes"], rel=0.2
+    )
     assert [m["path"] for m in stages["evaluate"]["models"]][-1].endswith("merged")
     assert not (project / "full" / "adapter").exists()
 

@@ -163,6 +163,16 @@ def test_a_wrong_key_or_value_is_one_message(project, learn_part, words):
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_stage_has_a_share_or_a_limit():
+    """Both would leave open which of them ends it."""
+    stage = {"mode": "rows", "share": 0.2}
+    recipe = {"base": "b", "corpus": "c.txt", "train": {"stages": [stage]}}
+    assert Recipe.parse(recipe, where="here").stages[0].share == 0.2
+    stage["max_bytes"] = 1000
+    with pytest.raises(LexigraftError, match="either share or one of max_bytes"):
+        Recipe.parse(recipe, where="here")
+
+
 def test_files_of_a_graft_lie_beside_the_recipe(tmp_path):
     (tmp_path / "big").mkdir()
     data = {"base": "owner/base", "corpus": "c.txt"}

@@ -117,6 +117,16 @@ def test_a_run_stops_where_general_text_gets_worse(place, tmp_path):
     ) or result.general_bpb <= limit  # fmt: skip
 
 
+def test_a_distillation_stops_by_itself(place, tmp_path):
+    result = train(
+        place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "out", mode="rows",
+        objective="distill", block_size=64, max_bytes=6000, measurements=12, measured_bytes=1000,
+        new_row_learning_rate=0.3,
+    )  # fmt: skip
+    assert "2 measurements without a better one" in result.stopped
+    assert result.kept_step < result.steps
+
+
 @pytest.mark.parametrize(
     ("option", "text"), [("patience", "--held-out"), ("general_limit", "--general")]
 )

@@ -298,6 +298,7 @@ def test_the_learning_rate_warms_up_from_the_first_step():
         ({"learning_rate": -1.0}, LexigraftError, "--learning-rate -1.0"),
         ({"new_row_learning_rate": math.nan}, LexigraftError, "at least 1e-12"),
         ({"replay": 1.0}, LexigraftError, "at most 0.9"),
+        ({"share": (0.2, 1)}, LexigraftError, "beside max_steps"),
         ({"measurements": 0}, LexigraftError, "--measurements 0"),
     ],
 )
@@ -328,7 +329,7 @@ def test_ids_without_a_row_are_found_before_training(place, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
     """SIGKILL after a checkpoint: no output; --resume ends where the whole run ends."""
-    options = {**QUICK, "max_steps": 60, "save_steps": 4}
+    options = {**QUICK, "share": (0.1, 0.22), "save_steps": 4}
     del options["max_bytes"]
     whole = train(
         place / "tied", corpus=[place / "corpus.txt"], output=tmp_path / "whole", **options

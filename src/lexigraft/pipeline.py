@@ -200,26 +200,37 @@ def _train(
 ) -> Path:
     """Train and merge, once per stage; returns the last merged folder, `<at>merged`.
 
-    A stage of mode `full` trains a whole model, so there is nothing to merge.
+    A stage of mode `full` trains a whole model, so there is nothing to merge. Stages with a share
+    of the text read on where the one before them ended.
     """
+    read = 0.0
     for stage, prefix in zip(stages, training_places(at, len(stages)), strict=True):
         adapter = current.folder / f"{prefix}adapter"
         merged = current.folder / f"{prefix}merged"
+        options = {**stage.options(), "seed": recipe.seed}
+        if stage.share is not None:
+            options["share"] = [read, read + stage.share]
+            read += stage.share
         if stage.mode == "full":
-            _train_once(current, recipe, source, stage, merged, name=f"{prefix}train")
+            _train_once(current, recipe, source, options, merged, name=f"{prefix}train")
         else:
-            _train_once(current, recipe, source, stage, adapter, name=f"{prefix}train")
+            _train_once(current, recipe, source, options, adapter, name=f"{prefix}train")
             _merge_once(current, source, adapter, merged, name=f"{prefix}merge")
         source = merged
     return source
 
 
 def _train_once(
-    current: Run, recipe: Recipe, source: Path, stage: TrainStage, output: Path, *, name: str
+    current: Run,
+    recipe: Recipe,
+    source: Path,
+    options: Mapping[str, Any],
+    output: Path,
+    *,
+    name: str,
 ) -> None:
     from lexigraft.steps.train import train
 
-    options = {**stage.options(), "seed": recipe.seed}
     texts: dict[str, Any] = {
         "corpus": recipe.corpus,
         "general": recipe.general,
@@ -298,7 +309,7 @@ def _work(stage: TrainStage) -> float:
 
 def _limited(stage: TrainStage, **limit: int) -> TrainStage:
     """`stage` with this limit and no other."""
-    none = {"max_bytes": None, "max_steps": None, "max_tokens": None}
+    none = {"max_bytes": None, "max_steps": None, "max_tokens": None, "share": None}
     return stage.model_copy(update={**none, **limit})
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lexigraft.errors import LexigraftError
 from lexigraft.files import is_there
@@ -98,6 +105,7 @@ class TrainStage(_Part):
     max_bytes: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    share: float | None = Field(default=None, gt=0)
     block_size: int | None = Field(default=None, ge=8)
     batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -119,9 +127,15 @@ class TrainStage(_Part):
     measurements: int | None = Field(default=None, ge=1)
     measured_bytes: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> TrainStage:
+        if self.share is not None and (self.max_bytes or self.max_steps or self.max_tokens):
+            raise ValueError("either share or one of max_bytes, max_steps and max_tokens")
+        return self
+
     def options(self) -> dict[str, Any]:
-        """The options that the recipe sets, as keyword arguments of `train`."""
-        return self.model_dump(exclude_none=True)
+        """The options that the recipe sets, as keyword arguments of `train`; but for `share`."""
+        return self.model_dump(exclude_none=True, exclude={"share"})
 
 
 class TrainPart(_Part):

@@ -307,7 +307,11 @@ def train(
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after so many measurements without a better one.", min=1),
+        typer.Option(
+            help="Stop after so many measurements without a better one.",
+            show_default="never; distill: 2",
+            min=1,
+        ),
     ] = None,
     general_limit: Annotated[
         str | None,

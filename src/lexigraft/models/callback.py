@@ -26,7 +26,7 @@ from lexigraft.hub import local_folder
 from lexigraft.models.evidence import RowEvidence, TrainingLines, gather, places_of
 from lexigraft.models.load import require_row
 from lexigraft.models.packing import IGNORED
-from lexigraft.models.preparation import base_measure, measure, measured_subject
+from lexigraft.models.preparation import base_measure, look, measured_subject
 from lexigraft.models.verdict import adoption, judge, verdict_lines
 
 REPORT = "training.json"
@@ -107,7 +107,7 @@ class EvidenceCallback(TrainerCallback):  # type: ignore[misc]
             for place in range(self._measurements)
         }
         self._base = base_measure(self._subject, model, self._origin, trust_remote_code=self._trust)
-        self._record(model, state.global_step)
+        self._bits = self._record(model, state.global_step)
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -135,8 +135,14 @@ class EvidenceCallback(TrainerCallback):  # type: ignore[misc]
             ]
             moved = torch.stack(squares).sum(0).sqrt().tolist()
             counts = zip(self._targets.tolist(), self._inputs.tolist(), moved, strict=True)
-            held = self._subject.held_lines()
-            seen = gather(model, self._subject.new, held, self._training.lines, list(counts))
+            seen = gather(
+                model,
+                self._subject.new,
+                self._subject.held_lines(),
+                self._training.lines,
+                list(counts),
+                before=self._bits,
+            )
         self.result = self._told(state.global_step, seen)
         write_whole(
             Path(args.output_dir) / REPORT,
@@ -167,7 +173,9 @@ class EvidenceCallback(TrainerCallback):  # type: ignore[misc]
             "rows": rows,
         }
 
-    def _record(self, model: Any, step: int) -> None:
+    def _record(self, model: Any, step: int) -> dict[int, float]:
+        """Measure now and note it; returns the bits of each new token."""
+        figures, bits = look(self._subject, model)
         self._log.append(
             {
                 "step": step,
@@ -175,9 +183,10 @@ class EvidenceCallback(TrainerCallback):  # type: ignore[misc]
                 "tokens": self._tokens,
                 "seconds": round(self._seconds, 3),
                 "train_bpb": None,
-                **measure(self._subject, model),
+                **figures,
             }
         )
+        return bits
 
     def _see(self, model: Any, _: Any, batch: Mapping[str, Any]) -> None:
         """Count what a batch trains on; measurements and evaluations are no training."""

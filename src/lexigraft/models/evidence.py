@@ -158,6 +158,14 @@ def shares(targets: Sequence[Target], new: NewTokens, whole: Score) -> dict[str,
     }
 
 
+def bits_of(targets: Iterable[Target]) -> dict[int, float]:
+    """Id of each token among `targets` -> the bits that it costs there, in the mean."""
+    found: dict[int, list[float]] = {}
+    for target in targets:
+        found.setdefault(target.token, []).append(target.nats / math.log(2))
+    return {token: sum(bits) / len(bits) for token, bits in found.items()}
+
+
 def _mean(values: Sequence[float]) -> float | None:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else None
@@ -177,6 +185,9 @@ class RowEvidence:
         rank: its mean rank there.
         leak: mean probability of the first old piece of its spelling there.
         adopted, spelled, missed: what the model wrote at some of them.
+        bits: what it costs there, in the mean.
+        bits_before: the same before training; None where that is not known, as at targets in
+            training text.
     """
 
     id: int
@@ -192,6 +203,8 @@ class RowEvidence:
     adopted: int
     spelled: int
     missed: int
+    bits: float | None = None
+    bits_before: float | None = None
 
 
 class TrainingLines:
@@ -238,6 +251,8 @@ def gather(
     held: Sequence[Sequence[int]],
     training: Sequence[Sequence[int]],
     seen: Sequence[tuple[int, int, float]],
+    *,
+    before: Mapping[int, float],
 ) -> list[RowEvidence]:
     """The evidence of every new row, in the order of their ids.
 
@@ -247,6 +262,7 @@ def gather(
         training: `TrainingLines`: where rows are looked at that `held` lacks.
         seen: per row how often it was a target of training, how often an input, and how far it
             has moved.
+        before: id -> `bits_of` the targets in held-out text before training.
     """
     at_hand = {token for line in held for token in line if token in new.ids}
     lines = [*held, *training]
@@ -266,6 +282,7 @@ def gather(
             outcomes[token],
             is_held=token in at_hand,
             seen=seen[place],
+            before=before.get(token),
         )
         for place, token in enumerate(new.ids)
     ]
@@ -279,6 +296,7 @@ def _row(
     *,
     is_held: bool,
     seen: tuple[int, int, float],
+    before: float | None,
 ) -> RowEvidence:
     return RowEvidence(
         id=token,
@@ -294,6 +312,8 @@ def _row(
         adopted=outcomes["adopted"],
         spelled=outcomes["spelled"],
         missed=outcomes["missed"],
+        bits=bits_of(targets).get(token),
+        bits_before=before,
     )
 
 

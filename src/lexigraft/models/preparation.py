@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from lexigraft.models.evidence import (
     RowEvidence,
     TrainingLines,
     Watcher,
+    bits_of,
     gather,
     new_tokens,
     places_of,
@@ -60,7 +61,8 @@ _CHUNK = 2**18  # tokens that are looked at together
 class Settings:
     """Everything that decides the trained weights, next to model and texts.
 
-    `max_steps`, `max_bytes`, `max_tokens` of None are no limit; without any, one pass is made.
+    `max_steps`, `max_bytes`, `max_tokens` of None are no limit; without any, one pass is made, or
+    that part of it which `share` says.
     """
 
     mode: str = "lora"
@@ -90,6 +92,7 @@ class Settings:
     replay_schedule: str = "even"
     patience: int | None = None
     general_limit: float | None = None
+    share: Sequence[float] | None = None
 
     @property
     def step_blocks(self) -> int:
@@ -436,10 +439,14 @@ def _stream(texts: Texts, family: Family, settings: Settings) -> Iterable[tuple[
         texts.domain,
         texts.general,
         seed=settings.seed,
-        max_bytes=settings.max_bytes or (_one_pass(texts, settings) if tokens is None else 2**62),
+        max_bytes=settings.max_bytes
+        or (_one_pass(texts, settings)[1] if tokens is None else 2**62),
+        skipped=_one_pass(texts, settings)[0],
         replay=settings.replay,
         early=(
-            _planned_bytes(texts, family, settings) if settings.replay_schedule == "early" else None
+            _one_pass(texts, settings)[0] + _planned_bytes(texts, family, settings)
+            if settings.replay_schedule == "early"
+            else None
         ),
     )
     return encoded(order, family, max_tokens=tokens)
@@ -452,17 +459,20 @@ def _token_limit(settings: Settings) -> int | None:
     return min(room, settings.max_tokens or room)
 
 
-def _one_pass(texts: Texts, settings: Settings) -> int:
-    """Bytes of the domain text, and of the general text that is mixed into it."""
-    share = settings.replay if texts.general else 0.0
-    return int(texts.domain.bytes / (1 - share))
+def _one_pass(texts: Texts, settings: Settings) -> tuple[int, int]:
+    """Where a pass over the domain text, and the general text in it, begins and ends, in bytes."""
+    replay = settings.replay if texts.general else 0.0
+    begin, end = settings.share or (0.0, 1.0)
+    whole = texts.domain.bytes / (1 - replay)
+    return int(whole * begin), int(whole * end)
 
 
 def _planned_bytes(texts: Texts, family: Family, settings: Settings) -> int:
     """About how many bytes will be read; tokens are taken to be as long as in the first texts."""
     tokens = _token_limit(settings)
     if tokens is None:
-        return settings.max_bytes or _one_pass(texts, settings)
+        begin, end = _one_pass(texts, settings)
+        return settings.max_bytes or end - begin
     first = texts.domain[:_FIRST]
     length = sum(len(text.encode()) for text in first) / sum(map(len, family.encode_batch(first)))
     planned = int(tokens * length)
@@ -524,11 +534,16 @@ def _tell_of_rare_ones(job: Job) -> None:
 
 
 def measure(job: Subject, model: Any) -> dict[str, float | None]:
+    """The figures of `look`."""
+    return look(job, model)[0]
+
+
+def look(job: Subject, model: Any) -> tuple[dict[str, float | None], dict[int, float]]:
     """What `model` makes of held-out text as it is now; None where there is no such text.
 
     Returns:
         `domain_bpb` and `general_bpb`, bits per byte; for a model with new tokens also what
-        `evidence.shares` says of the domain text.
+        `evidence.shares` says of the domain text. And `evidence.bits_of` these tokens there.
     """
     field, general = job.texts.held_domain, job.texts.held_general
     lines, everyday = map(job.family.encode_batch, (field, general))
@@ -548,7 +563,9 @@ def measure(job: Subject, model: Any) -> dict[str, float | None]:
         "domain_bpb": domain.bpb if domain.bytes else None,
         "general_bpb": apart.bpb if apart.bytes else None,
     }
-    return {**found, **shares(watcher.targets, job.new, domain)} if len(job.ids) else found
+    if len(job.ids):
+        found |= shares(watcher.targets, job.new, domain)
+    return found, bits_of(watcher.targets)
 
 
 def base_measure(
@@ -590,8 +607,15 @@ def base_measure(
         }
 
 
-def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[RowEvidence]:
-    """What is known of each new row of a `model` trained so many steps; `moved` as in `NewRows`."""
+def evidence(
+    job: Job, model: Any, moved: Sequence[float], steps: int, before: Mapping[int, float]
+) -> list[RowEvidence]:
+    """What is known of each new row of a `model` trained so many steps.
+
+    Args:
+        moved: as in `NewRows`.
+        before: the bits of `look` before training.
+    """
     held, blocks = job.held_lines(), job.blocks
     training = TrainingLines(job.ids, held)
     for part in _parts(blocks.targets):
@@ -599,4 +623,4 @@ def evidence(job: Job, model: Any, moved: Sequence[float], steps: int) -> list[R
             break
         training.look(blocks.inputs[part], blocks.targets[part], blocks.positions[part])
     seen = list(zip(*occurrences(job, steps), moved, strict=True))
-    return gather(model, job.new, held, training.lines, seen)
+    return gather(model, job.new, held, training.lines, seen, before=before)

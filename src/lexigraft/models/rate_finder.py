@@ -128,7 +128,8 @@ def sweep(
         with TemporaryDirectory() as folder:
             run = partial(
                 fit, model, rows, blocks, rates, folder=Path(folder), trained_on=None,
-                measure=measure, advance=_ignore, resume=False, objective=objective(),
+                measure=measure, advance=_ignore, resume=False, untrained=before,
+                objective=objective(),
             )  # fmt: skip
             after = _end_of(run, factor)
         trials.append(

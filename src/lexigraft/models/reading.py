@@ -131,6 +131,7 @@ def reading(
     *,
     seed: int,
     max_bytes: int,
+    skipped: int = 0,
     replay: float = 0.1,
     early: int | None = None,
 ) -> Iterator[str]:
@@ -140,6 +141,8 @@ def reading(
 
     Args:
         general: in the `pieces` that are mixed in.
+        skipped: bytes at the beginning that are left to others: the text in which they end is read
+            by them.
         replay: the share of general text among all bytes, where general text is given.
         early: how many bytes there will be about: then all general text comes first, half of the
             bytes until its share of these is read. Without it, it is spread evenly.
@@ -158,10 +161,11 @@ def reading(
             left = max_bytes - total
             if left <= 0:
                 return
-            kept = text if len(text.encode()) <= left else windows(text, left)[0]
-            total += len(kept.encode())
-            yield kept
-            if kept is not text:
+            is_whole = len(text.encode()) <= left
+            if total >= skipped:
+                yield text if is_whole else windows(text, left)[0]
+            total += len(text.encode())
+            if not is_whole:
                 return
 
 

@@ -126,6 +126,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         measure: Callable[[], dict[str, float | None]],
         folder: Path,
         advance: Callable[[int], None],
+        *,
+        untrained: dict[str, float | None] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -137,7 +139,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.report: Callable[[dict[str, float]], None] | None = None
         self._blocks, self._schedule, self._measure = blocks, schedule, measure
         self._writer = SummaryWriter(str(events)) if is_first_process() else None
-        self._advance = advance
+        self._advance, self._untrained = advance, untrained
         self._began = time.monotonic()
 
     def text_bytes(self, step: int) -> int:
@@ -153,8 +155,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.progress.nats += loss if is_likelihood else 0.0
         self._step_nats += loss
 
-    def record(self, step: int) -> None:
-        """Measure now, and note it."""
+    def record(self, step: int, figures: dict[str, float | None] | None = None) -> None:
+        """Measure now, unless the figures are known, and note it."""
         last = int(self.progress.log[-1]["text_bytes"] or 0) if self.progress.log else 0
         size = self.text_bytes(step)
         nats = self.progress.nats
@@ -164,7 +166,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
             "tokens": self.tokens(step),
             "seconds": round(self.progress.seconds, 3),
             "train_bpb": nats / math.log(2) / (size - last) if nats else None,
-            **self._measure(),
+            **(self._measure() if figures is None else figures),
         }
         self.progress.log.append(entry)
         self.progress.nats = 0.0
@@ -179,7 +181,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure the untrained model, unless a checkpoint is resumed."""
         if not self.progress.log:
-            self.record(0)
+            self.record(0, self._untrained)
         self._advance(self.text_bytes(state.global_step))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -373,6 +375,7 @@ def fit(
     measure: Callable[[], dict[str, float | None]],
     advance: Callable[[int], None],
     resume: bool,
+    untrained: dict[str, float | None] | None = None,
     objective: Objective | None = None,
     rule: StopRule | None = None,
     report_to: Sequence[str] = (),
@@ -383,13 +386,14 @@ def fit(
         folder: where checkpoints and events go.
         trained_on: the model folder, for PEFT's config; None where checkpoints need be none.
         measure: held-out bits per byte of the model as it is now.
+        untrained: what `measure` says before training, where it is known.
         resume: continue from the newest checkpoint in `folder`, if there is one.
         objective: what is minimised; by default the loss of the next token.
         rule: when to stop early; the model is then left as it was at the best measurement.
         report_to: trackers that Trainer knows, which are given the measurements too.
     """
     rule = rule or StopRule()
-    monitor = Monitor(blocks, schedule, measure, folder, advance)
+    monitor = Monitor(blocks, schedule, measure, folder, advance, untrained=untrained)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         monitor.progress = Progress.read(checkpoint)

@@ -39,6 +39,7 @@ from lexigraft.models.preparation import (
     base_measure,
     evidence,
     keeps_apart,
+    look,
     measure,
     new_target_share,
     pack_texts,
@@ -102,6 +103,7 @@ BLOCKS = "blocks"  # folder of the packed texts, in a run's workplace
 FULL_WEIGHT_DECAY = 0.1
 FINDER_STEPS = 20
 DISTILL_PASSES = 4  # the teacher reads once, and later passes are a fifth of the work
+DISTILL_PATIENCE = 2  # measurements, by default one in each pass
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
 
@@ -197,6 +199,7 @@ def train(
     max_steps: int | None = None,
     max_bytes: int | None = None,
     max_tokens: int | None = None,
+    share: Sequence[float] | None = None,
     block_size: int | None = None,
     batch_size: int = 1,
     learning_rate: float | None = None,
@@ -245,6 +248,8 @@ def train(
             `corpus`, which are then not trained on.
         max_bytes: UTF-8 bytes of text to consume, general text included.
         max_tokens: predicted tokens to consume, to the end of a document.
+        share: which part of the text is read, as where it begins and ends, such as (0.2, 1); for
+            stages that share one text. Instead of the three above.
         block_size: text per block, in tokens of the base, by default 512, with `distill` 256 or a
             quarter of the model's context (base ids need more room): as much text makes fewer
             positions with new tokens, so that a step sees what it would without them;
@@ -263,7 +268,8 @@ def train(
             `early` all of it first, as half of what is read.
         base: the model before `graft`, to compare with. Without it `model` itself is asked, as
             long as it was not trained since it was grafted.
-        patience: stop after so many measurements without a better one of domain text.
+        patience: stop after so many measurements without a better one of domain text; by default
+            never, with `distill` `DISTILL_PATIENCE`.
         general_limit: stop where general text takes this share more bits per byte than with the
             base. With either, the best measurement's state is what is written.
         report_to: trackers that transformers' Trainer knows, such as `wandb`; TensorBoard events
@@ -292,6 +298,7 @@ def train(
         max_steps=max_steps,
         max_bytes=max_bytes,
         max_tokens=max_tokens,
+        share=share,
         block_size=block_size,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -445,6 +452,7 @@ def _settings(source: Path, **given: Any) -> Settings:
         "block_size": min(256, context_limit(source) // 4) if objective == "distill" else 512,
         "apart": not keeps_apart(source),
     }
+    given["share"] = _part(given)
     wanted = Settings(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
     if wanted.apart:
         note(
@@ -465,6 +473,21 @@ def _require_ranges(**given: Any) -> None:
                 + (f" and at most {most:g}" if most < math.inf else ""),
                 fix=f"use {option} {least:g} or more, or leave it out",
             )
+
+
+def _part(given: dict[str, Any]) -> list[float] | None:
+    """The share of the text that is asked for; a list, as JSON gives it back to a resumed run."""
+    if given.get("share") is None:
+        return None
+    begin, end = given["share"]
+    limits = [name for name in ("max_steps", "max_bytes", "max_tokens") if given.get(name)]
+    if limits or not 0 <= begin < end:
+        raise LexigraftError(
+            f"a share from {begin} to {end}" + (f" beside {limits[0]}" if limits else ""),
+            needed="a part of the text that begins before it ends, and no other limit",
+            fix="leave one of the two out" if limits else "give it as (0.2, 1)",
+        )
+    return [begin, end]
 
 
 def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
@@ -541,7 +564,10 @@ def _train(
     from lexigraft.models.stopping import StopRule
 
     wanted = job.settings
-    rule = StopRule(wanted.patience, wanted.general_limit)
+    patience = wanted.patience
+    if patience is None and wanted.objective == "distill" and job.texts.held_domain:
+        patience = DISTILL_PATIENCE
+    rule = StopRule(patience, wanted.general_limit)
     rule.require_texts(domain=bool(job.texts.held_domain), general=bool(job.texts.held_general))
     model = load_model(job.folder, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
     _require_room(job, model)
@@ -550,13 +576,15 @@ def _train(
     schedule = _schedule(job, model, points, save_steps)
     _tell(job, trained)
     rule = replace(rule, general=reference["general_bpb"])
+    untrained, bits = look(job, trained)
     monitor = _fit(
-        job, trained, rows, schedule, folder, rule=rule, report_to=report_to, resume=resume
-    )
+        job, trained, rows, schedule, folder, untrained=untrained, rule=rule,
+        report_to=report_to, resume=resume,
+    )  # fmt: skip
     log = monitor.progress.log
     kept = log[: rule.best(log) + 1]
     step = int(kept[-1]["step"] or 0)
-    seen = evidence(job, trained, rows.moved().tolist(), step) if rows else []
+    seen = evidence(job, trained, rows.moved().tolist(), step, bits) if rows else []
     result = _result(
         job, output, monitor, kept, stopped=rule.reason(log), base=reference, seen=seen
     )
@@ -636,6 +664,7 @@ def _fit(
     schedule: Schedule,
     folder: Path,
     *,
+    untrained: dict[str, float | None],
     rule: StopRule,
     report_to: Sequence[str],
     resume: bool,
@@ -654,6 +683,7 @@ def _fit(
             measure=lambda: measure(job, trained),
             advance=advance,
             resume=resume,
+            untrained=untrained,
             objective=_objective(job, trained, rows),
             rule=rule,
             report_to=report_to,
