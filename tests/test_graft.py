@@ -599,6 +599,23 @@ def test_a_disk_that_is_too_small_is_foreseen(make, tmp_path):
     assert not list(out.parent.iterdir())
 
 
+def test_room_for_what_lies_beside_the_weights_is_foreseen(make, tmp_path):
+    base, vocab = make(5)
+    (base / "images").mkdir()
+    with (base / "images" / "all.tar").open("wb") as stream:
+        try:
+            stream.truncate(2 * shutil.disk_usage(tmp_path).free)
+        except OSError:
+            pytest.skip("this file system holds no sparse file larger than itself")
+    out = tmp_path / "out" / "model"
+    out.parent.mkdir()
+    with pytest.raises(LexigraftError, match="GB free"):
+        graft(base, vocab, output=out)
+    assert not list(out.parent.iterdir())
+    (base / "images").rename(base / ".cache")  # is not copied
+    graft(base, vocab, output=out)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_kill_in_the_middle_leaves_no_output(make, tmp_path):
     base, vocab = make(5)

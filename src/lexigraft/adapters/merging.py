@@ -30,7 +30,7 @@ from lexigraft.checkpoints.fit import open_whole, require_consistent
 from lexigraft.checkpoints.growth import Growth, survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan
-from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import RefusalError
@@ -214,7 +214,14 @@ def write(job: Job, folder: Path, record: Any, *, replay: bool = False) -> None:
             input changed meanwhile.
     """
     with progress("merging", total=sum(file.bytes for file in job.plan.files)) as advance:
-        write_plan(job.plan, folder, threads=WRITERS, advance=advance, replay=replay)
+        write_plan(
+            job.plan,
+            folder,
+            threads=WRITERS,
+            advance=advance,
+            beside=bytes_beside(job.checkpoint),
+            replay=replay,
+        )
     for name in copy_side_files(job.checkpoint, folder):
         note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
     _write_configs(job, folder)

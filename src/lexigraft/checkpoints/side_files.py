@@ -67,6 +67,16 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
     return left
 
 
+def bytes_beside(checkpoint: Checkpoint) -> int:
+    """The most that `copy_side_files` may write."""
+    files = (p for p in checkpoint.folder.rglob("*") if p.is_file() and not _matches(p, _WEIGHTS))
+    return sum(path.stat().st_size for path in files if not _is_hidden(path, checkpoint.folder))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 

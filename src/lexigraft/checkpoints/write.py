@@ -43,6 +43,7 @@ def write_plan(
     threads: int | None = None,
     advance: Advance | None = None,
     meanwhile: Callable[[], None] | None = None,
+    beside: int = 0,
     replay: bool = False,
 ) -> tuple[int, int]:
     """Write the shards and the index of `plan` into the folder `out`.
@@ -63,6 +64,7 @@ def write_plan(
             the disk, others are copied.
         advance: called with every number of bytes written (or linked).
         meanwhile: called once, in the caller's thread, while the others write.
+        beside: bytes of what it writes, if that may be much: room is asked for them too.
         replay: read each file back and hold every tensor against what it was made of.
 
     Raises:
@@ -71,7 +73,7 @@ def write_plan(
     """
     taken = {file.name for file in plan.files if _taken_over(file, out, link)}
     left = sum(file.bytes for file in plan.files if file.name not in taken)
-    require_free_space(out, left + SIDE_FILES_BYTES)
+    require_free_space(out, left + max(beside, SIDE_FILES_BYTES))
     stopped = threading.Event()
 
     def step(count: int) -> None:

@@ -45,7 +45,7 @@ from lexigraft.checkpoints.growth import (
 )
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
-from lexigraft.checkpoints.side_files import copy_side_files, place_tokenizer
+from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files, place_tokenizer
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.checks.rows import RowStatistics, row_statistics
@@ -418,6 +418,7 @@ class _Job:
                 link=link,
                 advance=advance,
                 meanwhile=lambda: self.write_side_files(partial),
+                beside=bytes_beside(self.checkpoint),
             )
         self.write_manifest(partial)
         if link:
