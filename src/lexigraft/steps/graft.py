@@ -16,9 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lexigraft import families
 from lexigraft.checkpoints.architectures import (
     Role,
@@ -35,23 +32,12 @@ from lexigraft.checkpoints.fit import (
     require_floats,
     require_free_ids,
 )
-from lexigraft.checkpoints.growth import (
-    Growth,
-    NewRows,
-    Survey,
-    grown,
-    require_finite,
-    survey,
-)
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files, place_tokenizer
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
-from lexigraft.checks.rows import RowStatistics, row_statistics
 from lexigraft.console import note, progress, working
-from lexigraft.embeddings import Start, choose, roles_of
-from lexigraft.embeddings.copying import Copied, read_copies
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.replacing import without_tokens
@@ -72,7 +58,14 @@ from lexigraft.files import (
 from lexigraft.hub import local_folder, recorded_name
 from lexigraft.models.gguf_base import gguf_file, write_folder
 
+# What imports numpy is imported when the processes that open the tokenizers have begun.
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from lexigraft.checkpoints.growth import Growth, NewRows, Survey
+    from lexigraft.checks.rows import RowStatistics
+    from lexigraft.embeddings import Start
+    from lexigraft.embeddings.copying import Copied
     from lexigraft.manifest import Manifest, StartRecord
     from lexigraft.models.probe import ProbeResult, ProbeText
 
@@ -313,6 +306,8 @@ class _Table:
     @property
     def survey(self) -> Survey:
         """Hash and mean of the old rows."""
+        from lexigraft.checkpoints.growth import require_finite, survey
+
         # No cached_property: up to Python 3.11 its lock lets the threads of two tables take turns.
         if self._survey is None:
             found = survey(self._tensor, self._growth.first_id, self._growth.replaced)
@@ -322,6 +317,7 @@ class _Table:
 
     def planned(self, spelled: Future[_Spelled], role: Role) -> PlannedTensor:
         """The grown tensor; `spelled` is waited for where the new rows are made."""
+        from lexigraft.checkpoints.growth import grown
 
         @cache
         def made() -> NewRows:
@@ -402,6 +398,8 @@ class _Job:
 
     def entries(self, *, link: bool) -> list[dict[str, Any]]:
         """Every tensor of the plan; of those that grow also the method of their new rows."""
+        from lexigraft.embeddings import roles_of
+
         choice, roles = self.spelled.result().start.choice, roles_of(self.vocabulary)
         methods = {name: {"init": choice.of(role)} for name, role in roles.items()}
         return [
@@ -458,6 +456,10 @@ class _Job:
 
     def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
         """The new rows of each vocabulary tensor in the written folder `model`."""
+        import numpy as np
+
+        from lexigraft.checks.rows import row_statistics
+
         used = np.sort(np.fromiter(self.old.texts, np.int64))
         tensors = Checkpoint.open(model).tensors
         start = self.spelled.result().start
@@ -557,6 +559,7 @@ class _Job:
         return {"init": str(start.choice), "seed": start.seed}
 
     def _start(self) -> StartRecord:
+        from lexigraft.embeddings import roles_of
         from lexigraft.embeddings.donor import ATOMS
         from lexigraft.manifest import CopiedRow, DonorRecord, StartRecord
 
@@ -606,6 +609,9 @@ def _prepare(
             families.load(folder)
         raise
     mention_normalised_head(checkpoint, vocabulary)
+    from lexigraft.checkpoints.growth import Growth
+    from lexigraft.embeddings import roles_of
+
     step = pad_to if new.tokens > old.tokens else 1  # nothing grows: nothing to round
     growth = Growth.to(vocabulary.rows, old.tokens, new.tokens, step, replaced)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
@@ -663,6 +669,8 @@ def _replaced(vocab: Path, old: TokenMap, new: TokenMap) -> tuple[int, ...]:
 def _start_of(
     asked: _Asked, base: Family, extended: Family, *, tied: bool
 ) -> tuple[Start, list[Copied]]:
+    from lexigraft.embeddings import Start, choose
+
     choice = choose(
         asked.init,
         tied=tied,
@@ -671,6 +679,8 @@ def _start_of(
     )
     copied, donor = [], None
     if asked.init_from is not None:
+        from lexigraft.embeddings.copying import read_copies
+
         copied = read_copies(asked.init_from, base, extended.map)
     if asked.donor is not None:
         from lexigraft.embeddings.donor import Donor
