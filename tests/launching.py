@@ -75,14 +75,16 @@ def on_a_terminal(command: list[str], stream: str, **variables: str) -> tuple[st
     return shown.decode(), other
 
 
-def launched(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch --multi_gpu -m lexigraft ...`: the launcher of many processes.
+def launched(
+    *arguments: object, processes: int = 2, way: tuple[str, ...] = ("--multi_gpu",)
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch WAY -m lexigraft ...`: the launcher of many processes.
 
     Its `--cpu` starts a single one unless there is an mpirun. What runs in them chooses CPU and
     gloo where there is no GPU.
     """
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),
+        *(sys.executable, "-m", "accelerate.commands.launch", *way, "--num_machines", "1"),
         *("--num_processes", processes, "--num_cpu_threads_per_process", 1),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", free_port()),
         *("-m", "lexigraft", *arguments),

@@ -16,7 +16,7 @@ def setup(rows=5, width=3):
     torch.manual_seed(0)
     new, body = torch.nn.Parameter(torch.randn(rows, width)), torch.nn.Parameter(torch.randn(4, 2))
     optimizer = RowAdamW(
-        [{"params": [new], "lr": RATE, "shared": True}, {"params": [body], "weight_decay": 0.1}],
+        [{"params": [new], "lr": RATE, "shared": (rows, width)}, {"params": [body], "weight_decay": 0.1}],
         lr=RATE, weight_decay=0.0,
     )  # fmt: skip
     return new, body, optimizer

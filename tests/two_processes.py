@@ -1,29 +1,101 @@
 """What two processes run together: started by torchrun in `test_train_processes.py`."""
 
 import json
+import os
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import distributed
 
 from lexigraft import train
+from lexigraft.errors import StoppedError
+from lexigraft.models import training
 from lexigraft.models.adapter_files import lora_config, make_trainable, require_saved, write_trained
 from lexigraft.models.load import load_model
-from lexigraft.models.new_rows import whole
 from lexigraft.models.objectives import NextToken
 from lexigraft.models.packing import collate
 from lexigraft.models.preparation import prepare, read_texts
-from lexigraft.models.training import Schedule, parameter_groups
+from lexigraft.models.row_optimizer import RowAdamW
+from lexigraft.models.shards import whole
+from lexigraft.models.training import Monitor, Schedule, parameter_groups
 from lexigraft.models.whole_model import make_all_trainable
 
 STEPS, CLIP = 4, 0.05
 
 
-def together(folder: Path, cases: list) -> None:
-    """`train`, as `accelerate launch -m lexigraft train` calls it, once per case."""
+def copied(folder: Path, cases: list) -> None:
+    """`train`, as `accelerate launch -m lexigraft train` calls it, once per case.
+
+    With `stop_at`, a signal ends it after so many steps, and the same command resumes it. `clip`
+    is another norm to clip gradients to.
+    """
+    plain = training.CLIP_NORM
     for source, output, options in cases:
-        train(source, corpus=[folder / "corpus.txt"], output=output, **options)
+        stop, training.CLIP_NORM = options.pop("stop_at", None), options.pop("clip", plain)
+        arguments = {"corpus": [folder / "corpus.txt"], "output": output, **options}
+        if stop is not None:
+            with stopping_at(stop):
+                train(source, **arguments)
+            arguments["resume"] = True
+        train(source, **arguments)
+
+
+@contextmanager
+def stopping_at(step: int):
+    """SIGTERM for the first process, while a step is under way."""
+    plain = Monitor.on_step_begin
+
+    def on_step_begin(self, args, state, control, **more):
+        plain(self, args, state, control, **more)
+        if state.global_step == step and distributed.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Monitor.on_step_begin = on_step_begin
+    try:
+        yield
+    except StoppedError:
+        pass
+    else:
+        raise AssertionError("it was not stopped")
+    finally:
+        Monitor.on_step_begin = plain
+
+
+def zero(folder: Path, cases: list) -> None:
+    """`copied`, as `accelerate launch --use_deepspeed --zero_stage N` does it."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    copied(folder, cases)
+
+
+def fsdp2(folder: Path, cases: list) -> None:
+    """`copied`, as `accelerate launch --use_fsdp --fsdp_version 2` does it.
+
+    Accelerate takes FSDP on accelerators alone; here it is let on a CPU. All the rest is its own.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plain = AcceleratorState.__init__
+
+    def on_a_cpu(self, *arguments, fsdp_plugin=None, **options):
+        is_new = not AcceleratorState._shared_state
+        plain(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if is_new and fsdp_plugin is not None:
+            assert self.distributed_type == DistributedType.MULTI_CPU
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = on_a_cpu
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_VERSION"] = "2"
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # what the launcher says by default
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    copied(folder, cases)
 
 
 def sharded(folder: Path, cases: list) -> None:
@@ -50,10 +122,9 @@ def sharded(folder: Path, cases: list) -> None:
                 torch.testing.assert_close(whole(other), one, rtol=1e-3, atol=2e-4, msg=name)
         assert torch.equal(alone.rows.moved() > 0, shared.rows.moved() > 0)
         assert (alone.rows.moved() > 0).sum() > 10
-        written = Path(output) / str(distributed.get_rank())
-        write_trained(written, shared.model, shared.rows)
-        require_saved(written, shared.model, shared.rows)
-        write_trained(written / "alone", alone.model, alone.rows)
+        write_trained(Path(output), shared.model, shared.rows)
+        require_saved(Path(output), shared.model, shared.rows)
+        write_trained(Path(output) / "alone", alone.model, alone.rows)
     distributed.destroy_process_group()
 
 
@@ -76,7 +147,7 @@ class Run:
         self.model.train()
         schedule = Schedule(STEPS, 1, 1e-3, 3e-3, STEPS, frozenset(), 0, weight_decay=0.1)
         groups = parameter_groups(self.model, self.rows, schedule)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = RowAdamW(groups, weight_decay=0.0)
         self.blocks, self.shard, self.objective = job.blocks, shard, NextToken()
 
     def step(self, number):
@@ -98,6 +169,7 @@ class Run:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, place = sys.argv[1], Path(sys.argv[2])
-    {"together": together, "sharded": sharded}[what](
-        place, json.loads((place / f"{what}.json").read_text())
-    )
+    ways = {"copied": copied, "fsdp2": fsdp2, "sharded": sharded}
+    if what.startswith("zero"):
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = what.removeprefix("zero")
+    ways.get(what, zero)(place, json.loads((place / f"{what}.json").read_text()))

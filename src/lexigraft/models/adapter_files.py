@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lexigraft.console import is_first_process
 from lexigraft.errors import LexigraftError
 from lexigraft.manifest import NewIds
-from lexigraft.models.new_rows import NewRows, grow, whole
+from lexigraft.models.new_rows import NewRows, grow
+from lexigraft.models.shards import put, shape_of, whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -80,10 +82,14 @@ def trainable_tensors(model: Any, rows: NewRows | None) -> dict[str, nn.Paramete
 def write_adapter(folder: Path, model: Any, rows: NewRows | None, trained_on: str) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`.
 
+    Several processes: as `write_trained`.
+
     Args:
         trained_on: the model folder, which PEFT keeps as `base_model_name_or_path`.
     """
     write_trained(folder, model, rows)
+    if not is_first_process():
+        return
     config = _config(model, rows)
     config.base_model_name_or_path = trained_on
     config.inference_mode = True
@@ -93,15 +99,18 @@ def write_adapter(folder: Path, model: Any, rows: NewRows | None, trained_on: st
 def write_trained(folder: Path, model: Any, rows: NewRows | None) -> None:
     """Write every trained tensor, bit for bit, as `adapter_model.safetensors` into `folder`.
 
-    Sharded tensors are gathered, so every process must then call it, each with its own folder.
+    Of several processes the first one writes. What is sharded is gathered: all must call it.
     """
     from safetensors.torch import save_file
 
+    tensors = {}
+    for key, parameter in trainable_tensors(model, rows).items():
+        values = whole(parameter)
+        if is_first_process():
+            tensors[key] = values.cpu().contiguous()
+    if not is_first_process():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: whole(parameter).cpu().contiguous()
-        for key, parameter in trainable_tensors(model, rows).items()
-    }
     tensors |= {key: tensors[of].clone() for key, of in _copies(model, rows).items()}
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
@@ -150,27 +159,29 @@ def read_trained(folder: Path, model: Any, rows: NewRows | None) -> None:
     """
     wanted = trainable_tensors(model, rows)
     stored = _load(folder, {*wanted, *_copies(model, rows)})
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            if stored[key].shape != parameter.shape:
-                raise LexigraftError(
-                    f"{folder / WEIGHTS_FILE}: {key} is {list(stored[key].shape)}",
-                    needed=f"{list(parameter.shape)}, as in the model that is trained",
-                    fix="start again without --resume (the model or its vocabulary has changed)",
-                )
-            parameter.copy_(stored[key])
+    for key, parameter in wanted.items():
+        if stored[key].shape != shape_of(parameter):
+            raise LexigraftError(
+                f"{folder / WEIGHTS_FILE}: {key} is {list(stored[key].shape)}",
+                needed=f"{list(shape_of(parameter))}, as in the model that is trained",
+                fix="start again without --resume (the model or its vocabulary has changed)",
+            )
+        put(parameter, stored[key])
 
 
 def require_saved(folder: Path, model: Any, rows: NewRows | None) -> None:
     """Reload what was written and compare it, bit for bit, with what is being trained.
 
+    Several processes: as `write_trained`.
+
     Raises:
         LexigraftError: a trained tensor is missing in the file or differs there.
     """
     wanted = trainable_tensors(model, rows)
-    stored = _load(folder, {*wanted, *_copies(model, rows)})
+    stored = _load(folder, {*wanted, *_copies(model, rows)}) if is_first_process() else {}
     for key, parameter in wanted.items():
-        if not torch.equal(stored[key], whole(parameter).cpu()):
+        values = whole(parameter)
+        if stored and not torch.equal(stored[key], values.cpu()):
             raise LexigraftError(
                 f"{folder / WEIGHTS_FILE}: {key} is not what was trained",
                 needed="every trained tensor, saved bit for bit",

@@ -20,6 +20,7 @@ from torch import Tensor
 from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.models.load import context_limit, evaluating, start_and_end
+from lexigraft.models.shards import shape_of
 
 # Logits of a batch: at most so many floats (128 MiB), so that memory does not grow with rows.
 LOGITS = 2**25
@@ -190,7 +191,7 @@ def predictions(
         before: how many ids at the start of a line are only read; the logits are those of the
             ids behind them, (length - before, rows).
     """
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = shape_of(model.get_output_embeddings().weight)[0]
     order = sorted(range(len(lines)), key=lambda place: (len(lines[place]), place))
     with evaluating(model):
         for batch in _batches(order, [len(line) for line in lines], LOGITS // rows):
@@ -209,7 +210,7 @@ def _batches(order: Iterable[int], lengths: Sequence[int], room: int) -> list[li
     return groups
 
 
-@torch.inference_mode()  # type: ignore[untyped-decorator]
+@torch.no_grad()  # type: ignore[untyped-decorator]  # sharded weights gathered in inference mode
 def _logits_of(model: Any, lines: Sequence[Sequence[int]]) -> Tensor:
     """The logits (lines, T, rows) behind each id; those behind a line's end mean nothing."""
     ids = torch.zeros((len(lines), max(map(len, lines))), dtype=torch.int64)

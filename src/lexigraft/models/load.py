@@ -17,6 +17,7 @@ from lexigraft.files import read_object
 if TYPE_CHECKING:
     from lexigraft.families import Family
 
+FLOATS = ("float32", "bfloat16", "float16")
 QUANTISED = ("int8", "nf4")
 _LOAD_FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lexigraft.errors import RefusalError
 from lexigraft.manifest import NewIds
+from lexigraft.models.shards import whole
 
 
 class _Grown(nn.Module):  # type: ignore[misc]
@@ -121,12 +122,6 @@ class NewRows:
             for path, row in self.parameters.items()
         ]
         return torch.stack(squares).sum(0).sqrt()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values; a sharded one is gathered, by all processes together."""
-    values: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return values.detach()
 
 
 def grow(model: Any, ids: NewIds, *, old_rows: bool = False) -> NewRows:

@@ -116,7 +116,9 @@ def unwrapped(model: Any) -> Any:
     """The model inside of what makes several processes train it."""
     from torch.nn.parallel import DistributedDataParallel
 
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        return model.module
+    return model
 
 
 def can_chunk(model: Any, ids: Tensor) -> bool:
@@ -158,7 +160,8 @@ def loss_at_head(
 
     def head(module: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
         found.append(loss(module, logits_of, hidden))
-        return found[0].reshape(1, 1, 1).expand(*hidden.shape[:2], 1)
+        # No view: what cuts a model into shards warns of those.
+        return found[0].reshape(1, 1, 1).repeat(*hidden.shape[:2], 1)
 
     with replaced_head(unwrapped(model), head):
         outputs = _logits(model, inputs)

@@ -18,12 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lexigraft.errors import RefusalError
+from lexigraft.models.shards import local, whole
+
 
 class RowAdamW(torch.optim.AdamW):  # type: ignore[misc]
-    """AdamW; groups with `shared=True` hold matrices whose rows share one second moment.
+    """AdamW; groups with `shared` hold matrices whose rows share one second moment.
 
-    Of such a parameter (N, D) the state is `exp_avg` (N, D) and `exp_avg_sq` (D,). Such groups
-    have no weight decay.
+    `shared` is the shape of each of them, (N, D), and the state `exp_avg` (N, D) and `exp_avg_sq`
+    (D,). Such groups have no weight decay. A matrix may be a DTensor, or, if it is alone in its
+    group, flat and cut into equal parts, one for each process in order, the last one padded with
+    what has no gradient (as DeepSpeed's ZeRO does).
     """
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -45,7 +50,9 @@ class RowAdamW(torch.optim.AdamW):  # type: ignore[misc]
 
     def _move(self, rows: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[rows]
-        squares = _column_means(rows.grad.square())
+        count, width = group["shared"]
+        columns = _columns(rows, count, width)
+        squares = _column_sums(rows.grad.square(), columns, width) / count
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(rows)
@@ -54,19 +61,31 @@ class RowAdamW(torch.optim.AdamW):  # type: ignore[misc]
         state["step"] += 1
         state["exp_avg"].lerp_(rows.grad, 1 - first)
         state["exp_avg_sq"].lerp_(squares, 1 - second)
-        count = float(state["step"])
-        size = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-        moved = _local(state["exp_avg"]) / size
-        _local(rows).sub_(moved, alpha=float(group["lr"]) / (1 - first**count))
+        steps = float(state["step"])
+        size = (state["exp_avg_sq"] / (1 - second**steps)).sqrt_().add_(group["eps"])
+        moved = local(state["exp_avg"]) / (size if columns is None else size[columns])
+        local(rows).sub_(moved, alpha=float(group["lr"]) / (1 - first**steps))
 
 
-def _column_means(values: Tensor) -> Tensor:
-    """(N, D) -> (D,), the same in every process that holds some of the rows."""
-    total = values.sum(0)
-    return (total.full_tensor() if hasattr(total, "full_tensor") else total) / len(values)
+def _columns(rows: Tensor, count: int, width: int) -> Tensor | None:
+    """Of each number of this process's part of a flat matrix its column; None of a matrix."""
+    if rows.ndim > 1:
+        return None
+    processes = torch.distributed.get_world_size()
+    if not 0 <= len(rows) * processes - count * width < 2 * processes:
+        raise RefusalError(
+            f"parts of {len(rows):,} of {count:,} x {width:,} numbers in {processes} processes",
+            needed="new rows that are cut into equal parts, one for each process (ZeRO-2 or 3)",
+            fix="leave MiCS and other groups of processes out of DeepSpeed's configuration",
+        )
+    begin = torch.distributed.get_rank() * len(rows)
+    return torch.arange(begin, begin + len(rows), device=rows.device) % width
 
 
-def _local(values: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
-    part: Tensor = values.to_local() if hasattr(values, "to_local") else values
-    return part
+def _column_sums(values: Tensor, columns: Tensor | None, width: int) -> Tensor:
+    """(N, D) or a part of it -> (D,), the same in every process that holds some of the rows."""
+    if columns is None:
+        return whole(values.sum(0))
+    total = values.new_zeros(width).index_add_(0, columns, values)
+    torch.distributed.all_reduce(total)
+    return total

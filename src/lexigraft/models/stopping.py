@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lexigraft.console import is_first_process
 from lexigraft.errors import LexigraftError
 from lexigraft.files import fsync_tree, replace_folder
 
@@ -106,6 +107,8 @@ class BestKept(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Keep states in `folder`, written by `save`; `log` is what has been measured so far.
 
+        Every process calls `save`, which writes in the first one.
+
         It stands behind the callback that measures.
         """
         self._rule, self._log, self._folder, self._save = rule, log, folder, save
@@ -115,7 +118,7 @@ class BestKept(TrainerCallback):  # type: ignore[misc]
         log = self._log()
         if log[-1]["step"] != state.global_step:
             return
-        if state.is_world_process_zero and self._rule.best(log) == len(log) - 1:
+        if self._rule.best(log) == len(log) - 1:
             self._keep(state.global_step)
         if self._rule.reason(log) is not None:
             control.should_training_stop = True
@@ -123,9 +126,12 @@ class BestKept(TrainerCallback):  # type: ignore[misc]
     def _keep(self, step: int) -> None:
         place = best_state(self._folder, step)
         partial = place.with_name(f"{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if is_first_process():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         self._save(partial)
+        if not is_first_process():
+            return
         fsync_tree(partial)
         shutil.rmtree(place, ignore_errors=True)
         replace_folder(partial, place)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from lexigraft.console import is_first_process
 from lexigraft.errors import LexigraftError, RefusalError, StoppedError
@@ -31,12 +32,21 @@ from lexigraft.models.load import device, quiet_transformers
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import IGNORED, Blocks, collate
+from lexigraft.models.processes import (
+    deepspeed_forgotten,
+    is_sharded,
+    require_sharding,
+    uses_deepspeed,
+    where,
+)
 from lexigraft.models.row_optimizer import RowAdamW
+from lexigraft.models.shards import are_finite, optimizer_parts, put_optimizer_parts
 from lexigraft.models.stopping import BestKept, StopRule, best_state
 from lexigraft.models.unfinished import CHECKPOINTS, last_checkpoint, step_of
 
 LOG_FILE = "log.json"
 BEST = "best"  # folder of the states that an early stop may go back to
+GATHERED = "gathered"  # folder of what was trained, where the processes hold parts of it
 # Of an entry of the log: what tells where it stands, and is no measurement.
 _PLACE = frozenset({"step", "text_bytes", "tokens", "seconds"})
 WARM_UP = 0.05  # of the steps; Chinese-LLaMA and most continued pretraining use 2% to 5%
@@ -299,16 +309,41 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         else:
             write_adapter(folder, self.model, self._rows, self._trained_on)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What trains, gathered by all processes and written by the first one."""
         folder = Path(output_dir or self.args.output_dir)
         _require_finite(self.model, self._monitor.folder)
         self.save_trained(folder)
         if not self._saved_once:
             require_saved(folder, self.model, self._rows)
             self._saved_once = True
-        self._monitor.progress.write(folder)
+        if is_first_process():
+            self._monitor.progress.write(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would save all of the model beside it, and torch cannot name shared rows.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not be so far
+        torch.save(optimizer_parts(self.optimizer), self._own_state(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        self.accelerator.wait_for_everyone()  # so that the state, written last, has all parts
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        states = [
+            torch.load(path, map_location="cpu", weights_only=True)
+            for path in (self._own_state(checkpoint), Path(checkpoint) / SCHEDULER_NAME)
+        ]
+        put_optimizer_parts(self.optimizer, states[0])
+        self.lr_scheduler.load_state_dict(states[1])
+
+    def _own_state(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"optimizer-{self.args.process_index}.pt"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         read_trained(Path(resume_from_checkpoint), self.model, self._rows)
@@ -332,7 +367,10 @@ def parameter_groups(model: Any, rows: NewRows | None, schedule: Schedule) -> li
     groups = [
         {"params": [p for p in body if p.ndim > 1], "lr": rate, "weight_decay": decay},
         {"params": [p for p in body if p.ndim < 2], "lr": rate},
-        {"params": [*new.values()], "lr": schedule.new_row_learning_rate, "shared": True},
+        *(
+            {"params": [p], "lr": schedule.new_row_learning_rate, "shared": tuple(p.shape)}
+            for p in new.values()
+        ),
         {"params": [*old.values()], "lr": schedule.old_row_learning_rate},
     ]
     return [group for group in groups if group["params"]]
@@ -383,7 +421,8 @@ def fit(
     """Train `model` on `blocks`, in place.
 
     Args:
-        folder: where checkpoints and events go.
+        folder: where checkpoints and events go, and `GATHERED` where the model was sharded: it
+            stays so.
         trained_on: the model folder, for PEFT's config; None where checkpoints need be none.
         measure: held-out bits per byte of the model as it is now.
         untrained: what `measure` says before training, where it is known.
@@ -400,7 +439,8 @@ def fit(
     if schedule.checkpointing:
         _recompute_activations(model)
     data: Any = blocks if schedule.processes == 1 else _WholeSteps(blocks, schedule.step_blocks)
-    with _told_apart(), quiet_transformers(), _stopped_by_sigterm(monitor):
+    engines = deepspeed_forgotten()
+    with _told_apart(), quiet_transformers(), _stopped_by_sigterm(monitor), engines:
         trainer = AdapterTrainer(
             model,
             rows,
@@ -411,6 +451,8 @@ def fit(
             train_dataset=data,
             args=_arguments(folder / CHECKPOINTS, schedule, model, report_to),
         )
+        if is_sharded():
+            require_sharding(trainer)
         if report_to:
             monitor.report = trainer.log
         log = monitor.progress.log
@@ -433,6 +475,9 @@ def fit(
         step = int(log[rule.best(log)]["step"] or 0)
         read_trained(best_state(folder / BEST, step), model, rows)
     _require_finite(model, folder)
+    if is_sharded():
+        trainer.save_trained(folder / GATHERED)
+        trainer.accelerator.wait_for_everyone()
     return monitor
 
 
@@ -483,7 +528,7 @@ def _stopped_by_sigterm(monitor: Monitor) -> Iterator[None]:
 
 
 def _require_finite(model: Any, folder: Path) -> None:
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+    if not are_finite([p for p in model.parameters() if p.requires_grad]):
         raise _diverged("the last step made weights that are not finite numbers", folder)
 
 
@@ -514,7 +559,9 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=schedule.seed,
-        use_cpu=device() == "cpu",
+        use_cpu=where().get("cpu", False),
+        ddp_backend=where().get("backend"),
+        dataloader_pin_memory=device() != "cpu",
         **_precision(schedule, model),
         average_tokens_across_devices=True,
         # Experts that no token of a batch went to have no gradient; to look for them costs time.
@@ -527,7 +574,7 @@ def _arguments(
 
 def _precision(schedule: Schedule, model: Any) -> dict[str, bool]:
     """In which type a GPU computes, for TrainingArguments; float16 is scaled against underflow."""
-    if device() == "cpu" or schedule.dtype == "float32":
+    if device() == "cpu" or schedule.dtype == "float32" or uses_deepspeed():
         return {}
     if model.get_input_embeddings().weight.dtype == torch.float16:
         return {"fp16": True}

@@ -30,7 +30,7 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
-from lexigraft.models.load import QUANTISED, context_limit, device, load_model, require_row
+from lexigraft.models.load import FLOATS, QUANTISED, context_limit, device, load_model, require_row
 from lexigraft.models.preparation import (
     SMALLEST_BLOCK,
     Job,
@@ -48,7 +48,13 @@ from lexigraft.models.preparation import (
     read_texts,
     with_blocks_of_text,
 )
-from lexigraft.models.processes import process_count, refuse_other_ways, shared
+from lexigraft.models.processes import (
+    is_sharded,
+    process_count,
+    require_known_way,
+    shared,
+    uses_deepspeed,
+)
 from lexigraft.models.trackers import trackers
 from lexigraft.models.unfinished import partial_of, unfinished
 from lexigraft.models.verdict import adoption, judge, verdict_lines
@@ -67,7 +73,7 @@ KNOWN = {
     "old_rows": ("frozen", "slow"),
     "schedule": ("cosine", "wsd", "constant"),
     "replay_schedule": ("even", "early"),
-    "dtype": ("auto", "float32", "bfloat16", "float16", *QUANTISED),
+    "dtype": ("auto", *FLOATS, *QUANTISED),
 }
 # The least and the most that a number may be.
 RANGES = {
@@ -286,7 +292,7 @@ def train(
         RefusalError: an architecture whose rows cannot be trained alone, or a `dtype` in which
             the mode cannot train.
     """
-    refuse_other_ways()
+    require_known_way(objective=objective, dtype=dtype)
     _require_ranges(measurements=measurements, measured_bytes=measured_bytes, save_steps=save_steps)
     asked = trackers(report_to)
     output = Path(output)
@@ -581,6 +587,8 @@ def _train(
         job, trained, rows, schedule, folder, untrained=untrained, rule=rule,
         report_to=report_to, resume=resume,
     )  # fmt: skip
+    if is_sharded():
+        trained, rows = _gathered(job, folder, trust_remote_code=trust_remote_code)
     log = monitor.progress.log
     kept = log[: rule.best(log) + 1]
     step = int(kept[-1]["step"] or 0)
@@ -623,8 +631,9 @@ def _schedule(
 def _dtype(settings: Settings) -> str | None:
     if settings.dtype != "auto":
         return settings.dtype
-    # What trains is kept in float32: 16-bit weights would swallow small steps.
-    return "float32" if settings.mode == "full" else None
+    # What trains is kept in float32: 16-bit weights would swallow small steps. DeepSpeed has one
+    # type for all weights.
+    return "float32" if settings.mode == "full" or uses_deepspeed() else None
 
 
 def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
@@ -636,6 +645,18 @@ def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
         return model, make_all_trainable(model, job.ids, old_rows=wanted.old_rows == "slow")
     lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
     return make_trainable(model, job.ids, lora, seed=wanted.seed)
+
+
+def _gathered(job: Job, folder: Path, *, trust_remote_code: bool) -> tuple[Any, NewRows | None]:
+    """The whole model in each process, with what `fit` gathered."""
+    from lexigraft.models.adapter_files import read_trained
+    from lexigraft.models.training import GATHERED
+
+    wanted = job.settings
+    model = load_model(job.folder, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
+    trained, rows = _trainable(job, model)
+    read_trained(folder / GATHERED, trained, rows)
+    return trained, rows
 
 
 def _require_room(job: Job, model: Any) -> None:
