@@ -15,7 +15,7 @@ from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
 from lexigraft.models.callback import _aligned
 from lexigraft.models.packing import collate
-from lexigraft.models.preparation import prepare, read_texts
+from lexigraft.models.preparation import prepare, read_texts, with_blocks_of_text
 from test_train import settings
 
 torch.set_num_threads(1)
@@ -72,7 +72,8 @@ def test_the_same_run_has_the_same_evidence(place, tmp_path, monkeypatch):
     )  # fmt: skip
     own = read_json(tmp_path / "trained" / "training.json")
     texts = read_texts(corpus, general, held, seed=0, measured_bytes=BYTES)
-    blocks = prepare(place / "model", texts, settings(**ALIKE, max_bytes=None)).blocks
+    wanted = with_blocks_of_text(place / "model", texts, settings(**ALIKE, max_bytes=None))
+    blocks = prepare(place / "model", texts, wanted).blocks
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     found = trained(model, blocks, tmp_path / "plain", evidence(place), collator=collate)
     assert found == read_json(tmp_path / "plain" / "training.json")
