@@ -293,6 +293,7 @@ def test_the_learning_rate_warms_up_from_the_first_step():
         ({"corpus": "general.txt"}, LexigraftError, "none of the 40 new tokens"),
         ({"corpus": "absent.txt"}, LexigraftError, "absent.txt"),
         ({"block_size": 10_000}, LexigraftError, "512"),
+        ({"model": "vocab"}, LexigraftError, "graft BASE"),
         ({"max_steps": 0}, LexigraftError, "--max-steps 0"),
         ({"max_bytes": 0}, LexigraftError, "--max-bytes 0"),
         ({"learning_rate": -1.0}, LexigraftError, "--learning-rate -1.0"),

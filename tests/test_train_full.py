@@ -1,5 +1,7 @@
 """`train --mode full`: the whole model trains, and comes out as an ordinary folder."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,12 @@ def test_new_rows_and_lora_are_float32_beside_16_bit_weights(place, tmp_path, mo
     assert {t.dtype for t in load_file(out / "adapter_model.safetensors").values()} == {
         torch.float32
     }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is installed")
+def test_a_package_that_is_missing_is_named_before_any_text_is_read(place, tmp_path):
+    with pytest.raises(LexigraftError, match="without bitsandbytes"):
+        train(place / "tied", corpus=[tmp_path / "never.txt"], output=tmp_path / "o", dtype="nf4")
 
 
 def test_layers_that_cannot_be_computed_again_are_refused(place, tmp_path):

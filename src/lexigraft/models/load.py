@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,19 +177,26 @@ def absent_weights(folder: Path, labels: int) -> list[str]:
     return sorted(found["missing_keys"])
 
 
-def _quantised(dtype: str, computed: Any) -> dict[str, Any]:
-    """How transformers is told to store linear layers in few bits, and where."""
-    import importlib.util
+def require_packages(dtype: str) -> None:
+    """Raise where what computes with weights of this type is not installed.
 
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
+    Raises:
+        LexigraftError: bitsandbytes is missing.
+    """
+    if dtype in QUANTISED and importlib.util.find_spec("bitsandbytes") is None:
         raise LexigraftError(
             f"--dtype {dtype} without bitsandbytes",
             needed="the package that computes with such weights",
             fix="pip install 'lexigraft[quantised]'",
         )
+
+
+def _quantised(dtype: str, computed: Any) -> dict[str, Any]:
+    """How transformers is told to store linear layers in few bits, and where."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    require_packages(dtype)
     place = "cpu" if device() == "cpu" else torch.cuda.current_device()
     config = (
         BitsAndBytesConfig(load_in_8bit=True)

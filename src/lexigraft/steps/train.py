@@ -30,7 +30,15 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
-from lexigraft.models.load import FLOATS, QUANTISED, context_limit, device, load_model, require_row
+from lexigraft.models.load import (
+    FLOATS,
+    QUANTISED,
+    context_limit,
+    device,
+    load_model,
+    require_packages,
+    require_row,
+)
 from lexigraft.models.preparation import (
     SMALLEST_BLOCK,
     Job,
@@ -445,6 +453,7 @@ def _settings(source: Path, **given: Any) -> Settings:
                 needed=f"one of {', '.join(known)}",
                 fix=f"use {option} {known[0]}",
             )
+    _require_model(source)
     mode = given.setdefault("mode", "lora")
     objective = given.setdefault("objective", "lm")
     _require_sense(mode, objective, given.get("old_rows", "frozen"), given.get("dtype", "auto"))
@@ -466,6 +475,17 @@ def _settings(source: Path, **given: Any) -> Settings:
             f"block of {wanted.block_size} tokens (--block-size: smaller ones waste less)"
         )
     return wanted
+
+
+def _require_model(source: Path) -> None:
+    if (source / "config.json").is_file():
+        return
+    is_adapter = (source / "adapter_config.json").is_file()
+    raise LexigraftError(
+        f"{source} holds {'an adapter' if is_adapter else 'no model'} (no config.json)",
+        needed="a model, such as `lexigraft graft` writes",
+        fix=f"lexigraft {f'merge MODEL {source}' if is_adapter else f'graft BASE {source}'} -o OUT",
+    )
 
 
 def _require_ranges(**given: Any) -> None:
@@ -516,6 +536,7 @@ def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None
             "without LoRA",
             fix="use --mode lora, or --dtype bfloat16",
         )
+    require_packages(dtype)  # before any text is read
     if dtype == "float16" and (mode == "full" or device() == "cpu"):
         raise RefusalError(
             f"--dtype float16 with --mode {mode} on {device()}",
