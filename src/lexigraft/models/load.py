@@ -262,7 +262,8 @@ def text_config(folder: Path) -> dict[str, Any]:
 def context_limit(model: Any) -> int:
     """The most tokens that the positions of a model, or of the config in a folder, allow."""
     if isinstance(model, Path):
-        found = text_config(model).get("max_position_embeddings")
+        stored = text_config(model)  # the older kinds, GPT-2 among them, have a name of their own
+        found = stored.get("max_position_embeddings") or stored.get("n_positions")
     else:
         found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(found or 2**20)
