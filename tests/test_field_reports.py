@@ -837,7 +837,7 @@ def test_B40_new_rows_are_trained_and_each_tells_how_often_and_how_far(grown, ti
 def test_B40_a_row_that_did_not_move_is_named(grown, tmp_path):
     result = train(
         grown / "untied" / "model", corpus=[grown / "corpus.txt"], mode="rows",
-        output=tmp_path / "out", new_row_learning_rate=1e-30, **SHORT,
+        output=tmp_path / "out", new_row_learning_rate=1e-12, **SHORT,
     )  # fmt: skip
     assert result.rows_moved == 0
     (reason,) = [r for r in result.verdict["reasons"] if r["rule"] == "moved"]

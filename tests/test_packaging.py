@@ -53,7 +53,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert "lexigraft = lexigraft.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     told = message_from_string(wheel.read(f"{info}/METADATA").decode())
     assert (told["Version"], told["License-Expression"]) == (__version__, "Apache-2.0")
-    assert set(told.get_all("Provides-Extra")) == {"gguf", "quantised", "ray", "tasks", "demo"}
+    assert set(told.get_all("Provides-Extra")) == {
+        "deepspeed", "demo", "gguf", "quantised", "ray", "tasks",
+    }  # fmt: skip
     assert "make demo" in told.get_payload()  # the README is the page of the project
     explained = (ROOT / "docs" / "dependencies.md").read_text()
     assert all(f"| `{extra}` |" in explained for extra in told.get_all("Provides-Extra"))

@@ -22,6 +22,7 @@ KINDS = ["byte", "byte-ignore", "sp-both", "sp-model", "sp-json"]
 REAL = ["smollm2_hf", "qwen3_hf", "llama3_1_hf", "gpt_neox_pythia_hf", "deepseek_v3_hf",
         "minimind_hf", "llama2_hf", "llama2_sp_bpe", "mistral_v1_hf", "gemma3_hf",
         "internlm_sp"]  # fmt: skip
+SLOW = {"gemma3_hf"}  # 262,144 tokens; llama2_hf is of the same kind
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,9 @@ def test_units_of_chunks_are_those_of_whole_texts(folders, kind):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.matrix) if n in SLOW else n for n in REAL]
+)
 def test_real_units_of_chunks_are_those_of_whole_texts(name):
     folder = parts.SHARED / "tokenizers" / name
     if not folder.is_dir():

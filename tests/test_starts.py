@@ -217,6 +217,8 @@ OWN = """
 import numpy as np
 def half(spelled):
     return np.stack([0.5 * spelled.rows[p[0]] if len(p) else spelled.center for p in spelled.pieces])
+def middle(spelled):
+    return np.stack([spelled.rows[p].mean(0) if len(p) else spelled.center for p in spelled.pieces])
 def narrow(spelled):
     return np.zeros((len(spelled.ids), 1), np.float32)
 def whole(spelled):
@@ -349,8 +351,8 @@ def rebuildable(root: Path, *, tied: bool, **options) -> tuple[Path, adapter_par
 
 
 def test_rows_of_a_function_or_a_donor_are_not_guessed(own, tmp_path):
-    grafted, scene = rebuildable(tmp_path, tied=False, init="own_rows:half")
-    with pytest.raises(LexigraftError, match="function own_rows:half made them") as fault:
+    grafted, scene = rebuildable(tmp_path, tied=False, init="own_rows:middle")
+    with pytest.raises(LexigraftError, match="function own_rows:middle made them") as fault:
         merge(scene.base, scene.adapter, output=tmp_path / "merged")
     assert "model.safetensors" in fault.value.fix
     merge(grafted, scene.adapter, output=tmp_path / "merged")

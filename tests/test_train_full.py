@@ -129,7 +129,7 @@ def test_weight_decay_is_for_the_matrices_of_the_body(place):
     )
     groups = parameter_groups(model, rows, schedule)
     assert [(g["lr"], g.get("weight_decay", 0.0)) for g in groups] == [
-        (1e-3, 0.1), (1e-3, 0.0), (3e-3, 0.0), (1e-4, 0.0),
+        (1e-3, 0.1), (1e-3, 0.0), (3e-3, 0.0), (3e-3, 0.0), (1e-4, 0.0),
     ]  # fmt: skip
     counted = [id(p) for group in groups for p in group["params"]]
     trained = [id(p) for p in model.parameters() if p.requires_grad]

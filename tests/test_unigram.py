@@ -448,6 +448,8 @@ REAL = {
     "ja-model": "sp_test_models/test_ja_model_unigram.model",
     "en-model": "sp_test_models/test_model_unigram.model",
 }
+# One of each set of files: the model alone, tokenizer.json alone, and both.
+QUICK = {"chinese-model", "pegasus-json", "t5-both"}
 
 
 def real_folder(kind, folder):
@@ -463,7 +465,9 @@ def real_folder(kind, folder):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize(
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.matrix) for k in REAL]
+)
 def test_real_unigram_tokenizers_keep_the_laws(kind, tmp_path):
     folder = real_folder(kind, tmp_path / "base")
     name = "zh_med_medqa_exam" if kind == "chinese-model" else "en_med_ncbi_disease_abstracts"

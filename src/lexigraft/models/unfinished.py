@@ -93,12 +93,13 @@ def _enter(folder: Path, plan: dict[str, Any], *, resume: bool, force: bool) -> 
 
 
 def _require_same(before: dict[str, Any], plan: dict[str, Any]) -> None:
-    if before == plan:
-        return
     old = {**before.get("settings", {}), **before}
     new = {**plan["settings"], **plan}
-    keys = [key for key in {**new, **old} if key != "settings"]
-    key = next((key for key in keys if old.get(key) != new.get(key)), "plan")
+    # What a model is comes before what follows from it: blocks of another size, for example.
+    keys = [key for key in {**plan, **before, **new, **old} if key != "settings"]
+    key = next((key for key in keys if old.get(key) != new.get(key)), None)
+    if key is None:  # a setting that the run did not know yet is not used by this one either
+        return
     raise LexigraftError(
         f"the unfinished run had {key} {old.get(key)}, this one has {new.get(key)}",
         needed="the same model, texts and settings to continue it",
