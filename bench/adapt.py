@@ -311,8 +311,10 @@ HEAD = (
 )
 
 
-def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """All tables, as Markdown."""
+def report(
+    found: list[dict[str, Any]], options: argparse.Namespace, wordless: set[tuple[str, str]]
+) -> str:
+    """All tables, as Markdown; of the languages and sizes in `wordless` that there is none."""
     lines = [
         "# Adapting with new words, and without",
         "",
@@ -328,7 +330,7 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
     for language in options.languages:
         for size in (SUPPORTED, LARGER):
             rows = list(rows_of(found, language, size))
-            if size == SUPPORTED and len(rows) == 1:
+            if (language, size) in wordless:
                 lines += ["", f"## {language}, words {size}", ""]
                 lines += ["None: no word occurs often enough in this text, so `learn` adds none."]
             elif len(rows) > 1:
@@ -357,15 +359,19 @@ def main() -> None:
         options.work = options.work.with_name(f"{options.work.name}-quick")
     bench = Bench(options)
     found: list[dict[str, Any]] = []
+    wordless: set[tuple[str, str]] = set()
     for seed in range(options.seeds):
         for language in options.languages:
             for size in options.sizes:
                 case = Case(language, seed, size)
-                for arm in options.arms if bench.has_words(case) else ("control",):
+                if not bench.has_words(case):
+                    wordless.add((language, size))
+                    continue
+                for arm in options.arms:
                     run = bench.run(case, arm)
                     if run not in found:
                         found.append(run)
-    text = report(found, options)
+    text = report(found, options, wordless)
     print(text)
     if not options.quick:
         RESULTS.write_text(text, "utf-8")
