@@ -586,17 +586,21 @@ def assert_killed_cleanly(base, vocab, out, after):
     return not out.exists()
 
 
+def refused_for_room(base, vocab, place):
+    out = place / "out" / "model"
+    out.parent.mkdir()
+    with pytest.raises(LexigraftError, match="GB free"):
+        graft(base, vocab, output=out)
+    assert not list(out.parent.iterdir())
+
+
 def test_a_disk_that_is_too_small_is_foreseen(make, tmp_path):
     base, vocab = make(5)
     try:
         large(base, TokenMap.read(base).tokens, 2 * shutil.disk_usage(tmp_path).free / 1e9)
     except OSError:
         pytest.skip("this file system holds no sparse file larger than itself")
-    out = tmp_path / "out" / "model"
-    out.parent.mkdir()
-    with pytest.raises(LexigraftError, match="GB free"):
-        graft(base, vocab, output=out)
-    assert not list(out.parent.iterdir())
+    refused_for_room(base, vocab, tmp_path)
 
 
 def test_room_for_what_lies_beside_the_weights_is_foreseen(make, tmp_path):
@@ -607,13 +611,9 @@ def test_room_for_what_lies_beside_the_weights_is_foreseen(make, tmp_path):
             stream.truncate(2 * shutil.disk_usage(tmp_path).free)
         except OSError:
             pytest.skip("this file system holds no sparse file larger than itself")
-    out = tmp_path / "out" / "model"
-    out.parent.mkdir()
-    with pytest.raises(LexigraftError, match="GB free"):
-        graft(base, vocab, output=out)
-    assert not list(out.parent.iterdir())
+    refused_for_room(base, vocab, tmp_path)
     (base / "images").rename(base / ".cache")  # is not copied
-    graft(base, vocab, output=out)
+    graft(base, vocab, output=tmp_path / "out" / "model")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
