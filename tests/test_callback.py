@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import parts
-from lexigraft import EvidenceCallback, LexigraftError, card, graft, train
+from lexigraft import EvidenceCallback, LexigraftError, card, families, graft, train
 from lexigraft.corpus import held_out
 from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
@@ -72,7 +72,8 @@ def test_the_same_run_has_the_same_evidence(place, tmp_path, monkeypatch):
     )  # fmt: skip
     own = read_json(tmp_path / "trained" / "training.json")
     texts = read_texts(corpus, general, held, seed=0, measured_bytes=BYTES)
-    wanted = with_blocks_of_text(place / "model", texts, settings(**ALIKE, max_bytes=None))
+    family = families.load(place / "model")
+    wanted = with_blocks_of_text(family, texts, settings(**ALIKE, max_bytes=None))
     blocks = prepare(place / "model", texts, wanted).blocks
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     found = trained(model, blocks, tmp_path / "plain", evidence(place), collator=collate)

@@ -312,7 +312,7 @@ def plan_of(family: Family, texts: Texts, settings: Settings) -> dict[str, Any]:
     }
 
 
-def with_blocks_of_text(folder: Path, texts: Texts, settings: Settings) -> Settings:
+def with_blocks_of_text(family: Family, texts: Texts, settings: Settings) -> Settings:
     """`settings` whose blocks hold as much text as `block_size` tokens of the base do.
 
     So a step sees as much text as it would without new words, and rates, schedule and number of
@@ -320,13 +320,12 @@ def with_blocks_of_text(folder: Path, texts: Texts, settings: Settings) -> Setti
     steps of the same text, which teaches a model less (measured: docs/log.md).
 
     Args:
-        folder: the model's; one without new tokens keeps its `block_size`.
+        family: the model's; one without new tokens keeps its `block_size`.
     """
-    family = families.load(folder)
-    ids = new_ids(folder, family)
+    ids = new_ids(family.folder, family)
     if not len(ids):
         return settings
-    new = new_tokens(folder, family, ids)
+    new = new_tokens(family.folder, family, ids)
     sample = itertools.islice(in_order(texts.domain, 0), _FIRST)
     pairs = [(line, new.spelled(line)) for line in family.encode_batch(list(sample))]
     known = [(len(line), len(spelled)) for line, spelled in pairs if spelled is not None]

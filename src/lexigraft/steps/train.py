@@ -350,8 +350,9 @@ def train(
             near=existing_parent(output),
         )
         documents.require_unchanged()
-    settings = with_blocks_of_text(source, texts, settings)
-    workplace = _packed(source, texts, settings, output, resume=resume, force=force)
+    family = families.load(source)
+    settings = with_blocks_of_text(family, texts, settings)
+    workplace = _packed(family, texts, settings, output, resume=resume, force=force)
     with full_disk(output), shared(workplace, partial_of(output)) as folder:
         job = prepare(source, texts, settings, folder / BLOCKS)
         _require_rows_to_train(job)
@@ -376,10 +377,15 @@ def train(
 
 @contextmanager
 def _packed(
-    source: Path, texts: Texts, settings: Settings, output: Path, *, resume: bool, force: bool
+    family: families.Family,
+    texts: Texts,
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool,
+    force: bool,
 ) -> Iterator[Path]:
-    """The run's workplace, with the packed texts in it."""
-    family = families.load(source)
+    """The run's workplace, with the packed texts in it; `family` is the model's."""
     plan = plan_of(family, texts, settings)
     with unfinished(output, plan, resume=resume, force=force) as folder:
         with disk_faults(output):
@@ -424,7 +430,7 @@ def find_learning_rate(
         source, **{**settings, "max_steps": max_steps or FINDER_STEPS, "max_bytes": None}
     )
     texts = read_texts(corpus, general, held_out, seed=wanted.seed, measured_bytes=measured_bytes)
-    wanted = with_blocks_of_text(source, texts, wanted)
+    wanted = with_blocks_of_text(families.load(source), texts, wanted)
     job = prepare(source, texts, wanted)
     _require_rows_to_train(job)
     loaded = load_model(source, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
