@@ -35,8 +35,26 @@ KINDS = {
     "mamba": {},
     "biogpt": {},
 }
-COMMON = ("llama", "mistral", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon")
-LEAKING = ("opt", "bloom", "mamba", "biogpt")
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+# Those that see images too: their settings, and the type of their language model.
+SEEING = {
+    "gemma3": (VISION, "gemma3_text"),
+    "idefics3": (VISION, "llama"),
+    "internvl": ({**VISION, "image_size": [28, 28], "patch_size": [14, 14]}, "qwen2"),
+    "llava": ({**VISION, "model_type": "clip_vision_model", "projection_dim": 8}, "llama"),
+    "llava_next": ({**VISION, "model_type": "clip_vision_model", "projection_dim": 8}, "llama"),
+    "llava_onevision": ({**VISION, "model_type": "siglip_vision_model"}, "qwen2"),
+    "mistral3": ({**VISION, "model_type": "pixtral"}, "mistral"),
+    "qwen2_vl": ({"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
+                 "qwen2_vl_text"),
+    "smolvlm": (VISION, "llama"),
+}  # fmt: skip
+IMAGE = {"mm_tokens_per_image": 4, "image_token_id": 7, "image_token_index": 7}
+COMMON = ("llama", "mistral", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "llava")
+LEAKING = ("opt", "bloom", "mamba", "biogpt", "qwen2_vl")
 
 
 def model_of(kind):
@@ -44,13 +62,26 @@ def model_of(kind):
     sizes = {**SIZES, **KINDS.get(kind, {})}
     if kind.startswith("deepseek"):
         del sizes["head_dim"]
+    if kind in SEEING:
+        vision, text = SEEING[kind]
+        stated = {**SIZES, "model_type": text}
+        if kind == "qwen2_vl":
+            stated["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            }
+        sizes = {**IMAGE, "vision_config": vision, "text_config": stated}
     while True:
         try:
             config = transformers.CONFIG_MAPPING[kind](**sizes)
             break
         except AttributeError as fault:  # a size that this type computes from others
             del sizes[re.search(r"property '(\w+)'", str(fault))[1]]
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    loader = transformers.AutoModelForCausalLM
+    if kind in SEEING:
+        loader = transformers.AutoModelForImageTextToText
+    model = loader.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # so that attention is not even
             parameter.mul_(3.0) if parameter.dim() >= 2 else None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lexigraft.console import is_first_process
 from lexigraft.errors import LexigraftError
 from lexigraft.manifest import NewIds
+from lexigraft.models.load import text_part
 from lexigraft.models.new_rows import NewRows, grow
 from lexigraft.models.shards import put, shape_of, whole
 
@@ -25,7 +26,10 @@ _PREFIX = "base_model.model."
 
 
 def lora_config(rank: int, alpha: float) -> Any:
-    """LoRA on every linear layer except the head, without dropout."""
+    """LoRA on every linear layer except the head, without dropout.
+
+    In a model that sees images too: on those of the part that reads text (`make_trainable`).
+    """
     from peft import LoraConfig
 
     return LoraConfig(
@@ -51,12 +55,26 @@ def make_trainable(
     if lora is not None:
         from peft import get_peft_model
 
+        if text_part(model) is not model:
+            lora.target_modules = _linear_layers(model, text_part(model))
         torch.manual_seed(seed)
         with warnings.catch_warnings():  # of names that PEFT uses and transformers renames
             warnings.simplefilter("ignore", FutureWarning)
             trained = get_peft_model(model, lora)
     # After LoRA, which would otherwise take the wrapped head for one more linear layer.
     return trained, grow(model, ids) if len(ids) else None
+
+
+def _linear_layers(model: Any, part: nn.Module) -> list[str]:
+    """The paths in `model` of every linear layer in a part of it, except the head."""
+    from transformers.pytorch_utils import Conv1D
+
+    inside, head = set(part.modules()), model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module in inside and module is not head
+    ]
 
 
 def trainable_tensors(model: Any, rows: NewRows | None) -> dict[str, nn.Parameter]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.models.evidence import NewTokens
-from lexigraft.models.load import context_limit, evaluating
+from lexigraft.models.load import context_limit, evaluating, text_part
 from lexigraft.models.objectives import (
     LOGITS,
     behind_head,
@@ -103,7 +103,7 @@ class Distill:
             )
         self._new = new
         self._limit = context_limit(model)
-        self._stack = _stack(model)
+        self._stack = stack_of_layers(text_part(model))
         self._depth = max(1, round(DEPTH * len(getattr(*self._stack))))
         self._kept: dict[bytes, Reading] = {}
         self._room = KEPT
@@ -261,8 +261,11 @@ def _old_part(
     return torch.cat(sums), torch.cat(own)
 
 
-def _stack(model: Any) -> tuple[nn.Module, str]:
+def stack_of_layers(model: Any) -> tuple[nn.Module, str]:
     """The module and attribute that hold the list of the model's layers, its longest one.
+
+    Args:
+        model: what of a model reads text.
 
     Raises:
         RefusalError: there is none.

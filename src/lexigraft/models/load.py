@@ -63,12 +63,10 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     labels: int | None = None,
-    reading: bool = False,
 ) -> Any:
-    """The causal language model in `folder`, frozen and in eval mode.
+    """The causal language model in `folder`, which may see images too, frozen and in eval mode.
 
     Args:
-        reading: text will only be read with it: a model that also sees images counts as well.
         labels: make it a classifier of so many labels instead, whose head is random where the
             folder has none.
         dtype: of its weights, by name; without it float32 on a CPU, which computes fastest in it,
@@ -80,7 +78,8 @@ def load_model(
     Raises:
         LexigraftError: files are missing, damaged or of an unknown architecture, or bitsandbytes
             is not installed where it is asked for.
-        RefusalError: the folder needs code of its own, which was not allowed to run.
+        RefusalError: the folder needs code of its own, which was not allowed to run; or the model
+            tells of no tokens.
     """
     import torch
     import transformers
@@ -94,9 +93,7 @@ def load_model(
     if dtype in QUANTISED:
         used = torch.float32 if place == "cpu" else torch.bfloat16
         more = _quantised(dtype, used)
-    loader: Any = transformers.AutoModelForCausalLM
-    if reading:
-        loader = getattr(transformers, reading_class(folder) or "AutoModelForCausalLM")
+    loader: Any = getattr(transformers, reading_class(folder) or "AutoModelForCausalLM")
     if labels is not None:
         loader = transformers.AutoModelForSequenceClassification
         more = {**more, "num_labels": labels}
@@ -113,7 +110,22 @@ def load_model(
     except _LOAD_FAULTS as fault:
         kind = "a causal language model" if labels is None else "a classifier"
         raise _not_loaded(folder, fault, kind) from None
+    if labels is None and model.get_output_embeddings() is None:
+        raise RefusalError(
+            f"{folder}: transformers finds no head over tokens in a {type(model).__name__}",
+            needed="a language model, with or without images, that tells what comes next",
+            fix="choose another model",
+        )
     return (model if dtype in QUANTISED else model.to(place)).eval().requires_grad_(False)
+
+
+def text_part(model: Any) -> Any:
+    """What of a language model reads text: all of it, or the decoder in one that sees images too.
+
+    That decoder's head may stand outside of it.
+    """
+    config = model.config
+    return model if config.get_text_config() is config else model.get_decoder()
 
 
 def reading_class(folder: Path) -> str | None:

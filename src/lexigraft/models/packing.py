@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 # is not trusted.
 _KEEPS_APART = """
     apertus arcee bitnet codegen cohere cohere2 ctrl deepseek_v2 deepseek_v3 diffllama doge
-    ernie4_5 ernie4_5_moe exaone4 falcon gemma gemma2 gemma3_text gemma4_text glm glm4
+    ernie4_5 ernie4_5_moe exaone4 falcon gemma gemma2 gemma3 gemma3_text gemma4_text glm glm4
     glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granitemoe
-    helium hunyuan_v1_dense jais2 jetmoe llama llama4_text ministral ministral3 mistral
-    mixtral nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+    helium hunyuan_v1_dense idefics3 internvl jais2 jetmoe llama llama4_text llava llava_next
+    llava_onevision ministral ministral3 mistral mistral3 mixtral nemotron olmo olmo2 olmo3
+    olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 smolvlm
+    solar_open stablelm starcoder2 vaultgemma
 """
 KEEPS_APART = frozenset(_KEEPS_APART.split())
 IGNORED = -100  # the target that no loss counts, as everywhere in torch and transformers

@@ -21,7 +21,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.families.tokenmap import readable
-from lexigraft.files import read_json, require_free_space, sha256_json, write_json
+from lexigraft.files import read_json, read_object, require_free_space, sha256_json, write_json
 from lexigraft.manifest import Manifest, NewIds, TextSource
 from lexigraft.models.bits import score, windows
 from lexigraft.models.evidence import (
@@ -41,7 +41,6 @@ from lexigraft.models.load import (
     require_rows,
     rows_on_disk,
     start_and_end,
-    text_config,
 )
 from lexigraft.models.packing import KEEPS_APART, Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
@@ -372,8 +371,10 @@ def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None =
 
 
 def keeps_apart(folder: Path) -> bool:
-    """Whether the model in `folder` is known to keep the documents of a block apart."""
-    return text_config(folder).get("model_type") in KEEPS_APART
+    """Whether the model in `folder`, and one inside it, are known to keep documents apart."""
+    config = read_object(folder / "config.json")
+    parts = [config, config["text_config"]] if "text_config" in config else [config]
+    return KEEPS_APART.issuperset(part.get("model_type") for part in parts)
 
 
 def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | None) -> Blocks:

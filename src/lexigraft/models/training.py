@@ -28,7 +28,7 @@ from lexigraft.models.adapter_files import (
     write_adapter,
     write_trained,
 )
-from lexigraft.models.load import device, quiet_transformers
+from lexigraft.models.load import device, quiet_transformers, text_part
 from lexigraft.models.new_rows import NewRows
 from lexigraft.models.objectives import NextToken, Objective
 from lexigraft.models.packing import IGNORED, Blocks, collate
@@ -564,8 +564,10 @@ def _arguments(
         dataloader_pin_memory=device() != "cpu",
         **_precision(schedule, model),
         average_tokens_across_devices=True,
-        # Experts that no token of a batch went to have no gradient; to look for them costs time.
-        ddp_find_unused_parameters=any(".experts." in name for name, _ in model.named_parameters()),
+        # Experts that no token of a batch went to have no gradient, nor what takes in images
+        # between layers of text; to look for them costs time.
+        ddp_find_unused_parameters=text_part(model) is not model
+        or any(".experts." in name for name, _ in model.named_parameters()),
     )
     if arguments.n_gpu > 1:  # several GPUs are for several processes, not for DataParallel
         arguments._n_gpu = 1

@@ -21,7 +21,7 @@ from lexigraft.checkpoints.side_files import copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.errors import LexigraftError
 from lexigraft.manifest import NewIds
-from lexigraft.models.load import quiet_transformers
+from lexigraft.models.load import quiet_transformers, text_part
 from lexigraft.models.new_rows import NewRows, fold, grow
 
 
@@ -29,7 +29,7 @@ def make_all_trainable(model: Any, ids: NewIds, *, old_rows: bool) -> NewRows | 
     """Let the body of a frozen model train, and its new rows; its old rows if they are asked for.
 
     Tables of tokens beside the embedding (per layer, as in Gemma 3n) stay as they are: their old
-    rows could not be told from what is new.
+    rows could not be told from what is new. So does what sees images, which text does not reach.
 
     Args:
         model: a plain causal language model without gradients.
@@ -44,7 +44,7 @@ def make_all_trainable(model: Any, ids: NewIds, *, old_rows: bool) -> NewRows | 
         if isinstance(module, nn.Embedding) and module.num_embeddings >= least
     ]
     held = {id(parameter) for table in tables for parameter in table.parameters()}
-    for parameter in model.parameters():
+    for parameter in text_part(model).parameters():
         parameter.requires_grad_(id(parameter) not in held)
     if len(ids):
         return grow(model, ids, old_rows=old_rows)

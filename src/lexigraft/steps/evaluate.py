@@ -17,7 +17,15 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.hub import local_folder
-from lexigraft.models.bits import Score, SpareShare, fitting_window, score, up_to, windows
+from lexigraft.models.bits import (
+    Score,
+    SpareShare,
+    fitting_window,
+    require_next_token,
+    score,
+    up_to,
+    windows,
+)
 from lexigraft.models.harness import Harness, Scores
 from lexigraft.models.load import (
     context_limit,
@@ -161,6 +169,7 @@ def evaluate(
     Raises:
         LexigraftError: no text, no model, a window that fits no context, or tasks without the
             package that has them.
+        RefusalError: a model that sees images too looks at what it is to predict.
     """
     if not models:
         raise LexigraftError(
@@ -227,10 +236,11 @@ def _score_model(
     trust_remote_code: bool,
     advance: Callable[[int], None],
 ) -> ModelScore:
-    model = load_model(folder, trust_remote_code=trust_remote_code, reading=True)
+    model = load_model(folder, trust_remote_code=trust_remote_code)
     start, _ = start_and_end(reader)
     ids = new_ids(folder, reader)
 
+    require_next_token(model, [*start, *reader.encode(max(texts[0], key=len))])
     rows = model.get_output_embeddings().weight.shape[0]
     spare = SpareShare([i for i in range(rows) if i not in reader.map.texts])
 

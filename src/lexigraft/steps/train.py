@@ -30,6 +30,7 @@ from lexigraft.files import (
 )
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
+from lexigraft.models.bits import require_next_token
 from lexigraft.models.load import (
     FLOATS,
     QUANTISED,
@@ -434,7 +435,7 @@ def find_learning_rate(
     job = prepare(source, texts, wanted)
     _require_rows_to_train(job)
     loaded = load_model(source, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
-    _require_room(job, loaded)
+    _require_fit(job, loaded)
     trained, rows = _trainable(job, loaded)
     _tell(job, trained)
     schedule = _schedule(job, loaded)
@@ -603,7 +604,7 @@ def _train(
     rule = StopRule(patience, wanted.general_limit)
     rule.require_texts(domain=bool(job.texts.held_domain), general=bool(job.texts.held_general))
     model = load_model(job.folder, trust_remote_code=trust_remote_code, dtype=_dtype(wanted))
-    _require_room(job, model)
+    _require_fit(job, model)
     reference = base_measure(job, model, base, trust_remote_code=trust_remote_code)
     trained, rows = _trainable(job, model)
     schedule = _schedule(job, model, points, save_steps)
@@ -686,8 +687,9 @@ def _gathered(job: Job, folder: Path, *, trust_remote_code: bool) -> tuple[Any, 
     return trained, rows
 
 
-def _require_room(job: Job, model: Any) -> None:
+def _require_fit(job: Job, model: Any) -> None:
     require_row(job.folder, model, job.family, job.highest)
+    require_next_token(model, job.blocks.inputs[0].tolist())
     limit = context_limit(model)
     if job.settings.block_size > limit:
         raise LexigraftError(
