@@ -27,6 +27,7 @@ from lexigraft.reporting.words import WORDS, reasons, unknown
 from test_pipeline import RECIPE, write_inputs
 
 torch.set_num_threads(1)
+LAST = {"text_bytes": 100, "domain_bpb": 9.1, "general_bpb": 9.2}
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 ARABIC = "التهاب القلب"
 
@@ -199,6 +200,28 @@ def test_the_markdown_has_what_the_page_has(run_folder):
     for row in facts["check"]["table"]:
         count = "-" if row["count"] is None else f"{row['count']:,}"
         assert f"| {row['part']} | {row['unit']} | {count} | " in found.text
+
+
+def test_what_training_brought_is_told_beside_the_base_and_the_control(run_folder):
+    """Of held-out text, and of each new token that it holds."""
+    found = report(run_folder)
+    facts, lines = found.facts, found.text.splitlines()
+    trained = json.loads((run_folder / "adapter" / "training.json").read_text())
+    control = {"model": "control, equal text", "points": [LAST]}
+    with_control = page({**facts, "curves": [*facts["curves"], control]})
+    for name, other in (("domain", 9.1), ("general", 9.2)):
+        key = f"{name}_bpb"
+        figures = [trained["base"][key], trained["log"][0][key], trained[key]]
+        told = [f"{value:.3f}" for value in figures]
+        assert f"| {name} | {' | '.join(told)} | - |" in lines
+        cells = "".join(f'<td class="number"><bdi>{x}</bdi></td>' for x in [*told, f"{other:.3f}"])
+        assert cells in with_control
+    seen = next(row for row in trained["rows"] if row["bits_before"] is not None)
+    token = next(token for token in facts["tokens"] if token["id"] == seen["id"])
+    assert (token["bits_before"], token["bits"]) == (seen["bits_before"], seen["bits"])
+    assert f'<td class="number">{seen["bits_before"]:.1f}</td>' in page(facts)
+    first = facts["tokens"][0]["shown"].replace("<", "\\<")
+    assert next(line for line in lines if line.startswith(f"| {first} | ")).count(" | ") == 6
 
 
 @pytest.fixture(scope="module")

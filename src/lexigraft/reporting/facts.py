@@ -21,7 +21,10 @@ SHOWN_TERMS = 12
 TRAINING = "training.json"
 # Folders of a run that hold a manifest, the last one first.
 _LATEST = ("merged", "adapter", "model", "vocab")
-_EVIDENCE = ("targets", "inputs", "moved", "top1", "rank", "leak", "adopted", "missed")
+_EVIDENCE = (
+    *("targets", "inputs", "moved", "top1", "rank", "leak", "adopted", "missed"),
+    *("bits", "bits_before"),
+)
 # Which training led to which measured model.
 _TRAININGS = {
     "merged": "train",
@@ -105,7 +108,10 @@ def _training_stages(state: RunState, last: str) -> list[str]:
 def _training(state: RunState) -> dict[str, Any]:
     """What the last training says of itself; empty of a run from before there were verdicts."""
     found = state.result("train")
-    keys = ("base", "adoption", "rows_moved", "new_rows", "log", "verdict")
+    keys = (
+        *("base", "domain_bpb", "general_bpb"),
+        *("adoption", "rows_moved", "new_rows", "log", "verdict"),
+    )
     return {key: found[key] for key in keys} if "verdict" in found else {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lexigraft.console import plain_line
 from lexigraft.models.verdict import verdict_lines
 from lexigraft.reporting.space import usual_length
-from lexigraft.reporting.tables import HEADERS, cells, pipes
+from lexigraft.reporting.tables import HEADERS, bits_rows, cells, pipes
 
 SHOWN_TOKENS = 12
 BITS = "bpb: bits per UTF-8 byte, comparable across tokenizers, lower is better."
@@ -133,6 +133,12 @@ _TRAINING_HEADER = (
 )
 
 
+_BITS_HEADER = (
+    *("bits per byte", "base, untrained", "before training", "after training"),
+    "control, equal text",
+)
+
+
 def _training(facts: dict[str, Any]) -> list[str]:
     """The measurements of the last training, and whether it was enough."""
     training = facts["training"]
@@ -151,6 +157,8 @@ def _training(facts: dict[str, Any]) -> list[str]:
         "## Was the training enough?",
         "",
         *verdict_lines(training["verdict"]),
+        "",
+        *pipes(_BITS_HEADER, [(name, *map(_bits, found)) for name, found in bits_rows(facts)]),
         "",
         *pipes(_TRAINING_HEADER, rows),
         "",
@@ -177,8 +185,8 @@ def _curves(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _bits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _bits(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _sentences(facts: dict[str, Any]) -> list[str]:
@@ -210,10 +218,14 @@ def _tokens(facts: dict[str, Any]) -> list[str]:
             "-" if token["count"] is None else f"{token['count']:,}",
             "-" if token["count"] is None else f"{token['tokens_saved']:,}",
             token["origin"],
+            *(
+                "-" if token[key] is None else f"{token[key]:.1f}"
+                for key in ("bits_before", "bits")
+            ),
         )
         for token in facts["tokens"][:SHOWN_TOKENS]
     ]
-    header = ("token", "id", "count", "tokens saved", "origin")
+    header = ("token", "id", "count", "tokens saved", "origin", "bits before", "bits after")
     return ["## The first new tokens", "", *pipes(header, rows)] if rows else []
 
 

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from lexigraft.console import plain, plain_line
 from lexigraft.reporting import chinese
 from lexigraft.reporting.charts import charts
+from lexigraft.reporting.tables import bits_rows
 from lexigraft.reporting.words import Language, Words, reasons, speaker, unknown
 
 # Of the table of tokens: the column, and how its values are written.
@@ -37,6 +38,8 @@ COLUMNS = (
     ("targets", "count"),
     ("moved", "distance"),
     ("top1", "share"),
+    ("bits_before", "decimal"),
+    ("bits", "decimal"),
     ("verdict", "word"),
 )
 _NUMERIC = ("id", "count", "decimal", "distance", "share")
@@ -88,6 +91,7 @@ def page(facts: Mapping[str, Any], language: Language = "en", live: Live | None 
         reasons=reasons(facts, language) if facts["training"] else [],
         unknown=unknown(facts, language) if facts["training"] else [],
         tone=_TONES.get(facts["training"].get("verdict", {}).get("verdict", ""), ""),
+        bits=_bits(facts, t),
         log=_log(facts),
         models=_models(facts, t),
         proofs=list(_proofs(facts, t)),
@@ -192,6 +196,8 @@ def _row(token: Mapping[str, Any]) -> list[Any]:
         token["targets"],
         token["moved"],
         token["top1"],
+        token["bits_before"],
+        token["bits"],
         token["verdict"],
         token["bytes"],
     ]
@@ -319,6 +325,13 @@ def _terms(facts: Mapping[str, Any], t: Words, language: Language) -> list[tuple
             plain_line(fate(row)),
         )
         for row in facts["terms"]
+    ]
+
+
+def _bits(facts: Mapping[str, Any], t: Words) -> list[list[str]]:
+    return [
+        [t(f"training.{name}"), *("–" if value is None else f"{value:.3f}" for value in found)]
+        for name, found in bits_rows(facts)
     ]
 
 

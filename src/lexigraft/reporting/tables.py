@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lexigraft.models.verdict import verdict_lines
@@ -68,6 +68,23 @@ def pipes(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
     return [line(header), "|" + "|".join(rule) + "|", *map(line, rows)]
+
+
+def bits_rows(facts: Mapping[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """What held-out text costs, in bits per byte: `domain` and `general`, each with four figures.
+
+    These are of the untrained base, of the extended model before and after training, and of the
+    control with the same text. All are measured by training, on the same text. What has no figure
+    is left out.
+    """
+    training = facts["training"]
+    ends = {curve["model"]: (curve["points"][0], curve["points"][-1]) for curve in facts["curves"]}
+    if not training or "merged" not in ends:
+        return []
+    control = ends.get("control, equal text", ({}, {}))[1]
+    places = (training["base"], ends["merged"][0], training, control)
+    rows = [(name, [one.get(f"{name}_bpb") for one in places]) for name in ("domain", "general")]
+    return [(name, found) for name, found in rows if found[2] is not None]
 
 
 def model_table(state: RunState) -> list[str]:

@@ -123,9 +123,10 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "table.caption": (
         "The heads of columns sort. Seen: how often training predicted the token. Moved: how far "
         "its row is from where it started. Likeliest: where it should come next, how often it is "
-        "the model's first choice.",
+        "the model's first choice. Bits: what it costs the model there, before training and after.",
         "点击表头可排序。“训练次数”指训练中预测到该 token 的次数；“位移”指其行向量离起点的距离；"
-        "“首选率”指该出现它的地方，模型把它作为首选的比例。",
+        "“首选率”指该出现它的地方，模型把它作为首选的比例；"
+        "“比特”指模型在那里预测它的代价，训练前后各一列。",
     ),
     "table.script": (
         "Without scripts only the first tokens are listed; report.json holds all.",
@@ -141,6 +142,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "col.targets": ("seen", "训练次数"),
     "col.moved": ("moved", "位移"),
     "col.top1": ("likeliest", "首选率"),
+    "col.bits_before": ("bits before", "训练前比特"),
+    "col.bits": ("bits after", "训练后比特"),
     "col.verdict": ("verdict", "结论"),
     "merge": ("text", "文本"),
     "term": ("list", "清单"),
@@ -176,12 +179,15 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "training.note": (
         "Bits per byte are comparable across tokenizers; lower is better. The controls are the "
         "base without new tokens, trained in the same way: once on the same text, once with about "
-        "as much computing. The lines are measured while training, the table afterwards, as a rule "
-        "on more text: their figures differ.",
+        "as much computing. Figures above and lines are measured by training, the table of models "
+        "afterwards, as a rule on more text: they differ.",
         "“比特/字节”可在不同分词器之间比较，越低越好。对照组是不加新 token 的基座，以同样方式训练："
-        "一组用同样的文本，一组用大致相同的算力。曲线在训练过程中测得，"
-        "下表在训练之后测得，所用文本通常更多，因此数值不同。",
+        "一组用同样的文本，一组用大致相同的算力。上表和曲线由训练步骤测得，"
+        "模型对比表在训练之后测得，所用文本通常更多，因此数值不同。",
     ),
+    "bits.base": ("base, untrained", "基座（未训练）"),
+    "bits.before": ("before training", "训练前"),
+    "bits.after": ("after training", "训练后"),
     "training.log": ("All measurements", "全部测量值"),
     "log.bytes": ("trained on bytes", "训练字节数"),
     "log.old": ("of old tokens", "旧 token 部分"),
