@@ -75,6 +75,10 @@ class GrownHead(_Grown):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, D) -> logits (B, T, rows)."""
+        return torch.cat(self.parts(hidden), dim=-1)
+
+    def parts(self, hidden: Tensor) -> list[Tensor]:
+        """The logits in pieces (B, T, n), one behind the other, which need no copy of them all."""
         matrix, bias = self.inner.weight, self.inner.bias
         parts = (
             (matrix[: self.first_id], slice(0, self.first_id)),
@@ -87,7 +91,7 @@ class GrownHead(_Grown):
         if self.replaced:
             # In place, for `old` is the largest tensor of a step; its old values have no gradient.
             old.index_copy_(-1, self.ids[: self.replaced], new[..., : self.replaced].to(old.dtype))
-        return torch.cat([old, new[..., self.replaced :], padding], dim=-1)
+        return [old, new[..., self.replaced :], padding]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lexigraft.models.bits import nats
+from lexigraft.models.bits import POSITIONS, nats
 from lexigraft.models.load import evaluating
+from lexigraft.models.new_rows import GrownHead
 
 # Logits that are held at once in training: 64 MiB of float32, however many rows there are.
 LOGITS = 2**24
 _ToLogits = Callable[[Tensor], Tensor]
+_ToParts = Callable[[Tensor], list[Tensor]]
 _PROBED = 8  # positions on which the model itself is asked what it makes of its head
 
 
@@ -63,11 +65,15 @@ class NextToken:
         after = behind_head(unwrapped(model).config)
 
         def loss(head: Any, logits_of: _ToLogits, hidden: Tensor) -> Tensor:
+            def parts_of(states: Tensor) -> list[Tensor]:
+                parts = head.parts(states) if isinstance(head, GrownHead) else [logits_of(states)]
+                return [after(part) for part in parts if part.shape[-1]]
+
             parameters = [p for p in head.parameters() if p.requires_grad]
             kept = targets >= 0
             size = max(1, LOGITS // len(head.weight))
             total: Tensor = _HeadLoss.apply(
-                hidden[kept], targets[kept], lambda part: after(logits_of(part)), size, *parameters
+                hidden[kept], targets[kept], parts_of, size, *parameters
             )
             return total
 
@@ -82,7 +88,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
-        logits_of: _ToLogits,
+        parts_of: _ToParts,
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
@@ -93,12 +99,13 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         for begin in range(0, len(hidden), size):
             part = hidden[begin : begin + size].detach().requires_grad_()
             with torch.enable_grad():
-                loss = nats(logits_of(part), targets[begin : begin + size]).sum()
-            of_part, *others = torch.autograd.grad(loss, [part, *parameters])
+                logits = parts_of(part)
+            loss, gradients = _nats_in_place(logits, targets[begin : begin + size])
+            of_part, *others = torch.autograd.grad(logits, [part, *parameters], gradients)
             to_hidden[begin : begin + size] = of_part
             for place, gradient in enumerate(others):
                 sums[place] += gradient
-            total += loss.detach()
+            total += loss
         ctx.save_for_backward(
             to_hidden, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
         )
@@ -110,6 +117,39 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         to_hidden, *sums = ctx.saved_tensors
         hidden = (to_hidden.float() * scale).to(to_hidden.dtype)
         return hidden, None, None, None, *(s * scale.to(s.dtype) for s in sums)
+
+
+def _nats_in_place(parts: list[Tensor], targets: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """-log p of each target, summed, and its gradients, in the memory of the logits themselves.
+
+    Args:
+        parts: the logits (N, n) in pieces, one behind the other; of 32 bits, they are overwritten.
+        targets: (N,) of all columns.
+
+    Returns:
+        A scalar, float32, and a gradient for each part, in its type.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=targets.device)
+    gradients = [part.detach().float() for part in parts]
+    # On a CPU a few positions at a time, which then stay in the cache's reach.
+    few = POSITIONS if targets.device.type == "cpu" else len(targets)
+    for begin in range(0, len(targets), few):
+        here = [found[begin : begin + few] for found in gradients]
+        most = torch.stack([part.amax(-1) for part in here]).amax(0)[:, None]
+        wanted, own, column = targets[begin : begin + few], torch.zeros_like(most), 0
+        places = []
+        for part in here:
+            part.sub_(most)
+            rows = torch.nonzero((wanted >= column) & (wanted < column + part.shape[1]))[:, 0]
+            places.append((rows, wanted[rows] - column))
+            own[rows, 0] = part[places[-1]]
+            column += part.shape[1]
+        mass = sum(part.exp_().sum(-1, keepdim=True) for part in here)
+        total += (mass.log() - own).sum()
+        for part, place in zip(here, places, strict=True):
+            part.div_(mass)
+            part[place] -= 1.0
+    return total, [found.to(part.dtype) for found, part in zip(gradients, parts, strict=True)]
 
 
 def unwrapped(model: Any) -> Any:
