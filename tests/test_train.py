@@ -1,6 +1,7 @@
 """`train`, from a real extended tokenizer and a grafted model to a PEFT adapter."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -316,8 +317,6 @@ def test_what_cannot_be_trained_is_refused(place, tmp_path, changes, error, told
 
 
 def test_ids_without_a_row_are_found_before_training(place, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(place / "base_tied", broken)
     families.copy_tokenizer(place / "tied", broken)
@@ -342,7 +341,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(place, tmp_path):
         train(place / "tied", corpus=corpus, output=out, **options)
     with pytest.raises(LexigraftError, match="had seed 0, this one has 1"):
         train(place / "tied", corpus=corpus, output=out, resume=True, seed=1, **options)
-    again = train(place / "tied", corpus=corpus, output=out, resume=True, **options)
+    copied, changed = (shutil.copytree(place / "tied", tmp_path / name) for name in ("c", "d"))
+    parts.overwrite_row(changed, "model.layers.1.mlp.up_proj.weight", 3, b"\x01")
+    with pytest.raises(LexigraftError, match=r"had weights [0-9a-f]+, this one has") as caught:
+        train(changed, corpus=corpus, output=out, resume=True, **options)
+    assert "the same model" in caught.value.needed
+    again = train(copied, corpus=corpus, output=out, resume=True, **options)
     for name in ("adapter_model.safetensors", "lexigraft.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     for one, other in zip(again.log, whole.log, strict=True):

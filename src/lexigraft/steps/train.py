@@ -26,6 +26,7 @@ from lexigraft.files import (
     refuse_overwriting,
     replace_folder,
     sha256_bytes,
+    sha256_json,
     write_json,
 )
 from lexigraft.hub import local_folder
@@ -387,7 +388,9 @@ def _packed(
     force: bool,
 ) -> Iterator[Path]:
     """The run's workplace, with the packed texts in it; `family` is the model's."""
-    plan = plan_of(family, texts, settings)
+    model = Checkpoint.open(family.folder)
+    told = {"config": sha256_json(model.config), "weights": model.checksum()}
+    plan = {**plan_of(family, texts, settings), **told}
     with unfinished(output, plan, resume=resume, force=force) as folder:
         with disk_faults(output):
             pack_texts(family, texts, settings, folder / BLOCKS)
