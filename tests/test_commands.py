@@ -27,7 +27,7 @@ import extend
 import parts
 from lexigraft import graft, learn, merge, pipeline, train
 from lexigraft.cli import app
-from lexigraft.recipe import Recipe
+from lexigraft.recipe import Recipe, TrainStage
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,7 +59,7 @@ def commands(block):
 
 @cache
 def group():
-    return typer.main.get_command(app)
+    return typer.main.typer.main.get_command(app)
 
 
 def parse(words, *, whole=True):
@@ -428,3 +428,9 @@ def test_each_verb_says_what_comes_next_and_it_runs(world, tmp_path, monkeypatch
 def test_the_commands_of_a_page_run(page, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     walk(shown(page), world)
+
+
+def test_every_setting_of_a_stage_of_training_is_an_option_too():
+    """But for `share`, by which stages divide one text."""
+    options = {option.name for option in typer.main.get_command(app).commands["train"].params}
+    assert TrainStage.model_fields.keys() - options == {"share"}

@@ -35,6 +35,7 @@ def test_each_run_starts_anew_and_ends_as_training_does(place, tmp_path, mode):
     assert result.log[0]["domain_bpb"] == table.domain_bpb
     told = "\n".join(table.lines())
     assert "recommended" in told and "--new-row-learning-rate" in told
+    assert (" body " in told) == ("try: --learning-rate" in told) == (mode == "full")
 
 
 def test_the_lowest_rate_that_does_nearly_as_well_is_recommended():

@@ -295,6 +295,9 @@ def train(
         str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16, int8 or nf4.")
     ] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
+    lora_alpha: Annotated[
+        float, typer.Option(help="What LoRA adds is multiplied by this over the rank.")
+    ] = 32.0,
     replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
     replay_schedule: Annotated[
         str, typer.Option(help="even, or early: all general text in the first part.")
@@ -323,6 +326,9 @@ def train(
     measurements: Annotated[
         int, typer.Option(help="How often held-out text is measured.", min=1)
     ] = 4,
+    measured_bytes: Annotated[
+        int, typer.Option(help="Held-out text of each kind that is measured, at most.", min=1)
+    ] = 16_384,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")
     ] = None,
@@ -362,8 +368,10 @@ def train(
         "gradient_checkpointing": gradient_checkpointing,
         "dtype": dtype,
         "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
         "replay": replay,
         "replay_schedule": replay_schedule,
+        "measured_bytes": measured_bytes,
         "trust_remote_code": trust_remote_code,
         "seed": seed,
     }

@@ -320,9 +320,13 @@ def with_blocks_of_text(family: Family, texts: Texts, settings: Settings) -> Set
 
     Args:
         family: the model's; one without new tokens keeps its `block_size`.
+
+    Raises:
+        LexigraftError: such a block is longer than the positions that the config tells of.
     """
     ids = new_ids(family.folder, family)
     if not len(ids):
+        require_block(settings.block_size, context_limit(family.folder))
         return settings
     new = new_tokens(family.folder, family, ids)
     sample = itertools.islice(in_order(texts.domain, 0), _FIRST)
@@ -330,11 +334,34 @@ def with_blocks_of_text(family: Family, texts: Texts, settings: Settings) -> Set
     known = [(len(line), len(spelled)) for line, spelled in pairs if spelled is not None]
     after, before = (sum(lengths) for lengths in zip(*known, strict=True)) if known else (1, 1)
     size = max(SMALLEST_BLOCK, round(settings.block_size * after / max(before, 1)))
+    require_block(size, context_limit(family.folder), asked=settings.block_size)
     if size != settings.block_size:
         note(
             f"blocks of {size:,} tokens: as much text as {settings.block_size:,} tokens of the base"
         )
     return replace(settings, block_size=size)
+
+
+def require_block(size: int, limit: int, *, asked: int | None = None) -> None:
+    """Stop where blocks are longer than a model's positions.
+
+    Args:
+        size: tokens of a block.
+        limit: the most that the model can place.
+        asked: what the user asked for, in tokens of the base, where that is another number.
+
+    Raises:
+        LexigraftError: they are.
+    """
+    if size <= limit:
+        return
+    asked = asked or size
+    same = "" if asked == size else f" (as much text as {size} tokens with new words)"
+    raise LexigraftError(
+        f"--block-size {asked}{same}",
+        needed=f"blocks of at most {limit} tokens, the model's positions",
+        fix=f"use --block-size {max(SMALLEST_BLOCK, limit * asked // size)}",
+    )
 
 
 @working("packing texts")

@@ -25,19 +25,29 @@ from lexigraft.models.training import Monitor, Schedule, fit
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # Short runs favour high rates, so the lowest one is recommended that gets so much of the best fall.
 ENOUGH = 0.9
+_OPTIONS = ("--learning-rate", "--new-row-learning-rate")
 
 Measure = Callable[[], dict[str, float | None]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run: its rates, and bits per byte at its end; None where it diverged."""
+    """A short run: its rates, and bits per byte at its end; None where it diverged.
+
+    A rate is None where it moves nothing: that of the body in mode `rows`, that of new rows in a
+    model without any.
+    """
 
     factor: float
-    learning_rate: float
-    new_row_learning_rate: float
+    learning_rate: float | None
+    new_row_learning_rate: float | None
     domain_bpb: float | None
     general_bpb: float | None
+
+    @property
+    def rates(self) -> dict[str, float | None]:
+        """By what they move, in the order of `_OPTIONS`."""
+        return {"body": self.learning_rate, "new rows": self.new_row_learning_rate}
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,15 @@ class RateTable:
 
     def lines(self) -> list[str]:
         """What a person reads."""
+        heads = [head for head, rate in self.trials[0].rates.items() if rate is not None]
         found = [
             f"bits per byte after {self.steps:,} steps; before: domain {_bpb(self.domain_bpb)}, "
             f"general {_bpb(self.general_bpb)}",
-            f"{'body':>10} {'new rows':>10} {'domain':>9} {'general':>9}",
+            "".join(f"{head:>10} " for head in heads) + f"{'domain':>9} {'general':>9}",
         ]
         found += [
-            f"{trial.learning_rate:10.2g} {trial.new_row_learning_rate:10.2g} "
-            f"{_bpb(trial.domain_bpb):>9} {_bpb(trial.general_bpb):>9}"
+            "".join(f"{trial.rates[head]:10.2g} " for head in heads)
+            + f"{_bpb(trial.domain_bpb):>9} {_bpb(trial.general_bpb):>9}"
             + ("  <- recommended" if trial == self.recommended else "")
             for trial in self.trials
         ]
@@ -78,11 +89,12 @@ class RateTable:
             return [*found, "none of these rates made the text cheaper: try lower ones"]
         if self.recommended == self.trials[-1]:
             found.append("the highest rate tried: look further up from there")
-        return [
-            *found,
-            f"try: --learning-rate {self.recommended.learning_rate:.2g} "
-            f"--new-row-learning-rate {self.recommended.new_row_learning_rate:.2g}",
+        options = [
+            f"{option} {rate:.2g}"
+            for option, rate in zip(_OPTIONS, self.recommended.rates.values(), strict=True)
+            if rate is not None
         ]
+        return [*found, f"try: {' '.join(options)}"]
 
 
 def _bpb(value: float | None) -> str:
@@ -115,6 +127,7 @@ def sweep(
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().cpu().clone() for p in trained]
+    has_body = len(trained) > len(rows.parameters if rows else ())
     trials = []
     for factor in FACTORS:
         rates = replace(
@@ -135,8 +148,8 @@ def sweep(
         trials.append(
             Trial(
                 factor,
-                rates.learning_rate,
-                rates.new_row_learning_rate,
+                rates.learning_rate if has_body else None,
+                rates.new_row_learning_rate if rows else None,
                 after["domain_bpb"],
                 after["general_bpb"],
             )

@@ -56,6 +56,7 @@ from lexigraft.models.preparation import (
     plan_of,
     prepare,
     read_texts,
+    require_block,
     with_blocks_of_text,
 )
 from lexigraft.models.processes import (
@@ -693,13 +694,7 @@ def _gathered(job: Job, folder: Path, *, trust_remote_code: bool) -> tuple[Any, 
 def _require_fit(job: Job, model: Any) -> None:
     require_row(job.folder, model, job.family, job.highest)
     require_next_token(model, job.blocks.inputs[0].tolist())
-    limit = context_limit(model)
-    if job.settings.block_size > limit:
-        raise LexigraftError(
-            f"--block-size {job.settings.block_size}",
-            needed=f"at most {limit}, the model's positions",
-            fix=f"use --block-size {limit}",
-        )
+    require_block(job.settings.block_size, context_limit(model))
 
 
 def _tell(job: Job, trained: Any) -> None:
