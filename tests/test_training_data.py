@@ -80,6 +80,24 @@ def test_a_source_of_weight_2_is_read_twice(tmp_path):
     assert len(own) == 2 * len(set(own)) > 300
 
 
+@pytest.mark.parametrize("general", [[], [f"general {i} 心" * 9 for i in range(60)]])
+@pytest.mark.parametrize("shares", [(0.2, 0.21, 0.2101, 1), (0.003, 0.5, 1), (1,)])
+def test_shares_of_a_text_are_read_once_to_the_last_character(shares, general):
+    """A document in which one stage ends is gone on with in the next, wherever it is parted."""
+    texts = [text + "\n冠 y" * (i % 7) for i, text in enumerate(TEXTS)]
+    size = sum(len(text.encode()) for text in texts)
+    ends = [int(size * share) for share in shares]
+    whole = list(reading(texts, general, seed=0, max_bytes=size))
+    stages = [
+        list(reading(texts, general, seed=0, max_bytes=end, skipped=begin))
+        for begin, end in itertools.pairwise([0, *ends])
+    ]
+    assert "".join(itertools.chain(*stages)) == "".join(whole)
+    assert all(map(all, stages))
+    if not general:
+        assert sorted(whole) == sorted(texts)
+
+
 @pytest.mark.parametrize("replay", [0.1, 0.3, 0.6])
 def test_early_replay_is_all_in_the_first_part(replay):
     domain = [f"domain {i} " + "x" * (i % 90) for i in range(400)]

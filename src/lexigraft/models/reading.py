@@ -141,8 +141,8 @@ def reading(
 
     Args:
         general: in the `pieces` that are mixed in.
-        skipped: bytes at the beginning that are left to others: the text in which they end is read
-            by them.
+        skipped: bytes at the beginning that are left to others: what reads up to there, and this,
+            part a text between them where a window of it would end.
         replay: the share of general text among all bytes, where general text is given.
         early: how many bytes there will be about: then all general text comes first, half of the
             bytes until its share of these is read. Without it, it is spread evenly.
@@ -158,15 +158,16 @@ def reading(
             of_general += added
             size += added
         for text in texts:
-            left = max_bytes - total
-            if left <= 0:
+            if total >= max_bytes:
                 return
-            is_whole = len(text.encode()) <= left
-            if total >= skipped:
-                yield text if is_whole else windows(text, left)[0]
+            if part := _up_to(text, max_bytes - total)[len(_up_to(text, skipped - total)) :]:
+                yield part
             total += len(text.encode())
-            if not is_whole:
-                return
+
+
+def _up_to(text: str, size: int) -> str:
+    """The beginning of a text: at most so many bytes of UTF-8, cut as a window is."""
+    return windows(text, size)[0] if size > 0 else ""
 
 
 def _due(read: int, replay: float, early: int | None) -> float:
