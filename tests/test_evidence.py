@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import parts
 from lexigraft import evaluate, families, graft, merge, train
 from lexigraft.families.measure import new_ids
 from lexigraft.files import read_json
@@ -26,6 +27,8 @@ def place(extended, tmp_path_factory):
     """What `extended` holds, its grafted model, an adapter of some training, and the merge."""
     folder = tmp_path_factory.mktemp("evidence")
     shutil.copytree(extended, folder, dirs_exist_ok=True)
+    with (folder / "general.txt").open("a", encoding="utf-8") as stream:  # with new tokens in it
+        stream.write("\n\n" + parts.corpus_text(seed=5, documents=40))
     graft(folder / "base", folder / "vocab", output=folder / "model")
     train(
         folder / "model", corpus=[folder / "corpus.txt"], general=[folder / "general.txt"],
@@ -53,10 +56,10 @@ def trained(place):
     return load_model(place / "merged")
 
 
-def slow_targets(job, model):
-    """(token, -ln p, rank, leak, the likeliest id, its context) of every new token held out."""
+def slow_targets(job, model, texts=None):
+    """(token, -ln p, rank, leak, the likeliest id, its context) of new tokens in domain text."""
     found = []
-    for ids in job.family.encode_batch(job.texts.held_domain):
+    for ids in job.family.encode_batch(texts or job.texts.held_domain):
         line = [*job.start, *ids]
         with torch.inference_mode():
             p = model(torch.tensor([line])).logits[0].double().softmax(-1)
@@ -87,7 +90,11 @@ def test_the_loss_is_split_by_old_and_new_targets(job, trained, told):
 
 
 def test_every_row_has_its_evidence(place, job, trained, told):
-    slow, before = slow_targets(job, trained), slow_targets(job, load_model(place / "model"))
+    held = [*job.texts.held_domain, *job.texts.held_general]
+    slow, before = (
+        slow_targets(job, model, held) for model in (trained, load_model(place / "model"))
+    )
+    assert len(slow) > len(slow_targets(job, trained))  # some stand in general text
     rows = {row["id"]: row for row in told["rows"]}
     assert list(rows) == list(job.ids)
     targets, inputs = (

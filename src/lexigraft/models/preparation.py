@@ -140,8 +140,9 @@ class Subject:
         return self.new.ids
 
     def held_lines(self) -> list[list[int]]:
-        """The lines of held-out domain text, each with what stands before a text."""
-        return [[*self.start, *ids] for ids in self.family.encode_batch(self.texts.held_domain)]
+        """The lines of held-out text, of either kind, each with what stands before a text."""
+        held = [*self.texts.held_domain, *self.texts.held_general]
+        return [[*self.start, *ids] for ids in self.family.encode_batch(held)]
 
 
 @dataclass(frozen=True)
@@ -570,11 +571,11 @@ def look(job: Subject, model: Any) -> tuple[dict[str, float | None], dict[int, f
 
     Returns:
         `domain_bpb` and `general_bpb`, bits per byte; for a model with new tokens also what
-        `evidence.shares` says of the domain text. And `evidence.bits_of` these tokens there.
+        `evidence.shares` says of the domain text. And `evidence.bits_of` these tokens in both.
     """
     field, general = job.texts.held_domain, job.texts.held_general
     lines, everyday = map(job.family.encode_batch, (field, general))
-    watcher = Watcher(job.new, lines)
+    watchers = Watcher(job.new, lines), Watcher(job.new, everyday)
     with progress("measuring held-out text", job.texts.held_bytes) as advance:
         domain = score(
             model,
@@ -583,16 +584,18 @@ def look(job: Subject, model: Any) -> tuple[dict[str, float | None], dict[int, f
             start=job.start,
             new_ids=job.ids,
             advance=advance,
-            observe=watcher,
+            observe=watchers[0],
         )
-        apart = score(model, general, everyday, start=job.start, advance=advance)
+        apart = score(
+            model, general, everyday, start=job.start, advance=advance, observe=watchers[1]
+        )
     found = {
         "domain_bpb": domain.bpb if domain.bytes else None,
         "general_bpb": apart.bpb if apart.bytes else None,
     }
     if len(job.ids):
-        found |= shares(watcher.targets, job.new, domain)
-    return found, bits_of(watcher.targets)
+        found |= shares(watchers[0].targets, job.new, domain)
+    return found, bits_of([target for watcher in watchers for target in watcher.targets])
 
 
 def base_measure(
