@@ -128,7 +128,7 @@ FAULTS = [
     (
         "no mode",
         ["train", "{root}/model", "--corpus", "{root}/c.txt", "--mode", "head", "-o", "{out}/o"],
-        "lora, rows, full",
+        "'rows', 'lora' or 'full'",
     ),
     (
         "no method",

@@ -16,6 +16,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import typer
@@ -27,6 +28,7 @@ import extend
 import parts
 from lexigraft import graft, learn, merge, pipeline, train
 from lexigraft.cli import app
+from lexigraft.models.load import FLOATS, QUANTISED
 from lexigraft.recipe import Recipe, TrainStage
 
 ROOT = Path(__file__).parents[1]
@@ -434,3 +436,5 @@ def test_every_setting_of_a_stage_of_training_is_an_option_too():
     """But for `share`, by which stages divide one text."""
     options = {option.name for option in typer.main.get_command(app).commands["train"].params}
     assert TrainStage.model_fields.keys() - options == {"share"}
+    dtypes = get_args(get_args(TrainStage.model_fields["dtype"].annotation)[0])
+    assert dtypes == ("auto", *FLOATS, *QUANTISED)

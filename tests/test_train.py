@@ -16,7 +16,8 @@ from lexigraft.manifest import Manifest
 from lexigraft.models.adapter_files import lora_config, make_trainable
 from lexigraft.models.bits import score, windows
 from lexigraft.models.load import load_model, start_and_end
-from lexigraft.models.preparation import Settings, measure, prepare, read_texts
+from lexigraft.models.preparation import measure, prepare, read_texts
+from lexigraft.models.settings import Settings
 from lexigraft.models.training import Schedule, fit, rate
 
 torch.set_num_threads(1)
@@ -299,8 +300,8 @@ def test_the_learning_rate_warms_up_from_the_first_step():
         ({"max_steps": 0}, LexigraftError, "--max-steps 0"),
         ({"max_bytes": 0}, LexigraftError, "--max-bytes 0"),
         ({"learning_rate": -1.0}, LexigraftError, "--learning-rate -1.0"),
-        ({"new_row_learning_rate": math.nan}, LexigraftError, "at least 1e-12"),
-        ({"replay": 1.0}, LexigraftError, "at most 0.9"),
+        ({"new_row_learning_rate": math.nan}, LexigraftError, "greater than 0"),
+        ({"replay": 1.0}, LexigraftError, "less than or equal to 0.9"),
         ({"share": (0.2, 1)}, LexigraftError, "beside max_steps"),
         ({"measurements": 0}, LexigraftError, "--measurements 0"),
     ],

@@ -285,7 +285,8 @@ LIMITED = """
 import resource, sys
 import numba, torch, transformers
 from pathlib import Path
-from lexigraft.models.preparation import Settings, occurrences, prepare, read_texts
+from lexigraft.models.preparation import occurrences, prepare, read_texts
+from lexigraft.models.settings import Settings
 sys.path.insert(0, {tests!r})
 from test_train import settings
 model, corpus, cache = map(Path, sys.argv[1:4])

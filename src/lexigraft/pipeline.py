@@ -300,7 +300,7 @@ def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
 
 def _work(stage: TrainStage) -> float:
     """What a token costs in a stage, of one through the whole body and back."""
-    from lexigraft.steps.train import DISTILL_PASSES
+    from lexigraft.models.settings import DISTILL_PASSES
 
     if stage.objective != "distill":
         return 1.0

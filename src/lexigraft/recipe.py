@@ -126,6 +126,7 @@ class TrainStage(_Part):
     general_limit: float | None = Field(default=None, ge=0, lt=1)
     measurements: int | None = Field(default=None, ge=1)
     measured_bytes: int | None = Field(default=None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_limit(self) -> TrainStage:

@@ -254,7 +254,7 @@ def train(
     ] = "lm",
     passes: Annotated[
         int | None,
-        typer.Option(help="Times the text is read.", show_default="1; distill: 4", min=1),
+        typer.Option(help="Times the text is read.", show_default="1; distill: 4"),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after so much text.")] = None,
@@ -262,13 +262,11 @@ def train(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Text per block, in tokens of the base.", show_default="512; distill: 256", min=8
+            help="Text per block, in tokens of the base.", show_default="512; distill: 256"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks at a time.", min=1)] = 1,
-    gradient_accumulation: Annotated[
-        int, typer.Option(help="Batches that make a step.", min=1)
-    ] = 1,
+    batch_size: Annotated[int, typer.Option(help="Blocks at a time.")] = 1,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches that make a step.")] = 1,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Peak rate of the body.", show_default="by mode and size"),
@@ -280,13 +278,13 @@ def train(
         str, typer.Option(help="With --mode full: frozen, or slow: they train too.")
     ] = "frozen",
     old_row_scale: Annotated[
-        float, typer.Option(help="Rate of slow old rows over the body's.", min=0)
+        float, typer.Option(help="Rate of slow old rows over the body's.")
     ] = 0.1,
     schedule: Annotated[str, typer.Option(help="cosine, wsd or constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps.", min=0, max=0.9)] = 0.05,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
     weight_decay: Annotated[
         float | None,
-        typer.Option(help="Of the body's matrices.", show_default="0; full: 0.1", min=0),
+        typer.Option(help="Of the body's matrices.", show_default="0; full: 0.1"),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -294,11 +292,11 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16, int8 or nf4.")
     ] = "auto",
-    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 16,
     lora_alpha: Annotated[
         float, typer.Option(help="What LoRA adds is multiplied by this over the rank.")
     ] = 32.0,
-    replay: Annotated[float, typer.Option(help="Share of general text.", min=0, max=0.9)] = 0.1,
+    replay: Annotated[float, typer.Option(help="Share of general text.")] = 0.1,
     replay_schedule: Annotated[
         str, typer.Option(help="even, or early: all general text in the first part.")
     ] = "even",
@@ -313,7 +311,6 @@ def train(
         typer.Option(
             help="Stop after so many measurements without a better one.",
             show_default="never; distill: 2",
-            min=1,
         ),
     ] = None,
     general_limit: Annotated[
@@ -323,11 +320,9 @@ def train(
     report_to: Annotated[
         list[str], typer.Option(help="A tracker that Trainer knows, such as wandb. Repeatable.")
     ] = NONE,
-    measurements: Annotated[
-        int, typer.Option(help="How often held-out text is measured.", min=1)
-    ] = 4,
+    measurements: Annotated[int, typer.Option(help="How often held-out text is measured.")] = 4,
     measured_bytes: Annotated[
-        int, typer.Option(help="Held-out text of each kind that is measured, at most.", min=1)
+        int, typer.Option(help="Held-out text of each kind that is measured, at most.")
     ] = 16_384,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", show_default="a tenth")

@@ -21,7 +21,7 @@ from lexigraft.errors import LexigraftError
 from lexigraft.families import Family
 from lexigraft.families.measure import new_ids
 from lexigraft.families.tokenmap import readable
-from lexigraft.files import read_json, read_object, require_free_space, sha256_json, write_json
+from lexigraft.files import read_json, require_free_space, sha256_json, write_json
 from lexigraft.manifest import Manifest, NewIds, TextSource
 from lexigraft.models.bits import score, windows
 from lexigraft.models.evidence import (
@@ -42,8 +42,9 @@ from lexigraft.models.load import (
     rows_on_disk,
     start_and_end,
 )
-from lexigraft.models.packing import KEEPS_APART, Blocks, pack, packed, repeated
+from lexigraft.models.packing import Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
+from lexigraft.models.settings import Settings
 from lexigraft.models.verdict import Thresholds
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
@@ -54,49 +55,6 @@ _PACKED = 8  # bytes of packed blocks per byte of text: three numbers of 4 bytes
 _FIRST = 64  # documents that tell how long tokens are
 SMALLEST_BLOCK = 8
 _CHUNK = 2**18  # tokens that are looked at together
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the trained weights, next to model and texts.
-
-    `max_steps`, `max_bytes`, `max_tokens` of None are no limit; without any, one pass is made, or
-    that part of it which `share` says.
-    """
-
-    mode: str = "lora"
-    max_steps: int | None = None
-    max_bytes: int | None = None
-    max_tokens: int | None = None
-    block_size: int = 512
-    batch_size: int = 1
-    learning_rate: float = 1e-3
-    new_row_learning_rate: float = 3e-3
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    replay: float = 0.1
-    seed: int = 0
-    old_rows: str = "frozen"
-    old_row_scale: float = 0.1
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    dtype: str = "auto"
-    processes: int = 1
-    objective: str = "lm"
-    passes: int = 1
-    apart: bool = False
-    replay_schedule: str = "even"
-    patience: int | None = None
-    general_limit: float | None = None
-    share: Sequence[float] | None = None
-
-    @property
-    def step_blocks(self) -> int:
-        """Blocks of one step: over all batches and processes."""
-        return self.batch_size * self.gradient_accumulation * self.processes
 
 
 @dataclass(frozen=True)
@@ -396,13 +354,6 @@ def prepare(folder: Path, texts: Texts, settings: Settings, cache: Path | None =
     job = Job(folder, family, new, start, texts, blocks, highest, steps, settings)
     _tell_of_rare_ones(job)
     return job
-
-
-def keeps_apart(folder: Path) -> bool:
-    """Whether the model in `folder`, and one inside it, are known to keep documents apart."""
-    config = read_object(folder / "config.json")
-    parts = [config, config["text_config"]] if "text_config" in config else [config]
-    return KEEPS_APART.issuperset(part.get("model_type") for part in parts)
 
 
 def pack_texts(family: Family, texts: Texts, settings: Settings, cache: Path | None) -> Blocks:

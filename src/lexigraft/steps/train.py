@@ -32,23 +32,12 @@ from lexigraft.files import (
 from lexigraft.hub import local_folder
 from lexigraft.manifest import NEW_TOKENS, Manifest, TrainRecord, versions
 from lexigraft.models.bits import require_next_token
-from lexigraft.models.load import (
-    FLOATS,
-    QUANTISED,
-    context_limit,
-    device,
-    load_model,
-    require_packages,
-    require_row,
-)
+from lexigraft.models.load import context_limit, load_model, require_row
 from lexigraft.models.preparation import (
-    SMALLEST_BLOCK,
     Job,
-    Settings,
     Texts,
     base_measure,
     evidence,
-    keeps_apart,
     look,
     measure,
     new_target_share,
@@ -66,6 +55,7 @@ from lexigraft.models.processes import (
     shared,
     uses_deepspeed,
 )
+from lexigraft.models.settings import Settings, require_in_range, settings_of
 from lexigraft.models.trackers import trackers
 from lexigraft.models.unfinished import partial_of, unfinished
 from lexigraft.models.verdict import adoption, judge, verdict_lines
@@ -78,48 +68,8 @@ if TYPE_CHECKING:
     from lexigraft.models.stopping import StopRule
     from lexigraft.models.training import Monitor, Schedule
 
-KNOWN = {
-    "mode": ("lora", "rows", "full"),
-    "objective": ("lm", "distill"),
-    "old_rows": ("frozen", "slow"),
-    "schedule": ("cosine", "wsd", "constant"),
-    "replay_schedule": ("even", "early"),
-    "dtype": ("auto", *FLOATS, *QUANTISED),
-}
-# The least and the most that a number may be.
-RANGES = {
-    "passes": (1, math.inf),
-    "max_steps": (1, math.inf),
-    "max_bytes": (1, math.inf),
-    "max_tokens": (1, math.inf),
-    "block_size": (SMALLEST_BLOCK, math.inf),
-    "batch_size": (1, math.inf),
-    "gradient_accumulation": (1, math.inf),
-    "learning_rate": (1e-12, math.inf),
-    "new_row_learning_rate": (1e-12, math.inf),
-    "old_row_scale": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "warmup": (0, 0.9),
-    "lora_rank": (1, math.inf),
-    "lora_alpha": (1e-12, math.inf),
-    "replay": (0, 0.9),
-    "patience": (1, math.inf),
-    "general_limit": (0, math.inf),
-    "measurements": (1, math.inf),
-    "measured_bytes": (1, math.inf),
-    "save_steps": (1, math.inf),
-}
-# Peaks of body and new rows by mode, below and from LARGE parameters on: docs/training.md
-RATES = {
-    "rows": ((3e-3, 3e-3), (6e-4, 6e-4)),
-    "lora": ((1e-3, 3e-3), (2e-4, 6e-4)),
-    "full": ((5e-5, 5e-4), (5e-5, 5e-4)),
-}
-LARGE = 10**9
 BLOCKS = "blocks"  # folder of the packed texts, in a run's workplace
-FULL_WEIGHT_DECAY = 0.1
 FINDER_STEPS = 20
-DISTILL_PASSES = 4  # the teacher reads once, and later passes are a fifth of the work
 DISTILL_PATIENCE = 2  # measurements, by default one in each pass
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers")
 
@@ -273,7 +223,7 @@ def train(
             `batch_size` blocks are computed at once, and `gradient_accumulation` such batches make
             a step (of each process, where there are several).
         learning_rate, new_row_learning_rate: peaks, of the body and of the new rows; by default
-            `RATES`, by mode and size of the model.
+            `models.settings.RATES`, by mode and size of the model.
         old_rows: in mode `full`, `frozen`, or `slow`: trained at `old_row_scale` of the body's
             rate.
         weight_decay: of the body's matrices, never of rows; by default 0, in mode `full` 0.1.
@@ -304,12 +254,14 @@ def train(
             the mode cannot train.
     """
     require_known_way(objective=objective, dtype=dtype)
-    _require_ranges(measurements=measurements, measured_bytes=measured_bytes, save_steps=save_steps)
+    require_in_range(
+        measurements=measurements, measured_bytes=measured_bytes, save_steps=save_steps
+    )
     asked = trackers(report_to)
     output = Path(output)
     source = local_folder(model)
     origin = None if base is None else local_folder(base)
-    settings = _settings(
+    settings = settings_of(
         source,
         mode=mode,
         max_steps=max_steps,
@@ -430,8 +382,8 @@ def find_learning_rate(
             fix="run it without a launcher, with --gradient-accumulation for the same step",
         )
     source = local_folder(model)
-    _require_ranges(max_steps=max_steps, measured_bytes=measured_bytes)
-    wanted = _settings(
+    require_in_range(max_steps=max_steps, measured_bytes=measured_bytes)
+    wanted = settings_of(
         source, **{**settings, "max_steps": max_steps or FINDER_STEPS, "max_bytes": None}
     )
     texts = read_texts(corpus, general, held_out, seed=wanted.seed, measured_bytes=measured_bytes)
@@ -451,116 +403,6 @@ def find_learning_rate(
         measure=lambda: measure(job, trained),
         objective=lambda: _objective(job, trained, rows),
     )
-
-
-def _settings(source: Path, **given: Any) -> Settings:
-    """What decides the weights; what is None, or not given, takes the default of mode and size."""
-    _require_ranges(**given)
-    for name, known in KNOWN.items():
-        if given.get(name, known[0]) not in known:
-            option = "--" + name.replace("_", "-")
-            raise LexigraftError(
-                f"{option} {given[name]}",
-                needed=f"one of {', '.join(known)}",
-                fix=f"use {option} {known[0]}",
-            )
-    _require_model(source)
-    mode = given.setdefault("mode", "lora")
-    objective = given.setdefault("objective", "lm")
-    _require_sense(mode, objective, given.get("old_rows", "frozen"), given.get("dtype", "auto"))
-    body, row = _rates(source, mode)
-    defaults = {
-        "learning_rate": body,
-        "new_row_learning_rate": row,
-        "weight_decay": FULL_WEIGHT_DECAY if mode == "full" else 0.0,
-        "processes": process_count(),
-        "passes": DISTILL_PASSES if objective == "distill" else 1,
-        "block_size": min(256, context_limit(source) // 4) if objective == "distill" else 512,
-        "apart": not keeps_apart(source),
-    }
-    given["share"] = _part(given)
-    wanted = Settings(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
-    if wanted.apart:
-        note(
-            f"this kind of model lets the documents of a block see each other: each begins a new "
-            f"block of {wanted.block_size} tokens (--block-size: smaller ones waste less)"
-        )
-    return wanted
-
-
-def _require_model(source: Path) -> None:
-    if (source / "config.json").is_file():
-        return
-    is_adapter = (source / "adapter_config.json").is_file()
-    raise LexigraftError(
-        f"{source} holds {'an adapter' if is_adapter else 'no model'} (no config.json)",
-        needed="a model, such as `lexigraft graft` writes",
-        fix=f"lexigraft {f'merge MODEL {source}' if is_adapter else f'graft BASE {source}'} -o OUT",
-    )
-
-
-def _require_ranges(**given: Any) -> None:
-    for name in RANGES.keys() & {key for key, value in given.items() if value is not None}:
-        least, most = RANGES[name]
-        if not least <= given[name] <= most:  # so that what is no number is refused too
-            option = "--" + name.replace("_", "-")
-            raise LexigraftError(
-                f"{option} {given[name]}",
-                needed=f"at least {least:g}"
-                + (f" and at most {most:g}" if most < math.inf else ""),
-                fix=f"use {option} {least:g} or more, or leave it out",
-            )
-
-
-def _part(given: dict[str, Any]) -> list[float] | None:
-    """The share of the text that is asked for; a list, as JSON gives it back to a resumed run."""
-    if given.get("share") is None:
-        return None
-    begin, end = given["share"]
-    limits = [name for name in ("max_steps", "max_bytes", "max_tokens") if given.get(name)]
-    if limits or not 0 <= begin < end:
-        raise LexigraftError(
-            f"a share from {begin} to {end}" + (f" beside {limits[0]}" if limits else ""),
-            needed="a part of the text that begins before it ends, and no other limit",
-            fix="leave one of the two out" if limits else "give it as (0.2, 1)",
-        )
-    return [begin, end]
-
-
-def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
-    if objective == "distill" and mode != "rows":
-        raise LexigraftError(
-            f"--objective distill with --mode {mode}",
-            needed="--mode rows: a body that moves is no teacher",
-            fix="distil first with --mode rows, merge, and train with --objective lm",
-        )
-    if old_rows != "frozen" and mode != "full":
-        raise LexigraftError(
-            f"--old-rows {old_rows} with --mode {mode}",
-            needed="--mode full: an adapter holds new rows alone",
-            fix="add --mode full, or leave --old-rows out",
-        )
-    if dtype in QUANTISED and mode != "lora":
-        raise RefusalError(
-            f"--dtype {dtype} with --mode {mode}",
-            needed="--mode lora: weights of few bits cannot be trained, and Trainer refuses them "
-            "without LoRA",
-            fix="use --mode lora, or --dtype bfloat16",
-        )
-    require_packages(dtype)  # before any text is read
-    if dtype == "float16" and (mode == "full" or device() == "cpu"):
-        raise RefusalError(
-            f"--dtype float16 with --mode {mode} on {device()}",
-            needed="frozen float16 weights on a GPU: gradients of 16-bit floats need loss scaling, "
-            "which needs float32 weights and a GPU",
-            fix="use --dtype bfloat16 or --dtype float32",
-        )
-
-
-def _rates(source: Path, mode: str) -> tuple[float, float]:
-    tensors = Checkpoint.open(source).tensors.values()
-    large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
-    return RATES[mode][large]
 
 
 def _require_rows_to_train(job: Job) -> None:
