@@ -10,7 +10,9 @@ in the same order and are measured on the same held-out windows:
 - default: new words whose rows start as transformers' resize makes them; new rows and LoRA;
 - ours: the same, with rows by `graft --init auto`;
 - distilled: the same, after `train --mode rows --objective distill` on the same text;
-- adapted first: the control, merged, then grafted and distilled from its own reading.
+- distilled layers: the same, with `--mode lora`, so that the first layers learn to read too;
+- adapted first: the control, merged, then grafted and distilled from its own reading;
+- adapted layers: the same with the first layers, then new rows and LoRA on the text again.
 
 For each seed: documents are split anew into held-out and training text, `learn` chooses words by
 the support that they have in the training text (and, beside that, a larger number asked for).
@@ -53,7 +55,10 @@ TEXTS = {
     "zh": ("zh_med_medqa_exam.txt",),
 }
 GENERAL = "en_gen_wikitext2_valid_test.txt"
-ARMS = ("control", "default", "ours", "distilled", "adapted first")
+ARMS = (
+    *("control", "default", "ours", "distilled", "distilled layers"),
+    *("adapted first", "adapted layers"),
+)
 SUPPORTED, LARGER = "by support", "larger"
 HELD_OUT = 0.05  # of the documents
 # The control's curve is read between its measurements, for equal compute.
@@ -120,19 +125,31 @@ class Bench:
         model = self._graft(self.base, self._vocab(case, folder), folder / "ours-model")
         return self._expanded(case, folder, "ours", model, [])
 
-    def _distilled(self, case: Case, folder: Path) -> dict[str, Any]:
-        model = self._graft(self.base, self._vocab(case, folder), folder / "distilled-model")
-        model, stage = self._distil(case, model, folder / "distilled")
-        return self._expanded(case, folder, "distilled", model, [stage])
+    def _distilled(
+        self, case: Case, folder: Path, name: str = "distilled", mode: str = "rows"
+    ) -> dict[str, Any]:
+        model = self._graft(self.base, self._vocab(case, folder), folder / f"{name}-model")
+        model, stage = self._distil(case, model, folder / name, mode)
+        return self._expanded(case, folder, name, model, [stage])
 
-    def _adapted_first(self, case: Case, folder: Path) -> dict[str, Any]:
+    def _distilled_layers(self, case: Case, folder: Path) -> dict[str, Any]:
+        return self._distilled(case, folder, "distilled-layers", "lora")
+
+    def _adapted_first(
+        self, case: Case, folder: Path, name: str = "adapted", mode: str = "rows"
+    ) -> dict[str, Any]:
         control = self.run(case, "control")
         model = self._graft(
-            Path(control["model"]), self._vocab(case, folder), folder / "adapted-model"
+            Path(control["model"]), self._vocab(case, folder), folder / f"{name}-model"
         )
-        merged, stage = self._distil(case, model, folder / "adapted")
+        merged, stage = self._distil(case, model, folder / name, mode)
         stages = [*control["stages"], stage]
         return {"stages": stages, "words": self._words(folder), "model": str(merged)}
+
+    def _adapted_layers(self, case: Case, folder: Path) -> dict[str, Any]:
+        found = self._adapted_first(case, folder, "adapted-layers", "lora")
+        name, model = "adapted-layers", Path(found["model"])
+        return self._expanded(case, folder, name, model, found["stages"])
 
     def _expanded(
         self, case: Case, folder: Path, name: str, model: Path, before: list[dict[str, Any]]
@@ -142,12 +159,12 @@ class Bench:
         self._tool("merge", model, adapter, "-o", merged)
         return {"stages": [*before, stage], "words": self._words(folder), "model": str(merged)}
 
-    def _distil(self, case: Case, model: Path, at: Path) -> tuple[Path, dict[str, Any]]:
-        options = ["--mode", "rows", "--objective", "distill", "--base", str(self.base)]
+    def _distil(self, case: Case, model: Path, at: Path, mode: str) -> tuple[Path, dict[str, Any]]:
+        options = ["--mode", mode, "--objective", "distill", "--base", str(self.base)]
         if self.options.passes:
             options += ["--passes", str(self.options.passes)]
         adapter = at.with_name(f"{at.name}-rows")
-        stage = self._train(case, model, adapter, *options)
+        stage = {**self._train(case, model, adapter, *options), "distilled": True}
         merged = at.with_name(f"{at.name}-rows-merged")
         self._tool("merge", model, adapter, "-o", merged)
         return merged, stage
@@ -277,7 +294,10 @@ def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[l
             if run["seed"] in controls
         ]
         # Tokens whose gradients went through the whole body.
-        tokens = [sum(s["tokens"] for s in run["stages"] if s["mode"] != "rows") for run in runs]
+        tokens = [
+            sum(s["tokens"] for s in run["stages"] if s["mode"] != "rows" and "distilled" not in s)
+            for run in runs
+        ]
         compute = [
             end["domain_bpb"] - at_compute(controls[run["seed"]], count)
             for run, end, count in zip(runs, ends, tokens, strict=True)

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import parts
 from lexigraft import LexigraftError, check, families, graft, graft_distilled, learn, merge, train
@@ -14,8 +16,8 @@ from lexigraft.errors import RefusalError
 from lexigraft.files import read_json
 from lexigraft.manifest import NewIds
 from lexigraft.models import distill
-from lexigraft.models.adapter_files import make_trainable
-from lexigraft.models.distill import Distill
+from lexigraft.models.adapter_files import WEIGHTS_FILE, lora_config, make_trainable
+from lexigraft.models.distill import Distill, first_layers
 from lexigraft.models.evidence import NewTokens
 from lexigraft.models.load import load_model
 from lexigraft.models.packing import collate, pack, repeated
@@ -38,7 +40,10 @@ KINDS = {
 }
 
 
-def model_of(kind, *, tied):
+LORA = ("llama", "gpt2", "mixtral")  # linear layers, GPT-2's, and experts that are none
+
+
+def model_of(kind, *, tied, lora=False):
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": LAYERS, **KINDS[kind], "tie_word_embeddings": tied}
     if kind == "falcon":  # its config computes it
@@ -49,7 +54,15 @@ def model_of(kind, *, tied):
         for parameter in model.parameters():  # logits that caps and scales change
             parameter.mul_(5.0) if parameter.dim() == 2 else None
     model.requires_grad_(False)
-    return make_trainable(model, NewIds((), FIRST, TOKENS))
+    ids = NewIds((), FIRST, TOKENS)
+    if not lora:
+        return make_trainable(model, ids)
+    model, rows = make_trainable(model, ids, lora_config(4, 8.0), part=first_layers(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # which starts as zero: LoRA that does something
+                parameter.normal_(std=0.3)
+    return model, rows
 
 
 def documents():
@@ -89,7 +102,8 @@ def expected(model, objective, blocks, place):
         handle = layers[objective._depth - 1].register_forward_hook(keep)
         short, long = (torch.tensor([ids]) for ids in (part, spelled(part)))
         model(input_ids=short, use_cache=False)
-        out = model(input_ids=long, use_cache=False, output_hidden_states=True)
+        with model.disable_adapter() if hasattr(model, "peft_config") else nullcontext():
+            out = model(input_ids=long, use_cache=False, output_hidden_states=True)
         handle.remove()
         mine, teacher = states[-2][0], states[-1][0, ends]
         for i, target in enumerate(targets[begin:end]):
@@ -101,10 +115,15 @@ def expected(model, objective, blocks, place):
     return total, count
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_is_what_the_definition_says(kind, tied):
-    model, _ = model_of(kind, tied=tied)
+CASES = [
+    *itertools.product(KINDS, (True, False), (False,)),
+    *itertools.product(LORA, (True,), (True,)),
+]
+
+
+@pytest.mark.parametrize(("kind", "tied", "lora"), CASES)
+def test_loss_is_what_the_definition_says(kind, tied, lora):
+    model, _ = model_of(kind, tied=tied, lora=lora)
     blocks = blocks_of()
     objective = objective_of(model, blocks)
     model.eval()
@@ -135,6 +154,17 @@ def test_a_batch_is_the_sum_of_its_blocks_and_reaches_every_row_in_it():
     assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("rows"))
 
 
+def test_lora_learns_to_read_in_the_first_layers_alone():
+    model, _ = model_of("llama", tied=True, lora=True)
+    blocks = blocks_of()
+    loss, _ = objective_of(model, blocks).loss(model, collate([blocks[1]]))
+    loss.backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    layers = {name.split("layers.")[1].split(".")[0] for name in reached if "lora_" in name}
+    assert layers == {"0", "1"}
+    assert all("lora_" in name or name.endswith("rows") for name in reached)
+
+
 def test_a_teachers_reading_is_kept_up_to_a_limit_and_changes_nothing(monkeypatch):
     blocks = blocks_of()
     batch = collate([blocks[1], blocks[2]])
@@ -156,12 +186,12 @@ def test_what_cannot_be_distilled_is_refused(grafted_models, tmp_path):
     few = NewTokens(None, range(FIRST, TOKENS), {FIRST: [1, 2]})
     with pytest.raises(RefusalError, match="19 new tokens whose spelling"):
         Distill(model, few, blocks_of())
-    with pytest.raises(LexigraftError, match="--mode rows"):
+    with pytest.raises(LexigraftError, match="--mode rows or lora"):
         train(
             grafted_models / "tied",
             corpus=[grafted_models / "corpus.txt"],
             output=tmp_path / "adapter",
-            mode="lora",
+            mode="full",
             objective="distill",
         )
     with pytest.raises(LexigraftError, match="spelled in base ids"):
@@ -231,3 +261,42 @@ def test_distilled_rows_beat_their_start_and_leave_the_body_alone(tmp_path, tied
         else:
             assert torch.equal(values, after)
     assert not math.isnan(float(new.get_input_embeddings().weight.sum()))
+
+
+def test_first_layers_that_learned_to_read_are_resumed_saved_and_merged(
+    grafted_models, tmp_path, monkeypatch
+):
+    """The teacher of a resumed run reads without what was trained so far; PEFT reads the adapter."""
+    from peft import PeftModel
+
+    options = {
+        "corpus": [grafted_models / "corpus.txt"], "mode": "lora", "objective": "distill",
+        "passes": 2, "block_size": 32, "max_bytes": 2000, "save_steps": 3, "measured_bytes": 500,
+        "learning_rate": 1e-2, "measurements": 1,
+    }  # fmt: skip
+    source = grafted_models / "tied"
+    train(source, **options, output=tmp_path / "whole")
+    calls, loss = itertools.count(), Distill.loss
+
+    def stops(self, model, inputs):
+        if next(calls) == 8:
+            raise InterruptedError
+        return loss(self, model, inputs)
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(Distill, "loss", stops)
+        train(source, **options, output=tmp_path / "resumed")
+    train(source, **options, output=tmp_path / "resumed", resume=True)
+    whole, resumed = (load_file(tmp_path / n / WEIGHTS_FILE) for n in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    layers = load_model(source).model.layers
+    first = {f"layers.{place}." for place in range(len(first_layers(load_model(source))))}
+    adapted = {key.split("model.")[-1][: len("layers.0.")] for key in whole if "lora_" in key}
+    assert adapted == first and len(first) < len(layers)
+    merge(source, [tmp_path / "whole"], output=tmp_path / "merged")
+    ids = torch.arange(370, 422)[None]
+    peft = PeftModel.from_pretrained(load_model(source), tmp_path / "whole").eval()
+    merged = load_model(tmp_path / "merged")
+    assert torch.allclose(peft(ids).logits, merged(ids).logits, atol=1e-4)
+    assert not torch.allclose(load_model(source)(ids).logits, merged(ids).logits, atol=1e-2)

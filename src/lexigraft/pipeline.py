@@ -277,9 +277,9 @@ def _controls(current: Run, recipe: Recipe, base: Path) -> dict[str, Path]:
 
     A distillation reads the text that is trained on later, so it adds work and no text.
     """
-    stages = [stage for stage in recipe.stages if stage.mode != "rows"]
+    stages = [s for s in recipe.stages if s.mode != "rows" and s.objective != "distill"]
     if not stages:
-        note("no control: --mode rows has no new rows to train in the base")
+        note("no control: a base without new words has no rows to train and nothing to distil")
         return {}
     done = [
         current.state.result(name)

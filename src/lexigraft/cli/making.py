@@ -249,7 +249,7 @@ def train(
     objective: Annotated[
         str,
         typer.Option(
-            help="lm: the next token; distill: the model's own reading (with --mode rows)."
+            help="lm: the next token; distill: the model's own reading (--mode rows or lora)."
         ),
     ] = "lm",
     passes: Annotated[

@@ -26,10 +26,7 @@ _PREFIX = "base_model.model."
 
 
 def lora_config(rank: int, alpha: float) -> Any:
-    """LoRA on every linear layer except the head, without dropout.
-
-    In a model that sees images too: on those of the part that reads text (`make_trainable`).
-    """
+    """LoRA on every linear layer except the head, without dropout."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -42,21 +39,28 @@ def lora_config(rank: int, alpha: float) -> Any:
 
 
 def make_trainable(
-    model: Any, ids: NewIds, lora: Any = None, *, seed: int = 0
+    model: Any,
+    ids: NewIds,
+    lora: Any = None,
+    *,
+    part: nn.Module | None = None,
+    seed: int = 0,
 ) -> tuple[Any, NewRows | None]:
     """A frozen model with new rows, and LoRA if a config is given, as its only parameters.
 
     Args:
         ids: the new ids; none for a model that was not grown.
         lora: what `lora_config` returns, or None to train rows alone.
+        part: of the model, whose linear layers get LoRA; by default all that reads text.
         seed: of LoRA's random start.
     """
     trained = model
     if lora is not None:
         from peft import get_peft_model
 
-        if text_part(model) is not model:
-            lora.target_modules = _linear_layers(model, text_part(model))
+        part = text_part(model) if part is None else part
+        if part is not model:
+            lora.target_modules = _linear_layers(model, part)
         torch.manual_seed(seed)
         with warnings.catch_warnings():  # of names that PEFT uses and transformers renames
             warnings.simplefilter("ignore", FutureWarning)

@@ -1,8 +1,9 @@
 """`--objective distill`: new rows learn from the model's own reading of the same text.
 
 A grafted model can read a text in two ways: in base ids, as it always has, and in new ones. The
-first reading is the teacher of the second; weights are the same, only new rows differ and move.
-Two things are asked of a row, and each has a cheap teacher:
+first reading is the teacher of the second; weights are the same, only new rows differ and move (in
+mode `lora` LoRA in the first layers too, without which the teacher reads). Two things are asked of
+a row, and each has a cheap teacher:
 
 - as an *input*, that the hidden state at the end of its token be the one that the teacher has at
   the end of the token's spelling (token distillation: Dobler, Elliott and de Melo 2025, arXiv
@@ -73,7 +74,7 @@ class Reading:
 
 
 class Distill:
-    """The objective `distill`, for a model of which nothing but new rows trains."""
+    """The objective `distill`, where new rows train, and perhaps LoRA in the `first_layers`."""
 
     def __init__(self, model: Any, new: NewTokens, blocks: Blocks) -> None:
         """
@@ -104,7 +105,7 @@ class Distill:
         self._new = new
         self._limit = context_limit(model)
         self._stack = stack_of_layers(text_part(model))
-        self._depth = max(1, round(DEPTH * len(getattr(*self._stack))))
+        self._depth = len(first_layers(model))
         self._kept: dict[bytes, Reading] = {}
         self._room = KEPT
         self._spread = self._spread_of(model, blocks)
@@ -181,6 +182,7 @@ class Distill:
         with (
             torch.no_grad(),
             evaluating(inner),
+            inner.disable_adapter() if hasattr(inner, "peft_config") else contextlib.nullcontext(),
             self._watched() as states,
             replaced_head(inner, head),
         ):
@@ -259,6 +261,16 @@ def _old_part(
         logits[:, head.ids] = -torch.inf
         sums.append(logits.logsumexp(-1))
     return torch.cat(sums), torch.cat(own)
+
+
+def first_layers(model: Any) -> nn.ModuleList:
+    """The layers behind the last of which hidden states are compared.
+
+    Raises:
+        RefusalError: the model has no stack of layers.
+    """
+    layers = list(getattr(*stack_of_layers(text_part(model))))
+    return nn.ModuleList(layers[: max(1, round(DEPTH * len(layers)))])
 
 
 def stack_of_layers(model: Any) -> tuple[nn.Module, str]:

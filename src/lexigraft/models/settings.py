@@ -163,11 +163,11 @@ def _part(given: dict[str, Any]) -> list[float] | None:
 
 
 def _require_sense(mode: str, objective: str, old_rows: str, dtype: str) -> None:
-    if objective == "distill" and mode != "rows":
+    if objective == "distill" and mode == "full":
         raise LexigraftError(
-            f"--objective distill with --mode {mode}",
-            needed="--mode rows: a body that moves is no teacher",
-            fix="distil first with --mode rows, merge, and train with --objective lm",
+            "--objective distill with --mode full",
+            needed="--mode rows or lora: a body that moves is no teacher",
+            fix="distil first with --mode rows or lora, merge, and train with --objective lm",
         )
     if old_rows != "frozen" and mode != "full":
         raise LexigraftError(

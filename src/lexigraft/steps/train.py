@@ -207,8 +207,9 @@ def train(
 
     Args:
         model: a folder that `graft` wrote, or any causal LM (then `mode` must not be `rows`).
-        objective: `lm`, the next token; or `distill`, in mode `rows`: the model's own reading of
-            the text in base ids (`models/distill.py`).
+        objective: `lm`, the next token; or `distill`, in modes `rows` and `lora`: the model's own
+            reading of the text in base ids (`models/distill.py`); LoRA is put on its first layers
+            then.
         passes: how often that text is read; by default once, with `distill` `DISTILL_PASSES` times.
         general: general text: mixed in as `replay`, and measured for forgetting.
         held_out: domain text to measure on; without it, `corpus.held_out` chooses documents of
@@ -406,11 +407,12 @@ def find_learning_rate(
 
 
 def _require_rows_to_train(job: Job) -> None:
-    if job.settings.mode == "rows" and not len(job.ids):
+    wanted = job.settings
+    if (wanted.mode == "rows" or wanted.objective == "distill") and not len(job.ids):
         raise LexigraftError(
             f"{job.folder} has no new rows (no lexigraft.json with a graft)",
             needed="a model that `lexigraft graft` wrote",
-            fix="use --mode lora, or graft new tokens first",
+            fix="use --mode lora --objective lm, or graft new tokens first",
         )
 
 
@@ -512,13 +514,15 @@ def _dtype(settings: Settings) -> str | None:
 
 def _trainable(job: Job, model: Any) -> tuple[Any, NewRows | None]:
     from lexigraft.models.adapter_files import lora_config, make_trainable
+    from lexigraft.models.distill import first_layers
     from lexigraft.models.whole_model import make_all_trainable
 
     wanted = job.settings
     if wanted.mode == "full":
         return model, make_all_trainable(model, job.ids, old_rows=wanted.old_rows == "slow")
     lora = lora_config(wanted.lora_rank, wanted.lora_alpha) if wanted.mode == "lora" else None
-    return make_trainable(model, job.ids, lora, seed=wanted.seed)
+    part = first_layers(model) if wanted.objective == "distill" else None
+    return make_trainable(model, job.ids, lora, part=part, seed=wanted.seed)
 
 
 def _gathered(job: Job, folder: Path, *, trust_remote_code: bool) -> tuple[Any, NewRows | None]:
