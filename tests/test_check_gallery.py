@@ -12,6 +12,7 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -821,7 +822,7 @@ def a_gguf_file_of_another_tokenizer(ground):
 def with_probe(ground: Ground, probe: list[Probe]) -> Path:
     """The grafted model with trained rows and texts in its manifest that `learn` read."""
     learned, grafted = Manifest.read(ground.model).records
-    Manifest(records=[learned.model_copy(update={"probe": probe}), grafted]).write(ground.model)
+    Manifest(records=[replace(learned, probe=probe), grafted]).write(ground.model)
     change(ground.model, model__embed_tokens__weight=some_rows(like_old_rows))
     return ground.model
 

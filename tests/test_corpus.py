@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from lexigraft import text_formats
 from lexigraft.corpus import beginning, inputs, read_documents, sources, text_files
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.manifest import LearnRecord, Manifest, TextSource
+from lexigraft.manifest import BaseTokenizer, LearnRecord, Manifest, TextSource
 from lexigraft.text_formats import Part, Remarks, TextFile, parts_of, read_part
+from lexigraft.typed_json import parsed
 
 DOCUMENTS = ['one\ntwo, "quoted"', "three\tfour", "患者，潜伏性感染。", "e\u0301 🙂 x"]
 
@@ -166,11 +167,11 @@ def test_other_kinds_are_refused(tmp_path):
 def test_sources_keep_the_hash_of_manifests_from_before_weights(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (plain,) = sources([tmp_path / "a.txt"])
-    assert plain.model_dump() == {"name": "a.txt", "sha256": plain.sha256, "bytes": 1}
+    assert plain.to_json() == {"name": "a.txt", "sha256": plain.sha256, "bytes": 1}
     (weighted,) = sources([f"{tmp_path}/a.txt#weight=2,column=t"])
-    assert weighted.model_dump() == {**plain.model_dump(), "weight": 2.0, "column": "t"}
-    assert TextSource.model_validate(weighted.model_dump()) == weighted
-    base = {"name": "b", "token_map": "m", "tokens": 1}
+    assert weighted.to_json() == {**plain.to_json(), "weight": 2.0, "column": "t"}
+    assert parsed(TextSource, weighted.to_json()) == weighted
+    base = BaseTokenizer(name="b", token_map="m", tokens=1)
     record = LearnRecord(base=base, family="f", token_map="m", content="c", tokens=2, first_id=1,
                          added=1, settings={}, sources={"corpus": [plain, weighted]}, versions={},
                          probe=[])  # fmt: skip

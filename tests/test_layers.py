@@ -10,7 +10,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "lexigraft"
 LAYERS = [
-    ["errors"], ["console"], ["files"], ["hub"], ["manifest"], ["text_formats"], ["corpus", "recipe"], ["counting", "importing", "runfile"], ["families"], ["selection"],
+    ["errors"], ["console"], ["files", "typed_json"], ["hub"], ["manifest"], ["text_formats"], ["corpus", "recipe"], ["counting", "importing", "runfile"], ["families"], ["selection"],
     ["checkpoints"], ["embeddings"], ["adapters"], ["blending"], ["checks", "models"], ["steps"], ["data"],
     ["stages", "reporting"], ["pipeline", "serving", "uploading"], ["cli"], ["__main__", "__init__"],
 ]  # fmt: skip

@@ -300,7 +300,7 @@ READ = """
 import json, sys
 from lexigraft.corpus import read_documents, sources
 spec = sys.argv[1]
-print(json.dumps([list(read_documents([spec])), [source.model_dump() for source in sources([spec])]]))
+print(json.dumps([list(read_documents([spec])), [source.to_json() for source in sources([spec])]]))
 """
 
 

@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.files import is_there, sha256_bytes, sha256_file, sha256_json
 from lexigraft.hub import HUB
+from lexigraft.manifest import TextSource
 from lexigraft.text_formats import (
     BOM_DROPPED,
     COMPRESSIONS,
@@ -34,9 +34,6 @@ from lexigraft.text_formats import (
     split_hub_spec,
     split_revision,
 )
-
-if TYPE_CHECKING:  # pydantic is slow to import for counting processes, which read and never record
-    from lexigraft.manifest import TextSource
 
 __all__ = [
     "DOCUMENT_LIMIT",
@@ -288,8 +285,6 @@ def _local_path(file: TextFile) -> Path | None:
 
 
 def _source(file: TextFile) -> TextSource:
-    from lexigraft.manifest import TextSource
-
     path = _local_path(file)
     if path is None:
         pinned = _pinned(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -88,7 +89,8 @@ def read_json(path: Path) -> Any:
             fix="check where this file comes from",
         )
     try:
-        content = json.loads(path.read_bytes())
+        with _without_collection():
+            content = json.loads(path.read_bytes())
     except OSError as fault:
         raise LexigraftError(
             f"{path}: {fault.strerror}", needed="a file that can be read", fix=f"ls -lL {path}"
@@ -106,6 +108,21 @@ def read_json(path: Path) -> Any:
             fix="check where this file comes from",
         )
     return content
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for dead cycles: a parser makes none, and each search walks all that it has made.
+
+    It takes as long again as the parsing of a vocabulary does.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,27 +6,20 @@ suffices alone. It holds content hashes, and neither time, host nor path. Spec: 
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from typing import Any, Literal
 
 from lexigraft import files
 from lexigraft.errors import LexigraftError
 from lexigraft.files import read_json, read_settings, sha256_json, write_json
+from lexigraft.typed_json import MisfitError, parsed
 
 MANIFEST, NEW_TOKENS = files.MANIFEST, files.NEW_TOKENS
-
-
-Model = TypeVar("Model", bound=BaseModel)
+_RUNS = re.compile(r"(\d+(-\d+)?( \d+(-\d+)?)*)?")  # `12 40-57`
 
 
 class NewIds(Sequence[int]):
@@ -73,20 +66,42 @@ class NewIds(Sequence[int]):
         return [*(i for i in self.replaced if i < limit), *rest]
 
 
-class _Data(BaseModel):
-    # Built when first used: most programs that import this read no manifest.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+@dataclass(frozen=True)
+class _Data:
+    """A part of the manifest: a dataclass that is a JSON object."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object, with its fields in their order."""
+        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
 
+@dataclass(frozen=True)
 class _Sparse(_Data):
-    """What is None is left out: a record from before a field existed keeps its hash."""
+    """What has its default is left out: a record from before a field existed keeps its hash."""
 
-    @model_serializer(mode="wrap")
-    def _without_absent(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
-        return {key: value for key, value in data.items() if value is not None}
+    def to_json(self) -> dict[str, Any]:
+        """The object, without the fields that need not be said."""
+        absent = {one.name for one in fields(self) if getattr(self, one.name) == _default(one)}
+        return {key: value for key, value in super().to_json().items() if key not in absent}
 
 
+def _default(one: Field[Any]) -> Any:
+    if one.name == "stage":  # always said
+        return MISSING
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Data):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe(_Data):
     """A text and the ids it has: re-verified on load."""
 
@@ -94,12 +109,12 @@ class Probe(_Data):
     ids: list[int]
 
 
-class TextSource(_Data):
+@dataclass(frozen=True, kw_only=True)
+class TextSource(_Sparse):
     """A text that was read: its name without path, content hash and size in bytes.
 
-    The last two are written where they differ from their defaults, so that the hash of a manifest
-    from before they existed stays the same. Of a data set of the hub, `name` tells its commit,
-    `sha256` is the hash of its name and commit, and `bytes` is 0.
+    Of a data set of the hub, `name` tells its commit, `sha256` is the hash of its name and commit,
+    and `bytes` is 0.
     """
 
     name: str
@@ -108,13 +123,8 @@ class TextSource(_Data):
     weight: float = 1.0
     column: str = "text"
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
-        defaults = {"weight": 1.0, "column": "text"}
-        return {key: value for key, value in data.items() if defaults.get(key) != value}
 
-
+@dataclass(frozen=True, kw_only=True)
 class BaseTokenizer(_Data):
     """The tokenizer of a model: name without path, token-map hash, max id + 1."""
 
@@ -123,6 +133,7 @@ class BaseTokenizer(_Data):
     tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
 class ReplacedToken(_Data):
     """An id that means another token since: with the base's rows, all that undoing it takes."""
 
@@ -131,17 +142,20 @@ class ReplacedToken(_Data):
     new: str
 
 
-class LearnRecord(_Data):
+@dataclass(frozen=True, kw_only=True)
+class LearnRecord(_Sparse):
     """`learn`: the extension of a tokenizer.
 
-    Without `replaced`, a record is as it was before it existed, and keeps its hash.
+    Attributes:
+        content: hash of merges or scores, normaliser, pre-tokenizer.
+        replaced: ids below first_id that have a new token, ascending.
     """
 
     stage: Literal["learn"] = "learn"
     base: BaseTokenizer
     family: str
     token_map: str
-    content: str = Field(description="hash of merges or scores, normaliser, pre-tokenizer")
+    content: str
     tokens: int
     first_id: int
     added: int
@@ -149,21 +163,15 @@ class LearnRecord(_Data):
     sources: dict[str, list[TextSource]]
     versions: dict[str, str]
     probe: list[Probe]
-    replaced: list[ReplacedToken] = Field(
-        default=[], description="ids below first_id that have a new token, ascending"
-    )
+    replaced: list[ReplacedToken] = field(default_factory=list)
 
     @property
     def new_ids(self) -> NewIds:
         """The ids of the new tokens, special ones included."""
         return NewIds((one.id for one in self.replaced), self.first_id, self.tokens)
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = plain(self)
-        return {key: value for key, value in data.items() if key != "replaced" or value}
 
-
+@dataclass(frozen=True, kw_only=True)
 class CopiedRow(_Data):
     """A new token that starts as the mean of some base rows: those of a token or of a text."""
 
@@ -172,35 +180,49 @@ class CopiedRow(_Data):
     pieces: list[int]
 
 
+@dataclass(frozen=True, kw_only=True)
 class DonorRecord(_Data):
-    """The model that rows were taken from: its name without path, and its tokens."""
+    """The model that rows were taken from: its name without path, and its tokens.
+
+    Attributes:
+        atoms: how many rows of shared tokens make one new row at most.
+        shared: tokens that it and the base have.
+        known: new tokens that it has as one token.
+    """
 
     name: str
     token_map: str
-    atoms: int = Field(description="how many rows of shared tokens make one new row at most")
-    shared: int = Field(description="tokens that it and the base have")
-    known: int = Field(description="new tokens that it has as one token")
+    atoms: int
+    shared: int
+    known: int
 
 
+@dataclass(frozen=True, kw_only=True)
 class StartRecord(_Data):
-    """How new rows started."""
+    """How new rows started; `methods` is tensor -> method."""
 
-    methods: dict[str, str] = Field(description="tensor -> method")
+    methods: dict[str, str]
     reason: str
-    copies: list[CopiedRow] = []
+    copies: list[CopiedRow] = field(default_factory=list)
     donor: DonorRecord | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class GraftRecord(_Sparse):
-    """`graft`: new rows in a checkpoint."""
+    """`graft`: new rows in a checkpoint.
+
+    Attributes:
+        base_rows: tensor -> sha256 of its old rows: [0, first_id) without the replaced ones.
+        new_rows: tensor -> sha256 of the replaced rows and rows [first_id, tokens).
+        roles: tensor -> role, where `--tensor` named them.
+        replaced: ids below first_id that have a new token, ascending.
+    """
 
     stage: Literal["graft"] = "graft"
     base: BaseTokenizer
     rows_before: int
     tied: bool
-    base_rows: dict[str, str] = Field(
-        description="tensor -> sha256 of its old rows: [0, first_id) without the replaced ones"
-    )
+    base_rows: dict[str, str]
     token_map: str
     tokens: int
     first_id: int
@@ -208,17 +230,11 @@ class GraftRecord(_Sparse):
     pad_to: int
     init: str
     seed: int
-    new_rows: dict[str, str] = Field(
-        description="tensor -> sha256 of the replaced rows and rows [first_id, tokens)"
-    )
+    new_rows: dict[str, str]
     versions: dict[str, str]
     start: StartRecord | None = None
-    roles: dict[str, str] | None = Field(
-        default=None, description="tensor -> role, where `--tensor` named them"
-    )
-    replaced: list[int] | None = Field(
-        default=None, description="ids below first_id that have a new token, ascending"
-    )
+    roles: dict[str, str] | None = None
+    replaced: list[int] | None = None
 
     @property
     def new_ids(self) -> NewIds:
@@ -226,11 +242,12 @@ class GraftRecord(_Sparse):
         return NewIds(self.replaced or (), self.first_id, self.tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainRecord(_Data):
-    """`train`: what was trained on what."""
+    """`train`: what was trained on what; `model` is the hash of the trained model's manifest."""
 
     stage: Literal["train"] = "train"
-    model: str = Field(description="hash of the trained model's manifest")
+    model: str
     mode: str
     settings: dict[str, Any]
     sources: dict[str, list[TextSource]]
@@ -240,69 +257,83 @@ class TrainRecord(_Data):
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class MergeRecord(_Sparse):
-    """`merge`: adapters that went into the weights."""
+    """`merge`: adapters that went into the weights.
+
+    Attributes:
+        adapters: sha256 of each adapter's weights file.
+        weights: of each adapter, where they were merged side by side.
+        body_only: what the adapters hold of the vocabulary was left out.
+        trimmed: padding rows of the base were left out.
+        changed: tensors outside the vocabulary that changed.
+    """
 
     stage: Literal["merge"] = "merge"
-    adapters: list[str] = Field(description="sha256 of each adapter's weights file")
+    adapters: list[str]
     token_map: str
     rows: int
     tied: bool
     versions: dict[str, str]
-    weights: list[float] | None = Field(
-        default=None, description="of each adapter, where they were merged side by side"
-    )
-    body_only: Literal[True] | None = Field(
-        default=None, description="what the adapters hold of the vocabulary was left out"
-    )
-    trimmed: Literal[True] | None = Field(
-        default=None, description="padding rows of the base were left out"
-    )
-    changed: list[str] | None = Field(
-        default=None, description="tensors outside the vocabulary that changed"
-    )
+    weights: list[float] | None = None
+    body_only: Literal[True] | None = None
+    trimmed: Literal[True] | None = None
+    changed: list[str] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class SplitRecord(_Sparse):
-    """`split`: LoRA that stayed beside the weights, and what went into them."""
+    """`split`: LoRA that stayed beside the weights, and what went into them.
+
+    Attributes:
+        adapter: sha256 of the adapter's weights file.
+        changed: tensors outside the vocabulary that changed in the base.
+    """
 
     stage: Literal["split"] = "split"
-    adapter: str = Field(description="sha256 of the adapter's weights file")
+    adapter: str
     token_map: str
     rows: int
     tied: bool
     versions: dict[str, str]
-    changed: list[str] | None = Field(
-        default=None, description="tensors outside the vocabulary that changed in the base"
-    )
+    changed: list[str] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class ExtractRecord(_Data):
-    """`extract`: what a model has beyond its base, as an adapter."""
+    """`extract`: what a model has beyond its base, as an adapter.
+
+    `rank` is that of every layer; None where each has its own.
+    """
 
     stage: Literal["extract"] = "extract"
     base: BaseTokenizer
     token_map: str
     tokens: int
     rows: int
-    rank: int | None = Field(description="of every layer; None where each has its own")
+    rank: int | None
     max_error: float | None
     seed: int
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class AlignRecord(_Data):
-    """`align`: one of several models that were put on one vocabulary."""
+    """`align`: one of several models that were put on one vocabulary.
+
+    `place` is which of them this one is, from 0.
+    """
 
     stage: Literal["align"] = "align"
     models: list[BaseTokenizer]
-    place: int = Field(description="which of them this one is, from 0")
+    place: int
     token_map: str
     rows: int
     tied: bool
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class BlendRecord(_Data):
     """`blend`: whole models that became one."""
 
@@ -317,20 +348,24 @@ class BlendRecord(_Data):
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
 class PruneRecord(_Data):
     """`prune`: tokens that were removed; the others are numbered anew in their order.
 
     It is the first record of a manifest: what the base's said is of other ids (`undo` has it).
+
+    Attributes:
+        base_rows: tensor -> sha256 of its rows [0, base.tokens).
+        removed: base ids below base.tokens that have no new id: `12 40-57`, ascending.
+        roles: tensor -> role, where the base's manifest had them.
     """
 
     stage: Literal["prune"] = "prune"
     base: BaseTokenizer
     rows_before: int
     tied: bool
-    base_rows: dict[str, str] = Field(description="tensor -> sha256 of its rows [0, base.tokens)")
-    removed: Annotated[str, Field(pattern=r"^(\d+(-\d+)?( \d+(-\d+)?)*)?$")] = Field(
-        description="base ids below base.tokens that have no new id: `12 40-57`, ascending"
-    )
+    base_rows: dict[str, str]
+    removed: str
     token_map: str
     content: str
     tokens: int
@@ -338,9 +373,12 @@ class PruneRecord(_Data):
     settings: dict[str, Any]
     sources: dict[str, list[TextSource]]
     versions: dict[str, str]
-    roles: dict[str, str] | None = Field(
-        default=None, description="tensor -> role, where the base's manifest had them"
-    )
+    roles: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        """Ids are needed as numbers."""
+        if not _RUNS.fullmatch(self.removed):
+            raise ValueError(f"removed: {self.removed!r} is not ids such as '12 40-57'")
 
     @property
     def places(self) -> dict[int, int]:
@@ -353,7 +391,7 @@ class PruneRecord(_Data):
         return {old: new for new, old in enumerate(kept)}
 
 
-Record = Annotated[
+Record = (
     LearnRecord
     | GraftRecord
     | TrainRecord
@@ -362,16 +400,16 @@ Record = Annotated[
     | ExtractRecord
     | AlignRecord
     | BlendRecord
-    | PruneRecord,
-    Field(discriminator="stage"),
-]
+    | PruneRecord
+)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Manifest(_Data):
     """All stage records, oldest first."""
 
     format: Literal[1] = 1
-    records: list[Record] = []
+    records: list[Record] = field(default_factory=list)
 
     def last(self, stage: str) -> Any:
         """The newest record of a stage, or None."""
@@ -398,11 +436,11 @@ class Manifest(_Data):
     @property
     def hash(self) -> str:
         """Hex SHA-256 of the canonical content."""
-        return sha256_json(self.model_dump())
+        return sha256_json(self.to_json())
 
     def write(self, folder: Path) -> None:
         """Write `lexigraft.json` into `folder`."""
-        write_json(folder / MANIFEST, self.model_dump())
+        write_json(folder / MANIFEST, self.to_json())
 
     def begin(self, folder: Path) -> None:
         """Write it into a folder whose tokenizer settings may still name an earlier lineage."""
@@ -420,30 +458,25 @@ class Manifest(_Data):
         path = folder / MANIFEST
         if not path.exists():
             return None
-        return read_model(
-            cls,
-            path,
-            needed="a manifest of format 1 as lexigraft wrote it",
-            fix="copy lexigraft.json again from the step that wrote it, or update lexigraft",
-        )
-
-
-def read_model(kind: type[Model], path: Path, *, needed: str, fix: str) -> Model:
-    """The JSON file at `path` as an instance of `kind`.
-
-    Raises:
-        LexigraftError: it is no such JSON; names the first place that does not fit.
-    """
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as fault:
-        first = fault.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise LexigraftError(f"{path}: {where}: {first['msg']}", needed=needed, fix=fix) from None
+        try:
+            return parsed(cls, read_json(path))
+        except MisfitError as fault:
+            raise LexigraftError(
+                f"{path}: {fault}",
+                needed="a manifest of format 1 as lexigraft wrote it",
+                fix="copy lexigraft.json again from the step that wrote it, or update lexigraft",
+            ) from None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions of `packages`, by name."""
-    import importlib.metadata
+    """Versions of `packages` by name: those that are imported, else those that are installed."""
+    return {name: _version(name) for name in sorted(packages)}
 
-    return {name: importlib.metadata.version(name) for name in sorted(packages)}
+
+def _version(package: str) -> str:
+    loaded = getattr(sys.modules.get(package), "__version__", None)
+    if loaded is not None:
+        return str(loaded)
+    import importlib.metadata  # which takes longer than all else that is done here
+
+    return importlib.metadata.version(package)

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lexigraft.files import write_whole
-from lexigraft.manifest import read_model
+from lexigraft.errors import LexigraftError
+from lexigraft.files import read_json, write_whole
 from lexigraft.recipe import Recipe
 
 RUN_FILE = "run.json"
@@ -84,9 +84,13 @@ class RunState(_Data):
         path = folder / RUN_FILE
         if not path.exists():
             return None
-        return read_model(
-            cls,
-            path,
-            needed="a run.json as lexigraft wrote it",
-            fix="run the recipe again with --force, or with another -o",
-        )
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise LexigraftError(
+                f"{path}: {where}: {first['msg']}",
+                needed="a run.json as lexigraft wrote it",
+                fix="run the recipe again with --force, or with another -o",
+            ) from None

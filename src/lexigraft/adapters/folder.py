@@ -6,17 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lexigraft.adapters.config import AdapterConfig, refusal
 from lexigraft.adapters.keys import Key, parse
 from lexigraft.checkpoints.header import FLOATS, Tensor, read_header
 from lexigraft.checkpoints.rows import same_values
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import MANIFEST, require_folder
-
-if TYPE_CHECKING:
-    from lexigraft.manifest import Manifest
+from lexigraft.files import require_folder
+from lexigraft.manifest import Manifest
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -160,21 +157,13 @@ class Adapter:
         return cls(
             folder,
             config,
-            _manifest(folder),
+            Manifest.read(folder),
             _all_low_rank(keys, tensors, config),
             _by_target(keys, tensors, "scale"),
             _replacements(keys, tensors),
             _by_target(keys, tensors, "rows"),
             _by_target(keys, tensors, "base"),
         )
-
-
-def _manifest(folder: Path) -> Manifest | None:
-    if not (folder / MANIFEST).exists():
-        return None
-    from lexigraft.manifest import Manifest  # an adapter without one needs no pydantic
-
-    return Manifest.read(folder)
 
 
 def _require_adapter(folder: Path) -> None:

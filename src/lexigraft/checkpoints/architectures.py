@@ -21,7 +21,7 @@ from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import by_row
 from lexigraft.errors import LexigraftError, RefusalError
-from lexigraft.files import MANIFEST
+from lexigraft.manifest import Manifest
 
 Role = Literal["embed", "head", "bias"]
 
@@ -188,10 +188,6 @@ def _given(checkpoint: Checkpoint, roles: Mapping[str, str]) -> dict[str, Role]:
 
 def recorded_roles(checkpoint: Checkpoint) -> dict[str, str]:
     """What `graft --tensor` was told, now or before a `prune`, for tensors still there."""
-    if not (checkpoint.folder / MANIFEST).is_file():
-        return {}
-    from lexigraft.manifest import Manifest  # a checkpoint without one needs no pydantic
-
     manifest = Manifest.read(checkpoint.folder)
     records = [manifest.last(stage) for stage in ("graft", "prune")] if manifest else []
     told: Mapping[str, str] = next(

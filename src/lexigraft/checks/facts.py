@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lexigraft.checkpoints.architectures import VocabularyTensors, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
@@ -17,9 +17,7 @@ from lexigraft.checks.gguf_files import gguf_rows, token_map
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, joined, read_token_maps
 from lexigraft.files import MANIFEST, read_object, require_folder
-
-if TYPE_CHECKING:  # a folder without a manifest needs no pydantic
-    from lexigraft.manifest import Manifest, NewIds
+from lexigraft.manifest import Manifest, NewIds
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -75,8 +73,6 @@ class Facts:
         """The ids of new tokens, by the base or the stage's record; None if unknown."""
         if base is not None and base.tokens is not None:
             first = base.tokens.tokens
-            from lexigraft.manifest import NewIds
-
             stop = self.tokens.tokens if self.tokens else first
             return NewIds(self.replaced(base), first, max(first, stop))
         record = self.manifest.last(stage) if self.manifest else None
@@ -139,10 +135,6 @@ def _read_configs(facts: Facts) -> None:
 
 
 def _read_manifest(facts: Facts) -> None:
-    if not (facts.folder / MANIFEST).exists():
-        return
-    from lexigraft.manifest import Manifest
-
     try:
         facts.manifest = Manifest.read(facts.folder)
     except LexigraftError as fault:

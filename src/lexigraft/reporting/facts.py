@@ -194,7 +194,7 @@ def _lineage(folder: Path | None, manifest: Manifest | None) -> dict[str, Any]:
     """The records of the last folder's manifest, without their probes; empty without one."""
     if folder is None or manifest is None:
         return {}
-    records = [record.model_dump(mode="json") for record in manifest.records]
+    records = [record.to_json() for record in manifest.records]
     for record in records:
         record.pop("probe", None)
     return {"folder": folder.name, "hash": manifest.hash, "records": records}

@@ -43,7 +43,6 @@ from lexigraft.families import Family
 from lexigraft.families.replacing import without_tokens
 from lexigraft.families.tokenmap import TokenMap, byte_text, readable
 from lexigraft.files import (
-    MANIFEST,
     Inputs,
     changed,
     existing_parent,
@@ -56,6 +55,15 @@ from lexigraft.files import (
     write_json,
 )
 from lexigraft.hub import local_folder, recorded_name
+from lexigraft.manifest import (
+    BaseTokenizer,
+    CopiedRow,
+    DonorRecord,
+    GraftRecord,
+    Manifest,
+    StartRecord,
+    versions,
+)
 from lexigraft.models.gguf_base import gguf_file, write_folder
 
 # What imports numpy is imported when the processes that open the tokenizers have begun.
@@ -66,7 +74,6 @@ if TYPE_CHECKING:
     from lexigraft.checks.rows import RowStatistics
     from lexigraft.embeddings import Start
     from lexigraft.embeddings.copying import Copied
-    from lexigraft.manifest import Manifest, StartRecord
     from lexigraft.models.probe import ProbeResult, ProbeText
 
 
@@ -510,10 +517,7 @@ class _Job:
         )
         write_json(partial / "config.json", config)
         place_tokenizer(self.checkpoint.folder, self.vocab, partial)
-        # What the manifest will need and takes a while, while others write.
-        from lexigraft.manifest import Manifest
-
-        _ = Manifest(), self.old.hash, self.new.hash
+        _ = self.old.hash, self.new.hash  # the manifest needs them, and they take a while
         self.spelled.result()  # its fault stops those who write
 
     def write_manifest(self, partial: Path) -> None:
@@ -526,8 +530,6 @@ class _Job:
         write_json(path, settings)
 
     def _manifest(self) -> Manifest:
-        from lexigraft.manifest import BaseTokenizer, GraftRecord, Manifest, versions
-
         before = Manifest.read(self.vocab) or Manifest.read(self.checkpoint.folder) or Manifest()
         growth = self.growth
         return before.plus(
@@ -560,11 +562,9 @@ class _Job:
 
     def _start(self) -> StartRecord:
         from lexigraft.embeddings import roles_of
-        from lexigraft.embeddings.donor import ATOMS
-        from lexigraft.manifest import CopiedRow, DonorRecord, StartRecord
 
         spelled = self.spelled.result()
-        donor, choice = spelled.start.donor, spelled.start.choice
+        choice = spelled.start.choice
         return StartRecord(
             methods={name: choice.of(role) for name, role in roles_of(self.vocabulary).items()},
             reason=choice.reason,
@@ -572,16 +572,23 @@ class _Job:
                 CopiedRow(id=one.id, source=one.source, pieces=list(one.pieces))
                 for one in spelled.copied
             ],
-            donor=None
-            if donor is None
-            else DonorRecord(
-                name=recorded_name(donor.folder),
-                token_map=donor.token_map.hash,
-                atoms=ATOMS,
-                shared=len(donor.shared),
-                known=donor.known,
-            ),
+            donor=_donor_record(spelled.start),
         )
+
+
+def _donor_record(start: Start) -> DonorRecord | None:
+    donor = start.donor
+    if donor is None:
+        return None
+    from lexigraft.embeddings.donor import ATOMS
+
+    return DonorRecord(
+        name=recorded_name(donor.folder),
+        token_map=donor.token_map.hash,
+        atoms=ATOMS,
+        shared=len(donor.shared),
+        known=donor.known,
+    )
 
 
 def _prepare(
@@ -659,10 +666,6 @@ def _loaded(folder: Path, known: TokenMap, spell: Sequence[str] = ()) -> Family:
 
 def _replaced(vocab: Path, old: TokenMap, new: TokenMap) -> tuple[int, ...]:
     """Old ids to which `learn` gave other tokens, by the manifest of VOCAB."""
-    if not (vocab / MANIFEST).exists():
-        return ()
-    from lexigraft.manifest import Manifest
-
     return (Manifest.read(vocab) or Manifest()).replaced(old.hash, new.hash)
 
 
