@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 import parts
 from lexigraft.checkpoints import write
 from lexigraft.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
-from lexigraft.checkpoints.growth import Growth, grown, survey
+from lexigraft.checkpoints.growth import Growth, grown
 from lexigraft.checkpoints.header import DTYPE_BITS, header_bytes, read_header
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import read_ids, read_rows
+from lexigraft.checkpoints.survey import survey
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.errors import LexigraftError, RefusalError
 

@@ -14,7 +14,8 @@ import parts
 from extend import extend
 from lexigraft import families
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import rows_hash, survey
+from lexigraft.checkpoints.growth import rows_hash
+from lexigraft.checkpoints.survey import survey
 from lexigraft.embeddings import AUTO, METHODS, Choice, Spelled, Start, choose, spell
 from lexigraft.embeddings.spelling import characters_of
 from lexigraft.embeddings.spread import spread_of

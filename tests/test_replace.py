@@ -28,7 +28,7 @@ from lexigraft import (
     unprune,
 )
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import never_trained
+from lexigraft.checkpoints.survey import never_trained
 from lexigraft.errors import RefusalError
 from lexigraft.families.proof import HARD_TEXTS, prove
 from lexigraft.families.replacing import fill, vacate

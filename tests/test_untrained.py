@@ -11,8 +11,8 @@ import pytest
 
 import parts
 from lexigraft.checkpoints.checkpoint import SINGLE, Checkpoint
-from lexigraft.checkpoints.growth import require_finite, survey
 from lexigraft.checkpoints.header import header_bytes
+from lexigraft.checkpoints.survey import require_finite, survey
 from lexigraft.errors import LexigraftError
 
 TOKENS, WIDTH = 2000, 64

@@ -24,8 +24,9 @@ from lexigraft.adapters.vocabulary import (
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.fit import ids_in_use
-from lexigraft.checkpoints.growth import Growth, Survey, survey
+from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.rows import read_rows
+from lexigraft.checkpoints.survey import Survey, survey
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError
 from lexigraft.families.tokenmap import TokenMap, aligned

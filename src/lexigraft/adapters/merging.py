@@ -27,10 +27,11 @@ from lexigraft.checkpoints.architectures import VocabularyTensors, is_tied_by_co
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import edit_config
 from lexigraft.checkpoints.fit import open_whole, require_consistent
-from lexigraft.checkpoints.growth import Growth, survey
+from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.plan import Plan
 from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files
+from lexigraft.checkpoints.survey import survey
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress
 from lexigraft.errors import RefusalError

@@ -14,8 +14,9 @@ from lexigraft import families
 from lexigraft.adapters.tokens import TokenizerChoice
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import NewRows, Survey, rows_hash
-from lexigraft.embeddings import METHODS, Choice, Start, roles_of
+from lexigraft.checkpoints.growth import NewRows, rows_hash
+from lexigraft.checkpoints.survey import Survey
+from lexigraft.embeddings import METHODS, Choice, Start
 from lexigraft.families.replacing import without_tokens
 from lexigraft.manifest import GraftRecord, Manifest
 
@@ -58,7 +59,7 @@ def rebuilt_rows(
                 copies={one.id: one.pieces for one in record.start.copies} if record.start else {},
             )
 
-    roles = roles_of(vocabulary)
+    roles = vocabulary.roles
     count = len(record.new_ids)
     found = {}
     for name in names:

@@ -19,7 +19,6 @@ from lexigraft.adapters.match import match, vocabulary_name
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.gather import Ids, gathered
-from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, read_header
 from lexigraft.checkpoints.plan import (
     DEFAULT_METADATA,
@@ -29,6 +28,7 @@ from lexigraft.checkpoints.plan import (
     PlannedTensor,
 )
 from lexigraft.checkpoints.rows import read_rows
+from lexigraft.checkpoints.survey import survey
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families import copy_tokenizer

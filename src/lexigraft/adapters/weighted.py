@@ -30,7 +30,7 @@ from lexigraft.adapters.rounding import Rounding
 from lexigraft.adapters.vocabulary import VocabularyRows
 from lexigraft.checkpoints.architectures import VocabularyTensors
 from lexigraft.checkpoints.checkpoint import Checkpoint
-from lexigraft.checkpoints.growth import Growth, repeated, survey
+from lexigraft.checkpoints.growth import Growth, repeated
 from lexigraft.checkpoints.header import Tensor, numpy_dtype, wide_type
 from lexigraft.checkpoints.plan import Compute, CopyRows, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import (
@@ -41,6 +41,7 @@ from lexigraft.checkpoints.rows import (
     read_rows,
     runs,
 )
+from lexigraft.checkpoints.survey import survey
 from lexigraft.console import note
 from lexigraft.errors import LexigraftError, RefusalError
 from lexigraft.families.tokenmap import TokenMap, aligned

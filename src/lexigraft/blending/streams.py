@@ -28,9 +28,9 @@ from lexigraft.blending.methods import (
     slerp_factors,
 )
 from lexigraft.blending.settings import Parameters, Settings
-from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.rows import read_ids
+from lexigraft.checkpoints.survey import survey
 
 
 @dataclass(frozen=True)

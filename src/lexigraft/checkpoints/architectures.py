@@ -88,6 +88,15 @@ class VocabularyTensors:
         """All of them."""
         return (*self.embeds, *self.heads, *self.biases)
 
+    @property
+    def roles(self) -> dict[str, Role]:
+        """What each of them is."""
+        return {
+            **dict.fromkeys(self.embeds, "embed"),
+            **dict.fromkeys(self.heads, "head"),
+            **dict.fromkeys(self.biases, "bias"),
+        }
+
 
 @cache
 def table() -> dict[str, dict[str, Any]]:

@@ -43,6 +43,7 @@ def write_plan(
     threads: int | None = None,
     advance: Advance | None = None,
     meanwhile: Callable[[], None] | None = None,
+    look: Callable[[Path], None] | None = None,
     beside: int = 0,
     replay: bool = False,
 ) -> tuple[int, int]:
@@ -64,7 +65,9 @@ def write_plan(
             the disk, others are copied.
         advance: called with every number of bytes written (or linked).
         meanwhile: called once, in the caller's thread, while the others write.
-        beside: bytes of what it writes, if that may be much: room is asked for them too.
+        look: called with each file that does not equal an input, when its bytes are written and
+            before they are flushed, in the thread that wrote them; what it raises stops all.
+        beside: bytes of what `meanwhile` writes, if that may be much: room is asked for them too.
         replay: read each file back and hold every tensor against what it was made of.
 
     Raises:
@@ -89,7 +92,7 @@ def write_plan(
         jobs = [
             pool.submit(_flush, file, out, step, replay)
             if file.name in taken
-            else pool.submit(_write_file, file, out, step, replay)
+            else pool.submit(_write_file, file, out, step, look, replay)
             for file in files
         ]
         try:
@@ -132,7 +135,13 @@ def _flush(file: PlannedFile, out: Path, advance: Advance, replay: bool) -> tupl
     return 0, 0
 
 
-def _write_file(file: PlannedFile, out: Path, advance: Advance, replay: bool) -> tuple[int, int]:
+def _write_file(
+    file: PlannedFile,
+    out: Path,
+    advance: Advance,
+    look: Callable[[Path], None] | None,
+    replay: bool,
+) -> tuple[int, int]:
     target = out / file.name
     computed: list[bytes] | None = [] if replay else None
     with target.open("xb", buffering=0) as stream:  # mode 0666 & ~umask, as any other file
@@ -143,6 +152,8 @@ def _write_file(file: PlannedFile, out: Path, advance: Advance, replay: bool) ->
             for run in _runs(part for tensor in file.tensors for part in tensor.parts):
                 _write_part(run, stream, advance, computed)
         size = stream.tell()
+        if look is not None and file.verbatim is None:
+            look(target)
         os.fsync(stream.fileno())
     if computed is not None:
         _replay(file, target, computed)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from lexigraft.adapters.finite import all_finite
 from lexigraft.checkpoints.architectures import is_tied_by_config
-from lexigraft.checkpoints.growth import survey
 from lexigraft.checkpoints.header import FLOATS, Tensor
 from lexigraft.checkpoints.nested import get, paths_to
 from lexigraft.checkpoints.rows import (
@@ -26,6 +25,7 @@ from lexigraft.checkpoints.rows import (
     same_values,
     widened,
 )
+from lexigraft.checkpoints.survey import survey
 from lexigraft.checks.facts import Facts
 from lexigraft.checks.findings import Edit, Finding, finding
 from lexigraft.checks.weights import special_ids

@@ -7,6 +7,6 @@
 from lexigraft.embeddings.choice import AUTO, Choice, choose
 from lexigraft.embeddings.methods import METHODS, Spelled
 from lexigraft.embeddings.spelling import spell
-from lexigraft.embeddings.starting import Start, roles_of
+from lexigraft.embeddings.starting import Start
 
-__all__ = ["AUTO", "METHODS", "Choice", "Spelled", "Start", "choose", "roles_of", "spell"]
+__all__ = ["AUTO", "METHODS", "Choice", "Spelled", "Start", "choose", "spell"]

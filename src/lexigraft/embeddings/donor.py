@@ -27,9 +27,9 @@ from lexigraft.checkpoints.architectures import Role, vocabulary_of
 from lexigraft.checkpoints.checkpoint import Checkpoint
 from lexigraft.checkpoints.config import refuse_quantised
 from lexigraft.checkpoints.fit import require_floats
-from lexigraft.checkpoints.growth import require_finite, survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.rows import block_rows, read_ids, read_rows, widened
+from lexigraft.checkpoints.survey import require_finite, survey
 from lexigraft.embeddings.methods import Weights
 from lexigraft.embeddings.pursuit import matching_pursuit
 from lexigraft.errors import LexigraftError

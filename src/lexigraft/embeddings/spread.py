@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lexigraft.checkpoints.growth import Survey
 from lexigraft.checkpoints.header import Tensor
 from lexigraft.checkpoints.rows import by_row, in_blocks
+from lexigraft.checkpoints.survey import Survey
 
 Array = npt.NDArray[Any]
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lexigraft.checkpoints.architectures import Role, VocabularyTensors
-from lexigraft.checkpoints.growth import NewRows, Survey, require_finite
+from lexigraft.checkpoints.architectures import Role
+from lexigraft.checkpoints.growth import NewRows
 from lexigraft.checkpoints.header import Tensor, numpy_dtype
 from lexigraft.checkpoints.rows import by_row, read_ids
+from lexigraft.checkpoints.survey import Survey, require_finite
 from lexigraft.embeddings.choice import Choice, method
 from lexigraft.embeddings.methods import Array, Pieces, Spelled, Weights, told_apart_by
 from lexigraft.embeddings.spelling import characters_of, spell
@@ -134,15 +135,6 @@ class Start:
             return _stored(tensor, name, spelled.ids, result)
 
         return rows
-
-
-def roles_of(vocabulary: VocabularyTensors) -> dict[str, Role]:
-    """What each vocabulary tensor is."""
-    return {
-        **dict.fromkeys(vocabulary.embeds, "embed"),
-        **dict.fromkeys(vocabulary.heads, "head"),
-        **dict.fromkeys(vocabulary.biases, "bias"),
-    }
 
 
 def _local(pieces: Pieces) -> tuple[list[int], list[list[int]]]:

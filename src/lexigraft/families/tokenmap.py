@@ -7,7 +7,7 @@ and the `added_tokens_decoder` of `tokenizer_config.json`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from json.encoder import encode_basestring as quoted
@@ -183,17 +183,17 @@ def _with_added(main: TokenMap, maps: Mapping[str, TokenMap]) -> TokenMap:
     return TokenMap(texts, frozenset(added), frozenset(special))
 
 
-def _from_pairs(pairs: Iterable[tuple[str, int]]) -> dict[int, str]:
-    pairs = list(pairs)
-    kinds = {(type(text), type(token_id)) for text, token_id in pairs}
-    for text, token_id in pairs if kinds - {(str, int)} else ():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not isinstance(text, str):
-            raise TypeError(f"{text!r}: {token_id!r} is not a token with an id")
-    texts = {token_id: text for text, token_id in pairs}
-    for token_id in (min(texts), max(texts)) if texts else ():
+def _by_id(texts: Collection[Any], ids: Collection[Any]) -> dict[int, str]:
+    """Id -> text; of an id that stands there twice the last text."""
+    if {*map(type, texts)} - {str} or {*map(type, ids)} - {int}:
+        for text, token_id in zip(texts, ids, strict=True):
+            if type(token_id) is not int or not isinstance(text, str):
+                raise TypeError(f"{text!r}: {token_id!r} is not a token with an id")
+    found = dict(zip(ids, texts, strict=True))
+    for token_id in (min(found), max(found)) if found else ():
         if token_id < 0 or token_id >= 2**31:
-            raise ValueError(f"id {token_id} of {texts[token_id]!r}")
-    return texts
+            raise ValueError(f"id {token_id} of {found[token_id]!r}")
+    return found
 
 
 def token_text(value: Any) -> str | None:
@@ -239,11 +239,11 @@ def _tokenizer_map(path: str, changed: int, size: int) -> TokenMap:
     data = _tokenizer_data(path, changed, size)
     vocabulary: Any = data["model"]["vocab"]
     if isinstance(vocabulary, dict):
-        texts = _from_pairs(vocabulary.items())
+        texts = _by_id(vocabulary.keys(), vocabulary.values())
     else:  # Unigram: a list of [piece, score]
-        texts = _from_pairs((entry[0], i) for i, entry in enumerate(vocabulary))
+        texts = _by_id([entry[0] for entry in vocabulary], range(len(vocabulary)))
     added = data.get("added_tokens") or []
-    texts.update(_from_pairs((token["content"], token["id"]) for token in added))
+    texts.update(_by_id([one["content"] for one in added], [one["id"] for one in added]))
     return TokenMap(
         texts,
         frozenset(token["id"] for token in added),
@@ -322,23 +322,25 @@ def byte_text(data: bytes) -> str:
 
 
 def _read_vocab_json(path: Path) -> TokenMap:
-    return TokenMap(_from_pairs(read_json(path).items()))
+    vocabulary = read_json(path)
+    return TokenMap(_by_id(vocabulary.keys(), vocabulary.values()))
 
 
 def _read_vocab_txt(path: Path) -> TokenMap:
     lines = path.read_text("utf-8").split("\n")
     if lines and not lines[-1]:
         lines.pop()
-    return TokenMap(_from_pairs((line.rstrip("\r"), i) for i, line in enumerate(lines)))
+    return TokenMap(_by_id([line.rstrip("\r") for line in lines], range(len(lines))))
 
 
 def _read_added_tokens(path: Path) -> TokenMap:
-    texts = _from_pairs(read_json(path).items())
+    added = read_json(path)
+    texts = _by_id(added.keys(), added.values())
     return TokenMap(texts, frozenset(texts))
 
 
 def _read_tokenizer_config(path: Path) -> TokenMap:
     decoder = read_json(path).get("added_tokens_decoder") or {}
-    texts = _from_pairs((entry["content"], int(key)) for key, entry in decoder.items())
+    texts = _by_id([entry["content"] for entry in decoder.values()], [*map(int, decoder)])
     special = (int(key) for key, entry in decoder.items() if entry.get("special"))
     return TokenMap(texts, frozenset(texts), frozenset(special))

@@ -29,11 +29,12 @@ from lexigraft.blending.inputs import (
 from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.config import edit_config
 from lexigraft.checkpoints.fit import require_consistent
-from lexigraft.checkpoints.growth import ROW_STEP, Growth, survey
+from lexigraft.checkpoints.growth import ROW_STEP, Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import grown_shape
 from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.survey import survey
 from lexigraft.checkpoints.token_ids import with_ids
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress, working

@@ -32,7 +32,8 @@ from lexigraft.checkpoints.fit import (
     require_floats,
     require_free_ids,
 )
-from lexigraft.checkpoints.header import Tensor
+from lexigraft.checkpoints.growth import Growth, NewRows, grown
+from lexigraft.checkpoints.header import Tensor, read_header
 from lexigraft.checkpoints.plan import Plan, PlannedTensor
 from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files, place_tokenizer
 from lexigraft.checkpoints.tying import with_copies
@@ -66,11 +67,11 @@ from lexigraft.manifest import (
 )
 from lexigraft.models.gguf_base import gguf_file, write_folder
 
-# What imports numpy is imported when the processes that open the tokenizers have begun.
+# What imports numpy is imported when copying has begun.
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from lexigraft.checkpoints.growth import Growth, NewRows, Survey
+    from lexigraft.checkpoints.survey import Survey
     from lexigraft.checks.rows import RowStatistics
     from lexigraft.embeddings import Start
     from lexigraft.embeddings.copying import Copied
@@ -265,11 +266,12 @@ def graft(
             return job.result(output, sizes, start=start, link=linked, dry_run=True)
         with publish(output, force=force, inputs=inputs) as partial:
             sizes = job.write(partial, link=link)
-            statistics = job.row_statistics(partial)
             found = None if text is None else job.probe(partial, text, trust=trust_remote_code)
     done = job.result(output, sizes, start=start, link=link, dry_run=False)
     probing = 0.0 if found is None else found.seconds
-    return replace(done, seconds=done.seconds - probing, row_statistics=statistics, probe=found)
+    return replace(
+        done, seconds=done.seconds - probing, row_statistics=job.row_statistics, probe=found
+    )
 
 
 def _refuse_swapped(base: Path, vocab: Path, output: Path) -> None:
@@ -302,6 +304,7 @@ class _Table:
 
     Attributes:
         new: SHA-256 of the new rows, complete once they are written.
+        statistics: of the new rows, once they are written; None for a bias.
     """
 
     def __init__(self, tensor: Tensor, growth: Growth) -> None:
@@ -309,11 +312,12 @@ class _Table:
         self._growth = growth
         self._survey: Survey | None = None
         self.new = hashlib.sha256()
+        self.statistics: RowStatistics | None = None
 
     @property
     def survey(self) -> Survey:
         """Hash and mean of the old rows."""
-        from lexigraft.checkpoints.growth import require_finite, survey
+        from lexigraft.checkpoints.survey import require_finite, survey
 
         # No cached_property: up to Python 3.11 its lock lets the threads of two tables take turns.
         if self._survey is None:
@@ -324,7 +328,6 @@ class _Table:
 
     def planned(self, spelled: Future[_Spelled], role: Role) -> PlannedTensor:
         """The grown tensor; `spelled` is waited for where the new rows are made."""
-        from lexigraft.checkpoints.growth import grown
 
         @cache
         def made() -> NewRows:
@@ -405,9 +408,8 @@ class _Job:
 
     def entries(self, *, link: bool) -> list[dict[str, Any]]:
         """Every tensor of the plan; of those that grow also the method of their new rows."""
-        from lexigraft.embeddings import roles_of
-
-        choice, roles = self.spelled.result().start.choice, roles_of(self.vocabulary)
+        choice = self.spelled.result().start.choice
+        roles = self.vocabulary.roles
         methods = {name: {"init": choice.of(role)} for name, role in roles.items()}
         return [
             {**entry, **methods.get(entry["tensor"], {})} for entry in self.plan.to_json(link=link)
@@ -423,6 +425,7 @@ class _Job:
                 link=link,
                 advance=advance,
                 meanwhile=lambda: self.write_side_files(partial),
+                look=self.look_at_rows,
                 beside=bytes_beside(self.checkpoint),
             )
         self.write_manifest(partial)
@@ -461,22 +464,24 @@ class _Job:
         else:
             note("--link: nothing to link, for every file of weights holds a vocabulary tensor")
 
-    def row_statistics(self, model: Path) -> tuple[RowStatistics, ...]:
-        """The new rows of each vocabulary tensor in the written folder `model`."""
+    def look_at_rows(self, file: Path) -> None:
+        """Hold the new rows in a written file of weights against its old ones."""
         import numpy as np
 
         from lexigraft.checks.rows import row_statistics
 
-        used = np.sort(np.fromiter(self.old.texts, np.int64))
-        tensors = Checkpoint.open(model).tensors
         start = self.spelled.result().start
+        used = np.sort(np.fromiter(self.old.texts, np.int64))
+        for tensor in read_header(file).tensors:
+            table = self.tables.get(tensor.name)
+            if table is not None:
+                old = np.setdiff1d(used, table.survey.untrained, assume_unique=True)
+                table.statistics = row_statistics(tensor, start.ids, start.pieces, old, self.text)
 
-        def of(name: str) -> RowStatistics | None:
-            old = np.setdiff1d(used, self.tables[name].survey.untrained, assume_unique=True)
-            return row_statistics(tensors[name], start.ids, start.pieces, old, self.text)
-
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(of, self.tables))
+    @property
+    def row_statistics(self) -> tuple[RowStatistics, ...]:
+        """Of the new rows of each vocabulary tensor, when all are written."""
+        found = (table.statistics for table in self.tables.values())
         return tuple(statistics for statistics in found if statistics is not None)
 
     def probe_text(self, spec: str | Path) -> ProbeText:
@@ -561,12 +566,10 @@ class _Job:
         return {"init": str(start.choice), "seed": start.seed}
 
     def _start(self) -> StartRecord:
-        from lexigraft.embeddings import roles_of
-
         spelled = self.spelled.result()
         choice = spelled.start.choice
         return StartRecord(
-            methods={name: choice.of(role) for name, role in roles_of(self.vocabulary).items()},
+            methods={name: choice.of(role) for name, role in self.vocabulary.roles.items()},
             reason=choice.reason,
             copies=[
                 CopiedRow(id=one.id, source=one.source, pieces=list(one.pieces))
@@ -616,9 +619,6 @@ def _prepare(
             families.load(folder)
         raise
     mention_normalised_head(checkpoint, vocabulary)
-    from lexigraft.checkpoints.growth import Growth
-    from lexigraft.embeddings import roles_of
-
     step = pad_to if new.tokens > old.tokens else 1  # nothing grows: nothing to round
     growth = Growth.to(vocabulary.rows, old.tokens, new.tokens, step, replaced)
     tables = {name: _Table(checkpoint.tensors[name], growth) for name in vocabulary.names}
@@ -633,7 +633,7 @@ def _prepare(
     thread = ThreadPoolExecutor(1)
     spelled = thread.submit(spell)
     thread.shutdown(wait=False)
-    roles = roles_of(vocabulary)
+    roles = vocabulary.roles
     planned = [table.planned(spelled, roles[name]) for name, table in tables.items()]
     return _Job(
         checkpoint=checkpoint,

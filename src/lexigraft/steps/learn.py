@@ -15,7 +15,7 @@ from typing import Any
 from lexigraft import families
 from lexigraft.checkpoints.architectures import is_tied_by_config
 from lexigraft.checkpoints.fit import ids_in_use
-from lexigraft.checkpoints.growth import never_trained
+from lexigraft.checkpoints.survey import never_trained
 from lexigraft.console import note, working
 from lexigraft.corpus import beginning, held_out, sources, text_files
 from lexigraft.errors import LexigraftError

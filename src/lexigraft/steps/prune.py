@@ -34,7 +34,6 @@ from lexigraft.checkpoints.config import (
 )
 from lexigraft.checkpoints.fit import require_computable, require_consistent
 from lexigraft.checkpoints.gather import Ids, gathered, interleaved
-from lexigraft.checkpoints.growth import Survey, require_finite, survey
 from lexigraft.checkpoints.header import Tensor, read_header
 from lexigraft.checkpoints.nested import paths_to, put
 from lexigraft.checkpoints.plan import (
@@ -46,6 +45,7 @@ from lexigraft.checkpoints.plan import (
 )
 from lexigraft.checkpoints.rows import in_blocks, runs
 from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.survey import Survey, require_finite, survey
 from lexigraft.checkpoints.token_ids import stated_ids, with_ids
 from lexigraft.checkpoints.tying import with_copies
 from lexigraft.checkpoints.write import write_plan
