@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 from typing import TYPE_CHECKING, Any
 
 from lexigraft.errors import LexigraftError, RefusalError
@@ -26,23 +27,29 @@ if TYPE_CHECKING:
 
 _OPEN_IN_CHILD = """
 import json, os, sys
-added, spelled = {}, []
-if sys.argv[1].endswith(".json"):
-    from tokenizers import Tokenizer
-    engine = Tokenizer.from_file(sys.argv[1])
-    engine.encode("probe 冠状")
-    added = {one.content: i for i, one in engine.get_added_tokens_decoder().items()}
-    asked = json.load(sys.stdin)
+engines = []
+for path in sys.argv[1:]:
+    engine = None
+    if path.endswith(".json"):
+        from tokenizers import Tokenizer
+        engine = Tokenizer.from_file(path)
+        engine.encode("probe 冠状")
+    else:
+        import sentencepiece
+        sentencepiece.SentencePieceProcessor(model_file=path).encode("probe 冠状")
+    engines.append(engine)
+for line in sys.stdin:
+    place, asked = json.loads(line)
+    engine, added, spelled = engines[place], {}, []
+    if engine is not None:
+        added = {one.content: i for i, one in engine.get_added_tokens_decoder().items()}
     if asked:
         model = engine.model
         model.ignore_merges = False
         read = Tokenizer(model).encode_batch(asked, add_special_tokens=False)
         spelled = [one.ids for one in read]
-else:
-    import sentencepiece
-    sentencepiece.SentencePieceProcessor(model_file=sys.argv[1]).encode("probe 冠状")
-print(json.dumps([added, spelled]), flush=True)
-os._exit(0)  # taking the engine apart takes as long as reading its file
+    print(json.dumps([added, spelled]), flush=True)
+os._exit(0)  # taking engines apart takes as long as reading their files
 """
 _CHILD_SECONDS = 120
 _OWN: ContextVar[bool] = ContextVar("own files", default=False)
@@ -246,16 +253,22 @@ def open_safely(path: Path, spell: Sequence[str] = ()) -> Told | None:
 
 @contextmanager
 def open_ahead(folders: Iterable[Path]) -> Iterator[None]:
-    """Start the child processes that `load` of each folder will ask, and do not wait for them."""
+    """Start a child process that opens what `load` of each folder will ask for; do not wait."""
+    asked: dict[str, _Opening] = {}
     with ExitStack() as stack:
         for folder in folders:
             names = ("tokenizer.json", *SENTENCEPIECE_FILES)
             path = next((folder / name for name in names if (folder / name).is_file()), None)
             if path is not None:
                 with suppress(OSError):  # `load` will say it
-                    opening = _opening(_at(path), sha256_file(path))
-                    stack.callback(opening.close)
-                    opening.start()
+                    asked[_at(path)] = _opening(_at(path), sha256_file(path))
+        asked = {path: opening for path, opening in asked.items() if not opening.is_told}
+        if asked:
+            with suppress(OSError):
+                child = _Child([*asked])
+                stack.callback(child.close)
+                for place, opening in enumerate(asked.values()):
+                    opening.ahead = (child, place)
         yield
 
 
@@ -284,52 +297,84 @@ class Told:
     spelled: Mapping[str, list[int]] = field(default_factory=dict)
 
 
+class _Child:
+    """A process that opens tokenizer files one after another, and then says what is asked of it."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._lock = Lock()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        self._process = subprocess.Popen(
+            python_child(_OPEN_IN_CHILD, *paths),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+
+    def ask(self, place: int, spell: Sequence[str]) -> Told:
+        """What its engine says of a file, by its place among them."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with self._lock:
+            if process.stdin.closed:
+                return Told("its reader has ended")
+            # Killing the child ends a blocked write as well as a blocked read.
+            watch = Timer(_CHILD_SECONDS, process.kill)
+            watch.start()
+            try:
+                said = b""
+                with suppress(OSError):  # it has ended
+                    process.stdin.write(json.dumps([place, list(spell)]).encode() + b"\n")
+                    process.stdin.flush()
+                    said = process.stdout.readline()
+                if said.endswith(b"\n"):
+                    added, spelled = json.loads(said)
+                    return Told(None, added, dict(zip(spell, spelled, strict=False)))
+                process.wait()
+                late = not watch.is_alive()
+            finally:
+                watch.cancel()
+            return Told(f"no answer in {_CHILD_SECONDS} s" if late else self._last_words())
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else "the reader crashed"
+
+    def close(self) -> None:
+        """End the process, once who is asking it has an answer."""
+        with self._lock:
+            self._process.kill()
+            self._process.communicate()
+            self._errors.close()
+
+
 class _Opening:
-    """A child process that opens a tokenizer file at once, is asked once, and ends."""
+    """A tokenizer file that is opened in a child process, once.
+
+    Attributes:
+        ahead: a child that opens several files, and this one's place among them.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = Lock()
-        self._child: subprocess.Popen[bytes] | None = None
         self._told: Told | None = None
+        self.ahead: tuple[_Child, int] | None = None
 
-    def start(self) -> None:
-        """Start the child, unless it runs or has ended."""
-        if self._child is None and self._told is None:
-            pipe, command = subprocess.PIPE, python_child(_OPEN_IN_CHILD, self._path)
-            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    @property
+    def is_told(self) -> bool:
+        """Whether it needs no child any more."""
+        return self._told is not None
 
     def told(self, spell: Sequence[str]) -> Told:
         """What it says; who asks first is told what `spell` is read as."""
         with self._lock:
+            if self._told is None and self.ahead is not None:
+                child, place = self.ahead
+                told = child.ask(place, spell)
+                # Another file may be what ended that child.
+                self._told = told if told.fault is None else None
             if self._told is None:
-                self.start()
-                try:
-                    self._told = self._answer(spell)
-                finally:
-                    self._end()
+                with closing(_Child([self._path])) as child:
+                    self._told = child.ask(0, spell)
             return self._told
-
-    def _answer(self, spell: Sequence[str]) -> Told:
-        child = self._child
-        assert child is not None
-        try:
-            said, errors = child.communicate(json.dumps(spell).encode(), _CHILD_SECONDS)
-        except subprocess.TimeoutExpired:
-            return Told(f"no answer in {_CHILD_SECONDS} s")
-        if child.returncode == 0:
-            added, spelled = json.loads(said)
-            return Told(None, added, dict(zip(spell, spelled, strict=False)))
-        fault = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return Told(fault[0] if fault else "the reader crashed")
-
-    def close(self) -> None:
-        """End the child, once who is asking it has an answer; who asks later starts another."""
-        with self._lock:
-            self._end()
-
-    def _end(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
-            child.communicate()
