@@ -47,6 +47,20 @@ def test_each_method_by_hand():
     assert (start("mean-all", pieces) == CENTER).all()
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [(), (1,), (37,)])
+def test_the_mean_sums_in_the_order_of_reduceat_to_the_bit(kind, width):
+    """Manifests hold the hash of rows that were made with it."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((50, *width)).astype(kind)
+    pieces = [random.integers(0, 50, 1 + n % 12).tolist() for n in range(48)]
+    flat, lengths = np.concatenate(pieces), np.array([*map(len, pieces)])
+    sums = np.add.reduceat(rows[flat], np.cumsum(lengths) - lengths, axis=0)
+    means = sums / lengths.reshape(-1, *[1] * len(width)).astype(kind)
+    found = start("mean", pieces, rows=rows, center=rows[0])
+    assert found.tobytes() == means.tobytes()
+
+
 def test_half_first_is_half_way_between_the_first_piece_and_the_mean():
     rows = start("half-first", [[1, 3, 5], [5], []])
     assert (rows == np.array([(ROWS[1] + ROWS[3]) / 2, ROWS[5], CENTER])).all()

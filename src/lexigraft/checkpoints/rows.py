@@ -93,14 +93,19 @@ def in_blocks(
 
 
 def ids_in_blocks(
-    tensor: Tensor, ids: npt.NDArray[np.int64]
+    tensor: Tensor, ids: npt.NDArray[np.int64], *, step: int | None = None
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
     """Some of `ids` (ascending) and their rows, a block at a time, in the storage dtype.
+
+    Args:
+        tensor: the tensor.
+        ids: which rows.
+        step: rows at a time; by default `block_rows`.
 
     Raises:
         LexigraftError: a row does not exist, or the file became shorter.
     """
-    step = block_rows(tensor)
+    step = step or block_rows(tensor)
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
         yield some, read_ids(tensor, some.tolist())
