@@ -446,6 +446,20 @@ def overwrite_row(folder: Path, name: str, row: int, data: bytes) -> None:
         stream.write(data)
 
 
+def fill_beside(folder: Path) -> Path:
+    """A subfolder of a model, of a file that is larger than what is free on its disk."""
+    import pytest
+
+    inside = folder / "images"
+    inside.mkdir()
+    with (inside / "all.tar").open("wb") as stream:
+        try:
+            stream.truncate(2 * shutil.disk_usage(folder).free)
+        except OSError:
+            pytest.skip("this file system holds no sparse file larger than itself")
+    return inside
+
+
 def peak_megabytes() -> int:
     """The most memory this process has had.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,14 @@ def test_a_blend_of_aligned_models_is_the_blend_of_the_models(siblings, tmp_path
     for name, tensor in one.items():
         count = tokens if name in TABLES else len(tensor)
         assert torch.allclose(tensor[:count], other[name][:count], atol=1e-7), name
+
+
+def test_room_for_what_lies_beside_the_weights_is_foreseen(siblings, tmp_path):
+    other = Path(shutil.copytree(siblings / "other", tmp_path / "other"))
+    parts.fill_beside(other)
+    with pytest.raises(LexigraftError, match="GB free"):
+        align([siblings / "base", other], output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_an_alignment_keeps_the_rules_of_outputs(siblings, tmp_path):

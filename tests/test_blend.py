@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,14 @@ def test_a_model_blended_with_itself_is_itself(models, tmp_path, method):
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert ours.keys() == theirs.keys()
     assert check(tmp_path / "b").ok
+
+
+def test_room_for_what_lies_beside_the_weights_is_foreseen(models, tmp_path):
+    base = Path(shutil.copytree(models[0], tmp_path / "base"))
+    parts.fill_beside(base)
+    with pytest.raises(LexigraftError, match="GB free"):
+        blend([base, models[1][0]], base=base, method="linear", output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_fine_tune_blended_with_itself_is_itself(models, tmp_path):

@@ -431,6 +431,18 @@ def test_a_pruned_model_is_a_base_like_any_other(texts, tmp_path):
         unprune(tmp_path / "model", output=tmp_path / "no")
 
 
+def test_room_for_what_lies_beside_the_weights_is_foreseen(texts, tmp_path):
+    base = write_base(tmp_path / "base", "byte")
+    prune(base, corpus=[texts / "domain.txt"], output=tmp_path / "pruned")
+    for folder in (base, tmp_path / "pruned"):
+        parts.fill_beside(folder)
+    with pytest.raises(LexigraftError, match="GB free"):
+        prune(base, corpus=[texts / "domain.txt"], output=tmp_path / "out")
+    with pytest.raises(LexigraftError, match="GB free"):
+        unprune(tmp_path / "pruned", output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "pruned"]
+
+
 def test_undone_after_training_and_what_cannot_be(texts, tmp_path):
     """Rows of kept tokens are then the trained ones; an undo map of another model is refused."""
     base = write_base(tmp_path / "base", "byte")

@@ -33,7 +33,7 @@ from lexigraft.checkpoints.growth import ROW_STEP, Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import grown_shape
-from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files
 from lexigraft.checkpoints.survey import survey
 from lexigraft.checkpoints.token_ids import with_ids
 from lexigraft.checkpoints.write import write_plan
@@ -274,7 +274,13 @@ def _same(job: _Job, model: Model) -> dict[int, int]:
 def _write(job: _Job, number: int, folder: Path) -> None:
     model, plan = job.models[number], job.plans[number]
     with progress(f"aligning {job.names[number]}", sum(f.bytes for f in plan.files)) as advance:
-        write_plan(plan, folder, threads=WRITERS, advance=advance)
+        write_plan(
+            plan,
+            folder,
+            threads=WRITERS,
+            advance=advance,
+            beside=bytes_beside(model.checkpoint),
+        )
     for name in copy_side_files(model.checkpoint, folder):
         note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
     copy_tokenizer(job.tokenizer, folder)

@@ -38,7 +38,7 @@ from lexigraft.checkpoints.growth import Growth
 from lexigraft.checkpoints.header import data_bytes, numpy_dtype
 from lexigraft.checkpoints.plan import Compute, Plan, PlannedTensor
 from lexigraft.checkpoints.rows import grown_shape
-from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files
 from lexigraft.checkpoints.write import write_plan
 from lexigraft.console import note, progress, working
 from lexigraft.errors import LexigraftError, RefusalError
@@ -400,7 +400,13 @@ def _chat_ids(chat: Model, tokens: TokenMap) -> frozenset[int]:
 
 def _write(job: _Job, folder: Path) -> None:
     with progress("blending", total=sum(file.bytes for file in job.plan.files)) as advance:
-        write_plan(job.plan, folder, threads=WRITERS, advance=advance)
+        write_plan(
+            job.plan,
+            folder,
+            threads=WRITERS,
+            advance=advance,
+            beside=bytes_beside(job.anchor.checkpoint),
+        )
     for name in copy_side_files(job.anchor.checkpoint, folder):
         note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
     copy_tokenizer(job.tokenizer, folder)

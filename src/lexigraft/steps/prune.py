@@ -44,7 +44,7 @@ from lexigraft.checkpoints.plan import (
     PlannedTensor,
 )
 from lexigraft.checkpoints.rows import in_blocks, runs
-from lexigraft.checkpoints.side_files import copy_side_files
+from lexigraft.checkpoints.side_files import bytes_beside, copy_side_files
 from lexigraft.checkpoints.survey import Survey, require_finite, survey
 from lexigraft.checkpoints.token_ids import stated_ids, with_ids
 from lexigraft.checkpoints.tying import with_copies
@@ -377,7 +377,7 @@ def unprune(
         return UndoResult(target, record.base.tokens, record.rows_before, None, plan.to_json())
     with publish(target, force=force, inputs=inputs) as partial:
         with progress("writing weights", sum(file.bytes for file in plan.files)) as advance:
-            write_plan(plan, partial, advance=advance)
+            write_plan(plan, partial, advance=advance, beside=bytes_beside(checkpoint))
         copy_side_files(checkpoint, partial)
         for name in _SETTINGS:
             (partial / name).unlink(missing_ok=True)
@@ -454,7 +454,12 @@ class _Job:
     def write(self, partial: Path, tokenizer: Path) -> None:
         """Write everything but the manifest."""
         with progress("writing weights", sum(file.bytes for file in self.plan.files)) as advance:
-            write_plan(self.plan, partial, advance=advance)
+            write_plan(
+                self.plan,
+                partial,
+                advance=advance,
+                beside=bytes_beside(self.checkpoint) + self._undo_rows.bytes,
+            )
         for name in copy_side_files(self.checkpoint, partial):
             note(f"left out: {name} (it holds weights, or a tokenizer, of the old vocabulary)")
         families.copy_tokenizer(tokenizer, partial)
@@ -468,20 +473,24 @@ class _Job:
             write_json(generation, content)
         self._write_undo(partial / UNDO)
 
-    def _write_undo(self, undo: Path) -> None:
-        undo.mkdir()
-        folder = self.checkpoint.folder
-        for path in (*(folder / name for name in _SAVED), *folder.glob("*.tiktoken")):
-            if path.is_file():
-                shutil.copyfile(path, undo / path.name)
+    @property
+    def _undo_rows(self) -> PlannedFile:
+        """The rows that are taken out, and their ids."""
         gone = np.setdiff1d(np.arange(self.vocabulary.rows), self.sources, assume_unique=True)
         ids = Compute(8 * len(gone), lambda: iter([gone]))
         tensors = [
             PlannedTensor(_IDS, "I64", (len(gone),), (ids,)),
             *(gathered(self.checkpoint.tensors[name], gone) for name in self.vocabulary.names),
         ]
-        file = PlannedFile(ROWS, tuple(tensors), DEFAULT_METADATA)
-        write_plan(Plan((file,), None, {}), undo)
+        return PlannedFile(ROWS, tuple(tensors), DEFAULT_METADATA)
+
+    def _write_undo(self, undo: Path) -> None:
+        undo.mkdir()
+        folder = self.checkpoint.folder
+        for path in (*(folder / name for name in _SAVED), *folder.glob("*.tiktoken")):
+            if path.is_file():
+                shutil.copyfile(path, undo / path.name)
+        write_plan(Plan((self._undo_rows,), None, {}), undo)
         lines = (
             json.dumps(
                 {
