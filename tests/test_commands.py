@@ -61,7 +61,7 @@ def commands(block):
 
 @cache
 def group():
-    return typer.main.typer.main.get_command(app)
+    return typer.main.get_command(app)
 
 
 def parse(words, *, whole=True):
@@ -434,7 +434,7 @@ def test_the_commands_of_a_page_run(page, world, tmp_path, monkeypatch):
 
 def test_every_setting_of_a_stage_of_training_is_an_option_too():
     """But for `share`, by which stages divide one text."""
-    options = {option.name for option in typer.main.get_command(app).commands["train"].params}
+    options = {option.name for option in group().commands["train"].params}
     assert TrainStage.model_fields.keys() - options == {"share"}
     dtypes = get_args(get_args(TrainStage.model_fields["dtype"].annotation)[0])
     assert dtypes == ("auto", *FLOATS, *QUANTISED)
