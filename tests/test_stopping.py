@@ -128,7 +128,7 @@ def test_a_distillation_stops_by_itself(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "text"), [("patience", "--held-out"), ("general_limit", "--general")]
+    ("option", "text"), [({"patience": 1}, "--held-out"), ({"general_limit": 0.1}, "--general")]
 )
 def test_what_cannot_be_measured_cannot_stop(place, tmp_path, option, text):
     few = tmp_path / "few.txt"
@@ -136,7 +136,7 @@ def test_what_cannot_be_measured_cannot_stop(place, tmp_path, option, text):
     with pytest.raises(LexigraftError) as fault:
         train(
             place / "base_tied", corpus=[few], output=tmp_path / "out", max_steps=2,
-            block_size=16, **{option: 1},
+            block_size=16, **option,
         )  # fmt: skip
     assert text in fault.value.needed
     assert [path.name for path in tmp_path.iterdir()] == ["few.txt"]

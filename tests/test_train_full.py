@@ -198,8 +198,8 @@ def test_layers_that_cannot_be_computed_again_are_refused(place, tmp_path):
     ("options", "error", "told"),
     [
         ({"mode": "lora", "old_rows": "slow"}, LexigraftError, "--mode full"),
-        ({"mode": "full", "old_rows": "fast"}, LexigraftError, "frozen, slow"),
-        ({"schedule": "linear"}, LexigraftError, "cosine, wsd, constant"),
+        ({"mode": "full", "old_rows": "fast"}, LexigraftError, "'frozen' or 'slow'"),
+        ({"schedule": "linear"}, LexigraftError, "'cosine', 'wsd' or 'constant'"),
         ({"dtype": "int3"}, LexigraftError, "bfloat16"),
         ({"mode": "full", "dtype": "float16"}, RefusalError, "loss scaling"),
         ({"mode": "rows", "dtype": "nf4"}, RefusalError, "--mode lora"),
