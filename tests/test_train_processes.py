@@ -123,6 +123,16 @@ def test_law_12_in_one_process_and_in_two(place, tmp_path, way):
             require_law_12(Path(source), out, options["mode"], tmp_path)
 
 
+@pytest.mark.matrix
+def test_two_processes_distil_as_one_does(place, tmp_path):
+    """Rows alone, and with LoRA in the first layers, which the teacher reads without."""
+    cases = [
+        (str(place / "tied"), str(tmp_path / mode), {**OPTIONS, "mode": mode, "objective": "distill"})
+        for mode in ("rows", "lora")
+    ]  # fmt: skip
+    require_the_same_as_one_process(place, "copied", cases)
+
+
 def test_fsdp2_trains_as_one_process_does(place, tmp_path):
     """Rows of their own beside LoRA, on a tied model, with a checkpoint that is resumed."""
     out = str(tmp_path / "two")
