@@ -252,7 +252,9 @@ def say(text: str) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and, of several seeds, its 95% interval."""
+    """Mean and, of several seeds, its 95% interval; `-` of none."""
+    if not values:
+        return "-"
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
