@@ -90,7 +90,6 @@ def expected(model, objective, blocks, place):
         getattr(blocks, name)[place].tolist() for name in ("inputs", "targets", "positions")
     )
     begins = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
-    layers = getattr(*objective._stack)
     states = []
 
     def keep(_, __, output):
@@ -99,7 +98,7 @@ def expected(model, objective, blocks, place):
     for begin, end in itertools.pairwise(begins):
         part = line[begin:end]
         ends = np.cumsum([len(spelled([token])) for token in part]) - 1
-        handle = layers[objective._depth - 1].register_forward_hook(keep)
+        handle = objective._first[-1].register_forward_hook(keep)
         short, long = (torch.tensor([ids]) for ids in (part, spelled(part)))
         model(input_ids=short, use_cache=False)
         with model.disable_adapter() if hasattr(model, "peft_config") else nullcontext():

@@ -36,7 +36,7 @@ class MisfitError(ValueError):
 
 
 def parsed(kind: type[Kind], value: Any) -> Kind:
-    """A JSON value as an instance of the dataclass `kind`; keys that it has no field for are none.
+    """A JSON value as an instance of the dataclass `kind`, which has a field for each of its keys.
 
     Fields may be `str`, `int`, `float`, `Literal`, `Any`, such dataclasses, lists and dicts of
     these, each `| None`, and unions of dataclasses that differ in the default of `stage`.

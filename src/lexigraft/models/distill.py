@@ -105,7 +105,7 @@ class Distill:
         self._new = new
         self._limit = context_limit(model)
         self._stack = stack_of_layers(text_part(model))
-        self._depth = len(first_layers(model))
+        self._first = first_layers(model)
         self._kept: dict[bytes, Reading] = {}
         self._room = KEPT
         self._spread = self._spread_of(model, blocks)
@@ -227,7 +227,7 @@ class Distill:
         def keep(_: Any, __: Any, output: Any) -> None:
             states.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = getattr(*self._stack)[self._depth - 1].register_forward_hook(keep)
+        handle = self._first[-1].register_forward_hook(keep)
         try:
             yield states
         finally:
@@ -239,7 +239,7 @@ class Distill:
         owner, name = self._stack
         layers = getattr(owner, name)
         with self._watched() as states:
-            setattr(owner, name, nn.ModuleList(list(layers)[: self._depth]))
+            setattr(owner, name, self._first)
             try:
                 yield states
             finally:

@@ -218,10 +218,7 @@ def _tokens(facts: dict[str, Any]) -> list[str]:
             "-" if token["count"] is None else f"{token['count']:,}",
             "-" if token["count"] is None else f"{token['tokens_saved']:,}",
             token["origin"],
-            *(
-                "-" if token[key] is None else f"{token[key]:.1f}"
-                for key in ("bits_before", "bits")
-            ),
+            *(_bits(token[key], digits=1) for key in ("bits_before", "bits")),
         )
         for token in facts["tokens"][:SHOWN_TOKENS]
     ]

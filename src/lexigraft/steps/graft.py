@@ -471,10 +471,10 @@ class _Job:
         from lexigraft.checks.rows import row_statistics
 
         start = self.spelled.result().start
-        used = np.sort(np.fromiter(self.old.texts, np.int64))
         for tensor in read_header(file).tensors:
             table = self.tables.get(tensor.name)
             if table is not None:
+                used = np.sort(np.fromiter(self.old.texts, np.int64))
                 old = np.setdiff1d(used, table.survey.untrained, assume_unique=True)
                 table.statistics = row_statistics(tensor, start.ids, start.pieces, old, self.text)
 
