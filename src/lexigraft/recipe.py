@@ -24,6 +24,7 @@ from pydantic import (
 from lexigraft.errors import LexigraftError
 from lexigraft.files import is_there
 
+SMALLEST_BLOCK = 8  # tokens
 # One name, or a list of names.
 Names = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
@@ -106,7 +107,7 @@ class TrainStage(_Part):
     max_steps: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     share: float | None = Field(default=None, gt=0)
-    block_size: int | None = Field(default=None, ge=8)
+    block_size: int | None = Field(default=None, ge=SMALLEST_BLOCK)
     batch_size: int | None = Field(default=None, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     new_row_learning_rate: float | None = Field(default=None, gt=0)

@@ -46,6 +46,7 @@ from lexigraft.models.packing import Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
 from lexigraft.models.settings import Settings
 from lexigraft.models.verdict import Thresholds
+from lexigraft.recipe import SMALLEST_BLOCK
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
 _SMALLEST_WINDOW = 64
@@ -53,7 +54,6 @@ _SHOWN = 60  # characters of a document, in a message
 _KEY = "key.json"
 _PACKED = 8  # bytes of packed blocks per byte of text: three numbers of 4 bytes for each token
 _FIRST = 64  # documents that tell how long tokens are
-SMALLEST_BLOCK = 8
 _CHUNK = 2**18  # tokens that are looked at together
 
 
