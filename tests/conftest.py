@@ -1,10 +1,16 @@
 """What several files of tests read and none of them changes: made once."""
 
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 import parts
+
+# The commands of the environment that runs the tests, also where it is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def pytest_collection_modifyitems(items):
