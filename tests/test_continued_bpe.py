@@ -1,6 +1,9 @@
 """The fast learner of merges against a slow one that recounts everything after each merge."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from itertools import pairwise
@@ -171,3 +174,25 @@ def test_where_no_machine_code_can_be_kept_it_is_compiled_each_time(monkeypatch)
         native.numba.njit(cache=True)(lambda a: a)
     doubled = native.compiled(lambda number: number + number)
     assert doubled(21) == 42 and hasattr(doubled, "py_func")
+
+
+ON_A_FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+import numpy as np
+from lexigraft.families.joining import slot_of
+table = np.full(16, -1)
+print(slot_of(table, 7) == slot_of.py_func(table, 7))
+"""
+
+
+@pytest.mark.skipif(not native.COMPILED, reason="numba is not installed: nothing is compiled")
+def test_a_full_disk_under_the_machine_code_is_no_reason_to_fail(tmp_path):
+    """The first `learn` of an installation on a full disk, whose output goes to another."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "True\n"
+    assert not list(tmp_path.rglob("*.nbc"))
