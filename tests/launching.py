@@ -103,7 +103,7 @@ def torchrun(script: object, *arguments: object, processes: int = 2) -> None:
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=environment(), check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr  # of which process is the first to fail
 
 
 def killed_after_a_checkpoint(model, corpus, output, options) -> None:
