@@ -90,13 +90,16 @@ def weights(folder):
     return load_file(next(folder.glob("*.safetensors")))
 
 
+ELSEWHERE = {"stop_at", "clip", "slow"}  # no options of `train`
+
+
 def require_the_same_as_one_process(place, way, cases):
     """Each case trained by two processes at once, and by one with twice the blocks in a batch."""
     write_json(place / f"{way}.json", cases)
     launching.torchrun(SCRIPT, way, place)
     for source, two, options in cases:
         one = Path(two).with_name("one-" + Path(two).name)
-        alone = {key: value for key, value in options.items() if key not in ("stop_at", "clip")}
+        alone = {key: value for key, value in options.items() if key not in ELSEWHERE}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "CLIP_NORM", options.get("clip", training.CLIP_NORM))
             train(source, corpus=[place / "corpus.txt"], output=one, batch_size=2, **alone)
@@ -134,9 +137,12 @@ def test_two_processes_distil_as_one_does(place, tmp_path):
 
 
 def test_fsdp2_trains_as_one_process_does(place, tmp_path):
-    """Rows of their own beside LoRA, on a tied model, with a checkpoint that is resumed."""
+    """Rows of their own beside LoRA, on a tied model, with a checkpoint that is resumed.
+
+    The second process comes late to what was gathered, which the first one removes in the end.
+    """
     out = str(tmp_path / "two")
-    cases = [(str(place / "tied"), out, {**OPTIONS, "stop_at": 1})]
+    cases = [(str(place / "tied"), out, {**OPTIONS, "stop_at": 1, "slow": 10})]
     require_the_same_as_one_process(place, "fsdp2", cases)
     require_law_12(place / "tied", Path(out), "lora", tmp_path)
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,10 +31,12 @@ def copied(folder: Path, cases: list) -> None:
     """`train`, as `accelerate launch -m lexigraft train` calls it, once per case.
 
     With `stop_at`, a signal ends it after so many steps, and the same command resumes it. `clip`
-    is another norm to clip gradients to.
+    is another norm to clip gradients to. `slow`: seconds that the second process takes longer to
+    come to what was trained.
     """
     plain = training.CLIP_NORM
     for source, output, options in cases:
+        slow_to_gather(options.pop("slow", 0))
         stop, training.CLIP_NORM = options.pop("stop_at", None), options.pop("clip", plain)
         arguments = {"corpus": [folder / "corpus.txt"], "output": output, **options}
         if stop is not None:
@@ -41,6 +44,18 @@ def copied(folder: Path, cases: list) -> None:
                 train(source, **arguments)
             arguments["resume"] = True
         train(source, **arguments)
+
+
+def slow_to_gather(seconds: float) -> None:
+    step = sys.modules["lexigraft.steps.train"]
+    plain = step._gathered
+
+    def gathered(*arguments, **options):
+        time.sleep(seconds * distributed.get_rank())
+        return plain(*arguments, **options)
+
+    if seconds:
+        step._gathered = gathered
 
 
 @contextmanager

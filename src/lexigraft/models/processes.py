@@ -182,6 +182,14 @@ def deepspeed_forgotten() -> Iterator[None]:
             unset_hf_deepspeed_config()
 
 
+def wait_for_all() -> None:
+    """Go on when each process has come here: the first one may then remove what all have read."""
+    if process_count() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
 @contextmanager
 def shared(workplace: AbstractContextManager[Path], folder: Path) -> Iterator[Path]:
     """`workplace`, entered by the first process alone; the others work in `folder` with it.

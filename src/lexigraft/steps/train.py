@@ -54,6 +54,7 @@ from lexigraft.models.processes import (
     require_known_way,
     shared,
     uses_deepspeed,
+    wait_for_all,
 )
 from lexigraft.models.settings import Settings, require_in_range, settings_of
 from lexigraft.models.trackers import trackers
@@ -472,6 +473,7 @@ def _train(
     result = _result(
         job, output, monitor, kept, stopped=rule.reason(log), base=reference, seen=seen
     )
+    wait_for_all()  # before it is written: that may take longer than processes wait for each other
     if is_first_process():
         _write(job, folder / "result", trained, rows, result)
         _write_report(job, folder / "result", result, seen)
