@@ -100,7 +100,8 @@ class Bench:
     def run(self, case: Case, arm: str) -> dict[str, Any]:
         """The figures of one arm; it is run where they are not recorded."""
         case = self._shared(case) if arm == "control" else case
-        asked = {**vars(case), "arm": arm, "bytes": self.options.bytes}
+        given = {"bytes": self.options.bytes, "passes": self.options.passes}
+        asked = {**vars(case), "arm": arm, **given}
         if case.size == LARGER:
             asked["tokens_asked"] = self.options.tokens
         for known in self._recorded():
