@@ -99,6 +99,8 @@ def test_help_is_fast():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert "learn" in done.stdout and "merge" in done.stdout
+    cut = [line for line in done.stdout.splitlines()[1:] if line.endswith("...")]
+    assert not cut, "the first sentence of a verb must fit into its line"
     assert min(spent, time.monotonic() - began) < 0.5
 
 

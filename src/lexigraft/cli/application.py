@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Teach a pretrained language model your field's words.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would take as long as all the rest of `--help`
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

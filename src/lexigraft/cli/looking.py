@@ -50,7 +50,10 @@ def check(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare tokenizer, config, weights and adapter; exit 1 with the fault and a command."""
+    """Compare tokenizer, config, weights, adapter; exit 1 on a fault.
+
+    The fault is told with the command that mends it.
+    """
     if explain is not None:
         from lexigraft.checks.codes import explain as story
 
@@ -106,7 +109,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Bits per byte, tokens per byte and speed of models, whatever their tokenizers."""
+    """Bits per byte, tokens per byte and speed, whatever the tokenizer."""
     from lexigraft.steps.evaluate import evaluate as verb
 
     result = verb(
@@ -137,7 +140,7 @@ def show(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Split a text with the base and the extended tokenizer, or look a token up."""
+    """Split a text with both tokenizers, or look a token up."""
     from lexigraft.steps.show import show as verb
 
     result = verb(path, text, token=token, token_id=token_id, base=base)
@@ -182,7 +185,7 @@ def report(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write what happened in a run as one page, with Markdown and JSON beside it."""
+    """Write what happened in a run as a page, Markdown and JSON."""
     from lexigraft.reporting import report as verb
 
     print_result(verb(run_folder, output=output, lang=lang), as_json)
@@ -208,7 +211,7 @@ def card(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write README.md, a model card for the hub, of what manifest, training and run say."""
+    """Write README.md, a model card, of what manifest and training say."""
     from lexigraft.reporting.card import card as verb
 
     result = verb(folder, base_model=base_model, force=force, dry_run=dry_run)
@@ -231,7 +234,7 @@ def upload(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Send a folder that `check` finds sound to the Hugging Face hub, with its card."""
+    """Send a folder that `check` finds sound to the Hugging Face hub."""
     from lexigraft.uploading import upload as verb
 
     result = verb(
@@ -253,7 +256,7 @@ def serve(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a run's report in the browser of this machine, with a box to try its tokenizers."""
+    """Show a run's report in the browser, with a box to try tokenizers."""
     from lexigraft.serving import serve as verb
 
     serving = verb(run_folder, port=port, lang=lang)

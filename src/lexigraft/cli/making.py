@@ -99,7 +99,7 @@ def learn(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose new tokens from your text and write the extended tokenizer."""
+    """Choose new tokens from your text; write the extended tokenizer."""
     from lexigraft.steps.learn import learn as verb
 
     result = verb(
@@ -182,7 +182,7 @@ def graft(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add rows for the new tokens to a checkpoint, without loading the model."""
+    """Give a checkpoint rows for new tokens; no model is loaded."""
     distilled = init == "distill"
     if corpus and not distilled:
         raise LexigraftError(
@@ -337,7 +337,7 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the new rows, and of the rest of the model nothing, LoRA, or everything."""
+    """Train the new rows; of the rest nothing, LoRA, or everything."""
     from lexigraft.models.verdict import HARMFUL
     from lexigraft.steps.train import find_learning_rate
     from lexigraft.steps.train import train as verb
@@ -447,7 +447,7 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Put adapters into the weights; the base is grown when an adapter needs it."""
+    """Put adapters into the weights; the base is grown where needed."""
     from lexigraft.steps.merge import merge as verb
 
     result = verb(

@@ -39,7 +39,10 @@ def split(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Part an adapter into a base with its rows and LoRA that every server takes."""
+    """Part an adapter into a base with its rows, and LoRA to serve.
+
+    The base has new rows and old ones that moved; the LoRA is spelled as every server takes it.
+    """
     from lexigraft.steps.split import split as verb
 
     result = verb(model, adapter, output=output, tokenizer=tokenizer, force=force, dry_run=dry_run)
@@ -133,7 +136,7 @@ def blend(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Blend whole models into one; their vocabularies are aligned by token text."""
+    """Blend whole models into one; tokens are matched by their text."""
     from lexigraft.steps.blend import blend as verb
 
     result = verb(
@@ -195,7 +198,7 @@ def prune(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take tokens that are not needed out of a model: rows, ids and settings move together."""
+    """Take unneeded tokens out of a model: rows, ids and settings."""
     from lexigraft.steps import prune as step
 
     options: dict[str, Any] = {

@@ -19,7 +19,7 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a whole recipe; stages whose inputs are unchanged are skipped."""
+    """Run a whole recipe; stages with unchanged inputs are skipped."""
     from lexigraft.pipeline import run as verb
 
     print_result(verb(recipe, output=output, force=force), as_json)
@@ -40,7 +40,10 @@ def import_config(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a recipe that does what another tool's configuration says, and tell what it cannot."""
+    """Write a recipe that does what another tool's settings say.
+
+    What it cannot do is told.
+    """
     from lexigraft.importing import import_config as verb
 
     result = verb(tool, config, output=output, force=force, dry_run=dry_run)
@@ -59,7 +62,7 @@ def demo(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Teach SmolLM2-135M the names of diseases, and show what it gained and paid."""
+    """Teach SmolLM2-135M names of diseases; show its gain and price."""
     from lexigraft.pipeline import demo as verb
 
     print_result(verb(output=output, fast=fast, language=language, force=force), as_json)
