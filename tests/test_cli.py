@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import parts
+from lexigraft.cli.application import app
 
 
 def lexigraft(*arguments, cwd=None):
@@ -104,7 +106,7 @@ def test_version_and_help():
         "demo",
     ):
         assert verb in shown
-        assert lexigraft(verb, "--help").returncode == 0
+        assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
 
 
 FAULTS = [

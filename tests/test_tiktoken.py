@@ -68,7 +68,7 @@ CASES = [
     "every-split",
     "one-merge",
     "all-files",
-    "qwen-alone",
+    pytest.param("qwen-alone", marks=pytest.mark.matrix),
     pytest.param("llama3-both", marks=real),
     *(pytest.param(name, marks=real) for name in REAL if name != "qwen"),
 ]
@@ -377,9 +377,11 @@ def test_published_files_are_known_by_their_ranks(name, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "o200k_base",
         "r50k_base",
-        *(pytest.param(n, marks=pytest.mark.matrix) for n in ("cl100k_base", "p50k_base")),
+        *(
+            pytest.param(n, marks=pytest.mark.matrix)
+            for n in ("o200k_base", "cl100k_base", "p50k_base")
+        ),
     ],
 )
 def test_patterns_and_specials_are_those_of_tiktoken(name, tmp_path, monkeypatch):
@@ -414,6 +416,7 @@ def test_the_gap_of_p50k_stays_with_its_special_token(made):
 
 
 @pytest.mark.real
+@pytest.mark.matrix
 def test_holes_behind_cl100k_stay_holes(made):
     _, out, merges = made("cl100k_base")
     extended = families.load(out)
@@ -436,6 +439,7 @@ def test_llama_3_specials_stay_in_the_middle(made, tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.matrix
 def test_settings_beside_the_ranks_name_the_special_tokens(tmp_path):
     """Llama 3.1 calls id 128011 otherwise than the reader of Llama 3.2 does."""
     folder = real_folder("llama3", tmp_path / "base")
