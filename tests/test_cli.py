@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 import parts
-from lexigraft.cli.application import app
 
 
 def lexigraft(*arguments, cwd=None):
@@ -106,7 +104,7 @@ def test_version_and_help():
         "demo",
     ):
         assert verb in shown
-        assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
+        assert lexigraft(verb, "--help").returncode == 0
 
 
 FAULTS = [

@@ -449,7 +449,7 @@ REAL = {
     "en-model": "sp_test_models/test_model_unigram.model",
 }
 # One of each set of files: the model alone, tokenizer.json alone, and both.
-QUICK = {"chinese-model", "t5-both"}
+QUICK = {"chinese-model", "pegasus-json", "t5-both"}
 
 
 def real_folder(kind, folder):

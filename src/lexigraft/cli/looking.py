@@ -140,7 +140,7 @@ def show(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Split a text with both tokenizers, or look a token up."""
+    """Split a text with base and new tokenizer, or look a token up."""
     from lexigraft.steps.show import show as verb
 
     result = verb(path, text, token=token, token_id=token_id, base=base)
@@ -234,7 +234,10 @@ def upload(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Send a folder that `check` finds sound to the Hugging Face hub."""
+    """Send a folder that `check` finds sound to the Hugging Face hub.
+
+    Its model card goes with it.
+    """
     from lexigraft.uploading import upload as verb
 
     result = verb(
