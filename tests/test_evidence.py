@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,14 @@ import parts
 from lexigraft import evaluate, families, graft, merge, train
 from lexigraft.families.measure import new_ids
 from lexigraft.files import read_json
-from lexigraft.models.evidence import RowEvidence, Watcher, new_tokens, shares, written
+from lexigraft.models.evidence import (
+    RowEvidence,
+    Watcher,
+    new_tokens,
+    parts_of_longer,
+    shares,
+    written,
+)
 from lexigraft.models.load import load_model, start_and_end
 from lexigraft.models.preparation import base_measure, measure, prepare, read_texts
 from lexigraft.models.verdict import Thresholds, judge, verdict_lines
@@ -252,6 +260,36 @@ def log(domain=(1.6, 1.105, 1.1), general=(1.12, 1.11, 1.105), sizes=(0, 5000, 1
 
 def changed(count, **changes):
     return [dataclasses.replace(row, **changes) for row in ROWS[:count]] + ROWS[count:]
+
+
+def test_parts_of_longer_new_tokens_are_told_apart():
+    """'其' of '其他', which BPE needs on its way, is left with no place of its own."""
+    few = judge(log(), BASE, changed(7, targets=3, is_part=True))
+    assert (few.verdict, few.reasons) == ("sufficient", ())
+    assert [text for text in few.unknown if "parts of longer new tokens" in text]
+    (reason,) = judge(
+        log(), BASE, [*changed(6, is_part=True)[:49], changed(1, targets=3)[0]]
+    ).reasons
+    assert "1 of 44 new tokens (parts of longer ones apart)" in reason.found
+    assert judge(log(), BASE, changed(7, targets=20, is_part=True)).unknown == ()
+
+
+def test_words_that_are_parts_of_others():
+    texts = ["其", "其他", "他", "他的", " 其他", "炎", "其他"]
+    naive = [any(a != b and a in b for b in texts) for a in texts]
+    assert parts_of_longer([text.encode() for text in texts]) == naive
+    assert naive == [True, True, True, False, False, False, True]
+    assert parts_of_longer([b"\xe7\x82", "炎".encode(), b"", b"\x82"]) == [True, False, False, True]
+    assert parts_of_longer([]) == []
+
+
+def test_less_text_is_advised_than_was_read():
+    """`learn` with the same number would choose the same tokens again."""
+    sizes = []
+    for count in (99, 50, 5, 0):
+        (reason,) = judge(log(), BASE, changed(6, targets=count)).reasons
+        sizes.append(int(re.search(r"--train-bytes (\d+)", reason.next)[1]))
+    assert sizes == [9900, 5000, 2500, 500]
 
 
 def test_what_breaks_no_rule_is_sufficient():

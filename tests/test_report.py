@@ -334,7 +334,8 @@ def test_both_languages_say_all_and_fill_the_same_places():
 def test_every_rule_of_the_verdict_has_chinese_words():
     measures = {"text_bytes": 0, "domain_bpb": 2.0, "general_bpb": 1.0}
     rows = [RowEvidence(1, "心", 3, 3, 0.0, 9, True, 0.1, 3.0, 0.2, 1, 20, 0),
-            RowEvidence(2, "炎", 3, 3, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0)]  # fmt: skip
+            RowEvidence(2, "炎", 3, 3, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0),
+            RowEvidence(3, "其", 0, 0, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0, is_part=True)]  # fmt: skip
     logs = [
         [measures, {**measures, "text_bytes": 50, "domain_bpb": 1.9},
          {"text_bytes": 100, "domain_bpb": 1.5, "general_bpb": 1.5}],
@@ -349,8 +350,9 @@ def test_every_rule_of_the_verdict_has_chinese_words():
         ):
             verdict = judge(log, base, rows, Thresholds(weakest=1)).to_json()
             tokens = [
-                {"shown": row.text, "targets": row.targets, "moved": row.moved} for row in rows
-            ]
+                {"shown": row.text, "targets": row.targets, "moved": row.moved,
+                 "is_part": row.is_part} for row in rows
+            ]  # fmt: skip
             training = {"verdict": verdict, "log": log, "base": base, "adoption": 2 / 42}
             facts = {"training": training, "tokens": tokens}
             told = reasons(facts, "zh")
@@ -359,6 +361,11 @@ def test_every_rule_of_the_verdict_has_chinese_words():
                 rules.add((reason["rule"], reason["verdict"]))
                 numbers = re.findall(r"\d+\.\d+", reason["found"])
                 assert [n for n in numbers if n not in chinese["found"]] == []
+                if reason["rule"] == "occurrences":
+                    assert re.findall(r"\d+", chinese["found"]) == ["2", "2", "20"]
+                    assert re.findall(r"\d+", reason["found"]) == ["2", "2", "20"]
+                    for text in (reason["next"], chinese["next"]):
+                        assert "lexigraft learn --train-bytes 15" in text
                 assert all(re.search(r"[\u4e00-\u9fff]|%", text) for text in chinese.values())
             unjudged += len(verdict["unknown"])
             assert all(re.search(r"[\u4e00-\u9fff]", text) for text in unknown(facts, "zh"))

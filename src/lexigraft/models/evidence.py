@@ -188,6 +188,7 @@ class RowEvidence:
         bits: what it costs there, in the mean.
         bits_before: the same before training; None where that is not known, as at targets in
             training text.
+        is_part: its text stands inside that of a longer new token, which takes its places.
     """
 
     id: int
@@ -205,6 +206,7 @@ class RowEvidence:
     missed: int
     bits: float | None = None
     bits_before: float | None = None
+    is_part: bool = False
 
 
 class TrainingLines:
@@ -274,6 +276,7 @@ def gather(
     for target in targets:
         by_row[target.token].append(target)
     outcomes = written(model, new, lines, _sample(by_row))
+    parts = parts_of_longer([new.family.token_bytes(token) for token in new.ids])
     return [
         _row(
             token,
@@ -283,6 +286,7 @@ def gather(
             is_held=token in at_hand,
             seen=seen[place],
             before=before.get(token),
+            is_part=parts[place],
         )
         for place, token in enumerate(new.ids)
     ]
@@ -297,6 +301,7 @@ def _row(
     is_held: bool,
     seen: tuple[int, int, float],
     before: float | None,
+    is_part: bool,
 ) -> RowEvidence:
     return RowEvidence(
         id=token,
@@ -314,7 +319,27 @@ def _row(
         missed=outcomes["missed"],
         bits=bits_of(targets).get(token),
         bits_before=before,
+        is_part=is_part,
     )
+
+
+def parts_of_longer(texts: Sequence[bytes]) -> list[bool]:
+    """Whether each text stands inside a longer one of them.
+
+    >>> parts_of_longer([b"hepat", b"hepatitis", b"hepatitis"])
+    [True, False, False]
+    """
+    known = set(texts)
+    lengths = sorted({len(text) for text in known if text})
+    parts = {
+        piece
+        for text in known
+        for length in lengths
+        if length < len(text)
+        for begin in range(len(text) - length + 1)
+        if (piece := text[begin : begin + length]) in known
+    }
+    return [text in parts for text in texts]
 
 
 def places_of(found: npt.NDArray[Any], ids: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -32,6 +32,7 @@ from lexigraft.models.evidence import (
     bits_of,
     gather,
     new_tokens,
+    parts_of_longer,
     places_of,
     shares,
 )
@@ -499,12 +500,15 @@ def occurrences(job: Job, steps: int | None = None) -> tuple[list[int], list[int
 
 
 def _tell_of_rare_ones(job: Job) -> None:
-    """Warn of new tokens that this run will predict too seldom to learn."""
+    """Warn of new tokens that this run will predict too seldom to learn; not of parts of others."""
     targets, _ = occurrences(job)
-    few = sorted((count, i) for i, count in enumerate(targets) if count < Thresholds.floor)
+    texts = [job.family.token_bytes(token) for token in job.ids]
+    parts = parts_of_longer(texts)
+    few = sorted(
+        (count, i) for i, count in enumerate(targets) if count < Thresholds.floor and not parts[i]
+    )
     if few:
-        weakest = [job.family.token_bytes(job.ids[i]) for _, i in few[: Thresholds.weakest]]
-        named = ", ".join(repr(readable(data)) for data in weakest)
+        named = ", ".join(repr(readable(texts[i])) for _, i in few[: Thresholds.weakest])
         note(
             f"{len(few):,} of {len(targets):,} new tokens will be predicted fewer than "
             f"{Thresholds.floor} times, the rarest: {named}; train on more text, or learn fewer "

@@ -24,6 +24,8 @@ UNKNOWN = {
     "falling": "whether more text would help (measure more often, --measurements)",
     "adoption": "whether new tokens are adopted: the model wrote the text of one at fewer than "
     "{decided} places",
+    "parts": "how parts of longer new tokens read where they stand alone: some were predicted "
+    "fewer than {floor} times, and more text of this kind holds them inside the longer ones too",
 }
 
 
@@ -33,7 +35,7 @@ class Thresholds:
 
     Attributes:
         floor, floor_share: at most this share of the new rows may have been a target fewer than
-            `floor` times.
+            `floor` times; parts of longer new tokens are not counted, which take their places.
         support, support_share: the same for what a row should have.
         falling: domain bits per byte still fall by more than this share per doubling of the text.
         general: general bits per byte may be this share above the base's.
@@ -226,31 +228,76 @@ def fall_per_doubling(log: Sequence[Mapping[str, float | None]]) -> float | None
     return (1 - after / before) / math.log2(size / middle)
 
 
-def _occurrences(
-    log: Sequence[Mapping[str, float | None]], rows: Sequence[RowEvidence], limits: Thresholds
-) -> list[Reason]:
+@dataclass(frozen=True)
+class Starved:
+    """New rows that were a target too few times.
+
+    Attributes:
+        places: which rows, in their order.
+        rows: how many were judged.
+        least, share: all but this share of them should have been a target so many times.
+        supported: bytes of text for which `learn` chooses only what this training can teach.
+    """
+
+    places: tuple[int, ...]
+    rows: int
+    least: int
+    share: float
+    supported: int
+
+
+def starved(
+    counts: Sequence[int], parts: Sequence[bool], text_bytes: int, limits: Thresholds
+) -> Starved | None:
+    """The rule on occurrences: `floor`, else `support`; None where it is kept.
+
+    `learn` expects of a token what it counts in its corpus, but a longer token takes some of that,
+    and words come in clusters. So the size of text that is advised is smaller by what the first row
+    that should have had enough is short of: the same number again would choose the same tokens.
+
+    Args:
+        counts: how often each new row was a target.
+        parts: whether its token is a part of a longer new one.
+        text_bytes: how much text was read.
+    """
+    judged = [place for place, is_part in enumerate(parts) if not is_part]
     for least, share in (
         (limits.floor, limits.floor_share),
         (limits.support, limits.support_share),
     ):
-        few = [row for row in rows if row.targets < least]
-        if len(few) > share * len(rows):
-            return [
-                Reason(
-                    "occurrences",
-                    NOT_YET,
-                    f"{len(few):,} of {len(rows):,} new tokens were predicted fewer than {least} "
-                    "times in training",
-                    f"{least} times, for all but {share:.0%} of them",
-                    f"train on more text that holds {_weakest(few, limits)}, or learn only words "
-                    f"that this much can teach (lexigraft learn --train-bytes {_bytes_read(log)})",
-                )
-            ]
-    return []
+        few = tuple(place for place in judged if counts[place] < least)
+        allowed = int(share * len(judged))
+        if len(few) > allowed:
+            first = sorted(counts[place] for place in few)[allowed]
+            supported = text_bytes * max(first, 1) // least
+            return Starved(few, len(judged), least, share, supported)
+    return None
 
 
-def _bytes_read(log: Sequence[Mapping[str, float | None]]) -> int:
-    return int(log[-1]["text_bytes"] or 0)
+def _occurrences(
+    log: Sequence[Mapping[str, float | None]], rows: Sequence[RowEvidence], limits: Thresholds
+) -> list[Reason]:
+    found = starved(
+        [row.targets for row in rows],
+        [row.is_part for row in rows],
+        int(log[-1]["text_bytes"] or 0),
+        limits,
+    )
+    if found is None:
+        return []
+    few = [rows[place] for place in found.places]
+    apart = "" if found.rows == len(rows) else " (parts of longer ones apart)"
+    return [
+        Reason(
+            "occurrences",
+            NOT_YET,
+            f"{len(few):,} of {found.rows:,} new tokens{apart} were predicted fewer than "
+            f"{found.least} times in training",
+            f"{found.least} times, for all but {found.share:.0%} of them",
+            f"train on more text that holds {_weakest(few, limits)}, or learn only words that "
+            f"this much can teach (lexigraft learn --train-bytes {found.supported})",
+        )
+    ]
 
 
 def _unmoved(rows: Sequence[RowEvidence], limits: Thresholds) -> list[Reason]:
@@ -331,4 +378,6 @@ def _unknown(
         found.append("falling")
     if rows and adoption(rows)[1] < limits.decided:
         found.append("adoption")
-    return [UNKNOWN[key].format(decided=limits.decided) for key in found]
+    if any(row.is_part and row.targets < limits.floor for row in rows):
+        found.append("parts")
+    return [UNKNOWN[key].format(**asdict(limits)) for key in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lexigraft.models.verdict import HARMFUL, UNKNOWN, fall_per_doubling
+from lexigraft.models.verdict import HARMFUL, UNKNOWN, Thresholds, fall_per_doubling, starved
 
 Language = Literal["en", "zh"]
 Words = Callable[..., str]  # t(key, **values)
@@ -419,17 +419,20 @@ def _few(
 ) -> tuple[str, str, str]:
     """New tokens that were too rarely a target: below the floor, else below the support."""
     known = [token for token in tokens if token["targets"] is not None]
-    for key in ("floor", "support"):
-        least, share = limits[key], limits[f"{key}_share"]
-        few = [token for token in known if token["targets"] < least]
-        if len(few) > share * len(known):
-            break
-    few.sort(key=lambda token: token["targets"])
+    found = starved(
+        [token["targets"] for token in known],
+        [bool(token.get("is_part")) for token in known],
+        size,
+        Thresholds(**limits),
+    )
+    assert found is not None  # the verdict has found it
+    few = sorted((known[place] for place in found.places), key=lambda token: token["targets"])
+    apart = "" if found.rows == len(known) else "（不计更长 token 的组成部分）"
     return (
-        f"{len(known):,} 个新 token 中有 {len(few):,} 个在训练中被预测不足 {least} 次",
-        f"除 {share:.0%} 以外都达到 {least} 次",
+        f"{found.rows:,} 个新 token{apart}中有 {len(few):,} 个在训练中被预测不足 {found.least} 次",
+        f"除 {found.share:.0%} 以外都达到 {found.least} 次",
         f"用更多含有{_some([token['shown'] for token in few], limits)}的文本训练，"
-        f"或只学这么多文本教得会的词（lexigraft learn --train-bytes {size}）",
+        f"或只学这么多文本教得会的词（lexigraft learn --train-bytes {found.supported}）",
     )
 
 
@@ -447,6 +450,8 @@ _UNKNOWN = {
     "general": "通用文本是否变差（请用 --general 给出文本，不能太短）",
     "falling": "更多文本是否有用（请增加测量次数 --measurements）",
     "adoption": "新 token 是否被采用：模型写出其文字的地方不足 {decided} 处",
+    "parts": "作为更长新 token 一部分的 token 单独出现时读得如何：其中有的被预测不足 {floor} 次，"
+    "同类文本再多，它们也多半在更长的 token 里",
 }
 
 
