@@ -18,8 +18,8 @@ from lexigraft.models.evidence import (
     RowEvidence,
     Watcher,
     new_tokens,
-    parts_of_longer,
     shares,
+    within_longer,
     written,
 )
 from lexigraft.models.load import load_model, start_and_end
@@ -264,23 +264,33 @@ def changed(count, **changes):
 
 def test_parts_of_longer_new_tokens_are_told_apart():
     """'其' of '其他', which BPE needs on its way, is left with no place of its own."""
-    few = judge(log(), BASE, changed(7, targets=3, is_part=True))
+    few = judge(log(), BASE, changed(7, targets=3, within=97))
     assert (few.verdict, few.reasons) == ("sufficient", ())
     assert [text for text in few.unknown if "parts of longer new tokens" in text]
-    (reason,) = judge(
-        log(), BASE, [*changed(6, is_part=True)[:49], changed(1, targets=3)[0]]
-    ).reasons
+    rows = [*changed(6, targets=3, within=97)[:49], changed(1, targets=3)[0]]
+    (reason,) = judge(log(), BASE, rows).reasons
     assert "1 of 44 new tokens (parts of longer ones apart)" in reason.found
-    assert judge(log(), BASE, changed(7, targets=20, is_part=True)).unknown == ()
+    assert judge(log(), BASE, changed(7, targets=20, within=97)).unknown == ()
 
 
-def test_words_that_are_parts_of_others():
-    texts = ["其", "其他", "他", "他的", " 其他", "炎", "其他"]
-    naive = [any(a != b and a in b for b in texts) for a in texts]
-    assert parts_of_longer([text.encode() for text in texts]) == naive
-    assert naive == [True, True, True, False, False, False, True]
-    assert parts_of_longer([b"\xe7\x82", "炎".encode(), b"", b"\x82"]) == [True, False, False, True]
-    assert parts_of_longer([]) == []
+def test_a_part_of_rare_words_is_rare():
+    (reason,) = judge(log(), BASE, changed(1, targets=3, within=16)).reasons
+    assert "1 of 50 new tokens were predicted fewer than 20" in reason.found
+    (reason,) = judge(log(), BASE, changed(6, targets=30, within=69)).reasons
+    assert "6 of 50 new tokens were predicted fewer than 100" in reason.found
+
+
+def test_how_often_longer_words_hold_a_text():
+    texts = [text.encode() for text in ["其", "其他", "他", "他的", " 其他", "炎", "他们他"]]
+    texts += [b"\xe7\x82", b""]
+    counts = [3, 5, 7, 11, 13, 17, 19, 23, 29]
+    expected = [
+        sum(n for other, n in zip(texts, counts, strict=True) if text and text in other != text)
+        for text in texts
+    ]
+    assert within_longer(texts, counts) == expected
+    assert expected == [18, 13, 48, 0, 0, 0, 0, 17, 0]
+    assert within_longer([], []) == []
 
 
 def test_less_text_is_advised_than_was_read():

@@ -335,7 +335,7 @@ def test_every_rule_of_the_verdict_has_chinese_words():
     measures = {"text_bytes": 0, "domain_bpb": 2.0, "general_bpb": 1.0}
     rows = [RowEvidence(1, "心", 3, 3, 0.0, 9, True, 0.1, 3.0, 0.2, 1, 20, 0),
             RowEvidence(2, "炎", 3, 3, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0),
-            RowEvidence(3, "其", 0, 0, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0, is_part=True)]  # fmt: skip
+            RowEvidence(3, "其", 0, 0, 0.5, 9, True, 0.1, 3.0, 0.2, 1, 20, 0, within=30)]  # fmt: skip
     logs = [
         [measures, {**measures, "text_bytes": 50, "domain_bpb": 1.9},
          {"text_bytes": 100, "domain_bpb": 1.5, "general_bpb": 1.5}],
@@ -351,7 +351,7 @@ def test_every_rule_of_the_verdict_has_chinese_words():
             verdict = judge(log, base, rows, Thresholds(weakest=1)).to_json()
             tokens = [
                 {"shown": row.text, "targets": row.targets, "moved": row.moved,
-                 "is_part": row.is_part} for row in rows
+                 "within": row.within} for row in rows
             ]  # fmt: skip
             training = {"verdict": verdict, "log": log, "base": base, "adoption": 2 / 42}
             facts = {"training": training, "tokens": tokens}

@@ -11,6 +11,7 @@ extension of Apertus (fffoivos/glossapi-tokenizer-extension).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ class RowEvidence:
         bits: what it costs there, in the mean.
         bits_before: the same before training; None where that is not known, as at targets in
             training text.
-        is_part: its text stands inside that of a longer new token, which takes its places.
+        within: how often longer new tokens that hold its text were targets of training.
     """
 
     id: int
@@ -206,7 +207,7 @@ class RowEvidence:
     missed: int
     bits: float | None = None
     bits_before: float | None = None
-    is_part: bool = False
+    within: int = 0
 
 
 class TrainingLines:
@@ -276,7 +277,8 @@ def gather(
     for target in targets:
         by_row[target.token].append(target)
     outcomes = written(model, new, lines, _sample(by_row))
-    parts = parts_of_longer([new.family.token_bytes(token) for token in new.ids])
+    texts = [new.family.token_bytes(token) for token in new.ids]
+    within = within_longer(texts, [targets for targets, _, _ in seen])
     return [
         _row(
             token,
@@ -286,7 +288,7 @@ def gather(
             is_held=token in at_hand,
             seen=seen[place],
             before=before.get(token),
-            is_part=parts[place],
+            within=within[place],
         )
         for place, token in enumerate(new.ids)
     ]
@@ -301,7 +303,7 @@ def _row(
     is_held: bool,
     seen: tuple[int, int, float],
     before: float | None,
-    is_part: bool,
+    within: int,
 ) -> RowEvidence:
     return RowEvidence(
         id=token,
@@ -319,27 +321,28 @@ def _row(
         missed=outcomes["missed"],
         bits=bits_of(targets).get(token),
         bits_before=before,
-        is_part=is_part,
+        within=within,
     )
 
 
-def parts_of_longer(texts: Sequence[bytes]) -> list[bool]:
-    """Whether each text stands inside a longer one of them.
+def within_longer(texts: Sequence[bytes], counts: Sequence[int]) -> list[int]:
+    """Of each text, how often the longer ones that it stands in were counted.
 
-    >>> parts_of_longer([b"hepat", b"hepatitis", b"hepatitis"])
-    [True, False, False]
+    >>> within_longer([b"hepat", b"hepatitis", b"hepatic"], [0, 50, 7])
+    [57, 0, 0]
     """
     known = set(texts)
     lengths = sorted({len(text) for text in known if text})
-    parts = {
-        piece
-        for text in known
-        for length in lengths
-        if length < len(text)
-        for begin in range(len(text) - length + 1)
-        if (piece := text[begin : begin + length]) in known
-    }
-    return [text in parts for text in texts]
+    within: Counter[bytes] = Counter()
+    for text, count in zip(texts, counts, strict=True):
+        pieces = {
+            piece
+            for length in lengths[: bisect_left(lengths, len(text))]
+            for begin in range(len(text) - length + 1)
+            if (piece := text[begin : begin + length]) in known
+        }
+        within.update(dict.fromkeys(pieces, count))
+    return [within[text] for text in texts]
 
 
 def places_of(found: npt.NDArray[Any], ids: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -32,9 +32,9 @@ from lexigraft.models.evidence import (
     bits_of,
     gather,
     new_tokens,
-    parts_of_longer,
     places_of,
     shares,
+    within_longer,
 )
 from lexigraft.models.load import (
     context_limit,
@@ -46,7 +46,7 @@ from lexigraft.models.load import (
 from lexigraft.models.packing import Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
 from lexigraft.models.settings import Settings
-from lexigraft.models.verdict import Thresholds
+from lexigraft.models.verdict import Thresholds, is_taken
 from lexigraft.recipe import SMALLEST_BLOCK
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
@@ -500,12 +500,14 @@ def occurrences(job: Job, steps: int | None = None) -> tuple[list[int], list[int
 
 
 def _tell_of_rare_ones(job: Job) -> None:
-    """Warn of new tokens that this run will predict too seldom to learn; not of parts of others."""
+    """Warn of new tokens that this run will predict too seldom to learn; not of those in others."""
     targets, _ = occurrences(job)
     texts = [job.family.token_bytes(token) for token in job.ids]
-    parts = parts_of_longer(texts)
+    within = within_longer(texts, targets)
     few = sorted(
-        (count, i) for i, count in enumerate(targets) if count < Thresholds.floor and not parts[i]
+        (count, i)
+        for i, count in enumerate(targets)
+        if count < Thresholds.floor and not is_taken(count, within[i], Thresholds.floor)
     )
     if few:
         named = ", ".join(repr(readable(texts[i])) for _, i in few[: Thresholds.weakest])

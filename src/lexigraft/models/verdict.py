@@ -35,7 +35,7 @@ class Thresholds:
 
     Attributes:
         floor, floor_share: at most this share of the new rows may have been a target fewer than
-            `floor` times; parts of longer new tokens are not counted, which take their places.
+            `floor` times; those that `is_taken` are not counted.
         support, support_share: the same for what a row should have.
         falling: domain bits per byte still fall by more than this share per doubling of the text.
         general: general bits per byte may be this share above the base's.
@@ -246,8 +246,16 @@ class Starved:
     supported: int
 
 
+def is_taken(count: int, within: int, least: int) -> bool:
+    """Whether the text held a token often enough, but in longer new ones, which took its places.
+
+    BPE needs such a token on its way to the longer one, and more text of the kind does not help it.
+    """
+    return count < least <= count + within
+
+
 def starved(
-    counts: Sequence[int], parts: Sequence[bool], text_bytes: int, limits: Thresholds
+    counts: Sequence[int], within: Sequence[int], text_bytes: int, limits: Thresholds
 ) -> Starved | None:
     """The rule on occurrences: `floor`, else `support`; None where it is kept.
 
@@ -257,14 +265,16 @@ def starved(
 
     Args:
         counts: how often each new row was a target.
-        parts: whether its token is a part of a longer new one.
+        within: how often the longer new tokens were that hold its token.
         text_bytes: how much text was read.
     """
-    judged = [place for place, is_part in enumerate(parts) if not is_part]
     for least, share in (
         (limits.floor, limits.floor_share),
         (limits.support, limits.support_share),
     ):
+        judged = [
+            place for place, count in enumerate(counts) if not is_taken(count, within[place], least)
+        ]
         few = tuple(place for place in judged if counts[place] < least)
         allowed = int(share * len(judged))
         if len(few) > allowed:
@@ -279,7 +289,7 @@ def _occurrences(
 ) -> list[Reason]:
     found = starved(
         [row.targets for row in rows],
-        [row.is_part for row in rows],
+        [row.within for row in rows],
         int(log[-1]["text_bytes"] or 0),
         limits,
     )
@@ -378,6 +388,6 @@ def _unknown(
         found.append("falling")
     if rows and adoption(rows)[1] < limits.decided:
         found.append("adoption")
-    if any(row.is_part and row.targets < limits.floor for row in rows):
+    if any(is_taken(row.targets, row.within, limits.floor) for row in rows):
         found.append("parts")
     return [UNKNOWN[key].format(**asdict(limits)) for key in found]

@@ -23,7 +23,7 @@ TRAINING = "training.json"
 _LATEST = ("merged", "adapter", "model", "vocab")
 _EVIDENCE = (
     *("targets", "inputs", "moved", "top1", "rank", "leak", "adopted", "missed"),
-    *("bits", "bits_before", "is_part"),
+    *("bits", "bits_before", "within"),
 )
 # Which training led to which measured model.
 _TRAININGS = {

@@ -421,7 +421,7 @@ def _few(
     known = [token for token in tokens if token["targets"] is not None]
     found = starved(
         [token["targets"] for token in known],
-        [bool(token.get("is_part")) for token in known],
+        [token.get("within") or 0 for token in known],
         size,
         Thresholds(**limits),
     )
