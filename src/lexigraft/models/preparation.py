@@ -46,7 +46,7 @@ from lexigraft.models.load import (
 from lexigraft.models.packing import Blocks, pack, packed, repeated
 from lexigraft.models.reading import Documents, encoded, in_order, pieces, reading
 from lexigraft.models.settings import Settings
-from lexigraft.models.verdict import Thresholds, is_taken
+from lexigraft.models.verdict import Thresholds
 from lexigraft.recipe import SMALLEST_BLOCK
 
 WINDOW_BYTES = 1024  # of held-out text; the same in `eval`
@@ -505,9 +505,7 @@ def _tell_of_rare_ones(job: Job) -> None:
     texts = [job.family.token_bytes(token) for token in job.ids]
     within = within_longer(texts, targets)
     few = sorted(
-        (count, i)
-        for i, count in enumerate(targets)
-        if count < Thresholds.floor and not is_taken(count, within[i], Thresholds.floor)
+        (count, i) for i, count in enumerate(targets) if count + within[i] < Thresholds.floor
     )
     if few:
         named = ", ".join(repr(readable(texts[i])) for _, i in few[: Thresholds.weakest])

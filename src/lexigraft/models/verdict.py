@@ -272,15 +272,14 @@ def starved(
         (limits.floor, limits.floor_share),
         (limits.support, limits.support_share),
     ):
-        judged = [
-            place for place, count in enumerate(counts) if not is_taken(count, within[place], least)
-        ]
-        few = tuple(place for place in judged if counts[place] < least)
-        allowed = int(share * len(judged))
+        taken = sum(is_taken(*pair, least) for pair in zip(counts, within, strict=True))
+        few = tuple(i for i, count in enumerate(counts) if count + within[i] < least)
+        judged = len(counts) - taken
+        allowed = int(share * judged)
         if len(few) > allowed:
             first = sorted(counts[place] for place in few)[allowed]
             supported = text_bytes * max(first, 1) // least
-            return Starved(few, len(judged), least, share, supported)
+            return Starved(few, judged, least, share, supported)
     return None
 
 
