@@ -272,10 +272,11 @@ def test_a_stage_of_full_training_needs_no_merge(project):
     assert not (project / "full" / "adapter").exists()
 
 
-def test_a_killed_run_completes_to_the_same_bytes(project):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_completes_to_the_same_bytes(project, sent):
     whole = project / "whole"
     run(project / "long.yaml", output=whole)
-    killed = project / "killed"
+    killed = project / f"killed by {sent.name}"
     command = [
         sys.executable,
         "-m",
@@ -290,8 +291,12 @@ def test_a_killed_run_completes_to_the_same_bytes(project):
     deadline = time.monotonic() + 120
     while not list(killed.glob("adapter.partial/**/checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.send_signal(sent)
+    _, told = child.communicate()
+    assert child.returncode == (143 if sent == signal.SIGTERM else -signal.SIGKILL)
+    if sent == signal.SIGTERM:
+        assert b"stopped by SIGTERM" in told and b"try:    run the same command again: " in told
+        assert b"--resume" not in told  # `run` and `demo` have no such option
     assert not (killed / "adapter").exists() and not (killed / "merged").exists()
     result = run(project / "long.yaml", output=killed)
     assert {"learn", "graft"} <= set(result.skipped)

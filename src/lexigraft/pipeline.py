@@ -12,7 +12,7 @@ from lexigraft import families
 from lexigraft.console import note
 from lexigraft.corpus import held_out, read_documents, text_files
 from lexigraft.data.demo import demo_recipe, write_demo_texts
-from lexigraft.errors import LexigraftError, RefusalError
+from lexigraft.errors import LexigraftError, RefusalError, StoppedError
 from lexigraft.families.tokenmap import readable
 from lexigraft.files import (
     CARD,
@@ -244,9 +244,16 @@ def _train_once(
             shutil.rmtree(partial, ignore_errors=True)
         resume = killed and partial.is_dir()
         output.parent.mkdir(parents=True, exist_ok=True)
-        return train(
-            source, **texts, **options, base=base, output=output, resume=resume, force=True
-        )
+        try:
+            return train(
+                source, **texts, **options, base=base, output=output, resume=resume, force=True
+            )
+        except StoppedError as stopped:  # a run needs no --resume, and has none
+            raise StoppedError(
+                stopped.found,
+                needed=stopped.needed,
+                fix="run the same command again: it goes on from there",
+            ) from None
 
     current.stage(name, options, {"model": source, "base": base, **texts}, work, output)
 

@@ -54,7 +54,7 @@ def unfinished(output: Path, plan: dict[str, Any], *, resume: bool, force: bool)
         if last_checkpoint(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            note(f"what was trained is kept in {folder}; --resume continues it")
+            note(f"what was trained is kept in {folder}")
         raise
     lock.release()
     shutil.rmtree(folder)
